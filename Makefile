@@ -1,0 +1,45 @@
+# Everything a person runs. Each target sets up the virtual environment that it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= missile-out
+
+.PHONY: demo test nightly lint gpu-test gpu-bench clean
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The command line and the simulated GPU alone.
+$(VENV)/.core: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install -q -e .
+	touch $@
+
+# What tests and lint need. torch is installed by name first, so that a CPU build that is at hand is taken.
+$(VENV)/.dev: pyproject.toml requirements-test.txt | $(VENV)/bin/python
+	$(BIN)/pip install -q -r requirements-test.txt
+	$(BIN)/pip install -q -e '.[serve,dev]'
+	touch $@ $(VENV)/.core
+
+demo: $(VENV)/.core
+	$(BIN)/missile bench -o $(OUT)/demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto
+
+nightly: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto -m 'not gpu'
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+
+# On a machine with an NVIDIA GPU whose Python already has torch: no virtual environment is made.
+gpu-test:
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests
+
+gpu-bench:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu_bench.py -o $(OUT)/gpu-bench
+
+clean:
+	rm -rf $(VENV) $(OUT) .mypy_cache .ruff_cache .pytest_cache

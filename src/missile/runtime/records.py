@@ -1,0 +1,72 @@
+"""What a run leaves behind: the raw times of every request. Everything that is reported is computed from these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["RunRecord", "TenantRecord"]
+
+Times = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class TenantRecord:
+    """One tenant's requests in arrival order. All arrays int64, shape (n,), ns since the run's start on the GPU's clock.
+
+    arrival: when the request arrived (for a closed loop: when it was issued).
+    dispatch: when the engine had handed its first operation to the GPU (host time).
+    start, end: when its kernels started and ended on the GPU.
+    done: when its output was on the host. Only finished requests are in the arrays; `unfinished` counts the others.
+    lane: index into `RunRecord.lanes`, where it ran.
+    """
+
+    name: str
+    arrival: Times
+    dispatch: Times
+    start: Times
+    end: Times
+    done: Times
+    lane: Times
+    unfinished: int = 0
+    rejected: int = 0
+    error: str = ""  # why the tenant stopped early or never started; "" when all went well
+
+    @property
+    def latency(self) -> Times:
+        """Arrival to output on the host, ns."""
+        return self.done - self.arrival
+
+    @property
+    def queueing(self) -> Times:
+        """Arrival to first kernel running, ns."""
+        return self.start - self.arrival
+
+    @property
+    def service(self) -> Times:
+        """First kernel running to output on the host, ns."""
+        return self.done - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """One run of one policy (or one tenant's solo run).
+
+    duration_ns: measured span; requests that arrived before `warmup_ns` are not in the tenants' arrays.
+    lanes: a description of each lane ("high-priority stream", "SM partition 0 (32 SMs)").
+    jitter_ns: engine loop gaps above its poll interval, ns, for dispatch statistics; may be thinned.
+    """
+
+    policy: str
+    device: str
+    simulated: bool
+    duration_ns: int
+    warmup_ns: int
+    seed: int
+    tenants: tuple[TenantRecord, ...]
+    lanes: tuple[str, ...] = ()
+    jitter_ns: Times = field(default_factory=lambda: np.empty(0, np.int64))
+    interrupted: bool = False
+    notes: tuple[str, ...] = ()
