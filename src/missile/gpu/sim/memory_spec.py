@@ -89,34 +89,34 @@ class HashSpec(_Frozen):
 class LatencySpec(_Frozen):
     """Latency of one load past L1, SM clock cycles."""
 
-    base: float = Field(270.0, gt=0)
-    half: float = Field(30.0, ge=0)
-    spread: float = Field(8.0, ge=0)
-    groups: int = Field(8, ge=1)
-    noise: float = Field(0.5, ge=0)
-    drift: float = Field(1.0, ge=0)
-    disturbance: float = Field(0.0, ge=0, le=1)
-    coincide: int = Field(1, ge=1)
+    base: float = Field(default=270.0, gt=0)
+    half: float = Field(default=30.0, ge=0)
+    spread: float = Field(default=8.0, ge=0)
+    groups: int = Field(default=8, ge=1)
+    noise: float = Field(default=0.5, ge=0)
+    drift: float = Field(default=1.0, ge=0)
+    disturbance: float = Field(default=0.0, ge=0, le=1)
+    coincide: int = Field(default=1, ge=1)
 
 
 class RateSpec(_Frozen):
     """What slices, channels and SMs move, bytes per cycle of `clock_hz`."""
 
-    slice_read: float = Field(64.0, gt=0)
-    slice_write: float = Field(32.0, gt=0)
-    channel: float = Field(24.0, gt=0)
-    sm: float = Field(64.0, gt=0)
-    clock_hz: float = Field(1.5e9, gt=0)
+    slice_read: float = Field(default=64.0, gt=0)
+    slice_write: float = Field(default=32.0, gt=0)
+    channel: float = Field(default=24.0, gt=0)
+    sm: float = Field(default=64.0, gt=0)
+    clock_hz: float = Field(default=1.5e9, gt=0)
 
 
 class MemorySpec(_Frozen):
-    """The memory side of a simulated GPU. Sizes in bytes; `memory_bytes` and `l2_bytes` come from the spec's other tables."""
+    """The memory side of a simulated GPU. Sizes in bytes; two of them come from the spec's other tables."""
 
     note: str = ""
-    page_bytes: int = Field(2 << 20, ge=4096)
+    page_bytes: int = Field(default=2 << 20, ge=4096)
     memory_bytes: int = Field(gt=0)
     l2_bytes: int = Field(gt=0)
-    slices_per_channel: int = Field(1, ge=1)
+    slices_per_channel: int = Field(default=1, ge=1)
     hash: HashSpec
     latency: LatencySpec = LatencySpec()
     rates: RateSpec = RateSpec()
