@@ -11,29 +11,34 @@ from collections.abc import Sequence
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from missile.errors import MisuseError
+from missile.workloads.arrivals import (
+    Arrivals,
+    BurstArrivals,
+    ClosedLoop,
+    DisbArrivals,
+    PeriodicArrivals,
+    PoissonArrivals,
+    TraceArrivals,
+)
 
 __all__ = [
-    "Arrivals",
-    "Bursts",
-    "ClosedLoop",
-    "Periodic",
-    "Poisson",
-    "Recorded",
     "Scenario",
     "Tenant",
     "TenantClass",
     "default_scenario",
+    "describe_arrivals",
     "format_scenario",
     "parse_scenario",
     "read_scenario",
 ]
 
-Rate = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+_ARRIVAL_KINDS = {"poisson", "periodic", "closed", "bursts", "trace", "disb"}
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}$")]
 
 
@@ -48,72 +53,16 @@ class TenantClass(StrEnum):
     BE = "BE"
 
 
-class Poisson(_Strict):
-    """Independent arrivals, `rate` requests/s on average."""
-
-    kind: Literal["poisson"] = "poisson"
-    rate: Rate
-
-    def __str__(self) -> str:
-        return f"Poisson, {self.rate:g}/s"
-
-
-class Periodic(_Strict):
-    """One request every 1/`rate` s, each moved by up to `jitter` periods."""
-
-    kind: Literal["periodic"] = "periodic"
-    rate: Rate
-    jitter: float = Field(0.0, ge=0, le=1)
-
-    def __str__(self) -> str:
-        return f"periodic, {self.rate:g}/s" + (f" ± {self.jitter:.0%} of a period" if self.jitter else "")
-
-
-class Bursts(_Strict):
-    """Bursts of `size` requests at once; the bursts arrive by Poisson so that `rate` requests/s arrive on average."""
-
-    kind: Literal["bursts"] = "bursts"
-    rate: Rate
-    size: int = Field(4, ge=1, le=10_000)
-
-    def __str__(self) -> str:
-        return f"bursts of {self.size}, {self.rate:g}/s on average"
-
-
-class Recorded(_Strict):
-    """A recorded trace by name, its time stretched so that `rate` requests/s arrive on average (None: as recorded)."""
-
-    kind: Literal["trace"] = "trace"
-    trace: str = Field(min_length=1)
-    rate: Rate | None = None
-
-    def __str__(self) -> str:
-        return f"recorded trace {self.trace}" + (f", scaled to {self.rate:g}/s" if self.rate else "")
-
-
-class ClosedLoop(_Strict):
-    """`in_flight` requests are always outstanding: the next is issued when one is done."""
-
-    kind: Literal["closed"] = "closed"
-    in_flight: int = Field(1, ge=1, le=64)
-
-    def __str__(self) -> str:
-        return "closed loop" + (f", {self.in_flight} in flight" if self.in_flight > 1 else "")
-
-
-Arrivals = Annotated[Poisson | Periodic | Bursts | Recorded | ClosedLoop, Field(discriminator="kind")]
-
-
 class Tenant(_Strict):
     """One model with its requests.
 
-    An LS tenant's objective is `slo_ms`, or `slo_factor` times its own solo p99; a BE tenant has none.
+    `batch` None means the model's usual one. An LS tenant's objective is `slo_ms`, or `slo_factor` times its own solo p99; a BE tenant has none.
     """
 
     name: Name
     tenant_class: TenantClass = Field(alias="class")
     model: str = Field(min_length=1)
-    batch: int = Field(1, ge=1, le=4096)
+    batch: int | None = Field(None, ge=1, le=4096)
     arrivals: Arrivals
     slo_ms: float | None = Field(None, gt=0)
     slo_factor: float | None = Field(None, ge=1)
@@ -212,6 +161,29 @@ def format_scenario(scenario: Scenario) -> str:
     return "\n".join(lines) + "\n"
 
 
+def describe_arrivals(spec: Arrivals) -> str:
+    """`spec` in a few words, for tables and the report."""
+    match spec:
+        case PoissonArrivals():
+            return f"Poisson, {spec.rate_per_s:g}/s"
+        case PeriodicArrivals():
+            return f"periodic, {spec.rate_per_s:g}/s" + (f", late by up to {spec.jitter:.0%}" if spec.jitter else "")
+        case BurstArrivals():
+            return (
+                f"bursts of {spec.burst_per_s:g}/s between {spec.quiet_per_s:g}/s, {spec.rate_per_s:.3g}/s on average"
+            )
+        case TraceArrivals():
+            scaled = [f"scaled to {spec.rate_per_s:g}/s"] if spec.rate_per_s else []
+            scaled += [f"{spec.compression:g} times as fast"] if spec.compression != 1 else []
+            scaled += [f"{spec.rate_scale:g} times as many"] if spec.rate_scale != 1 else []
+            return ", ".join([f"recorded trace {spec.name}", *scaled])
+        case DisbArrivals():
+            return f"DISB workload {spec.workload}, task {spec.task}"
+        case ClosedLoop():
+            think = f", {spec.think_ms:g} ms between" if spec.think_ms else ""
+            return f"closed loop, {spec.depth} outstanding{think}"
+
+
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
@@ -239,21 +211,24 @@ def _validate(raw: dict[str, Any], source: str) -> Scenario:
 def _first_problem(error: ValidationError, raw: dict[str, Any]) -> str:
     """The first error as "field: what is wrong", with tenants called by their names."""
     first = error.errors()[0]
-    kinds = {"poisson", "periodic", "bursts", "trace", "closed"}
     path: list[str] = []
     for part in first["loc"]:
         if isinstance(part, int):
             path[-1] += _label(raw.get("tenant"), part) if path == ["tenant"] else f"[{part}]"
-        elif not (part in kinds and path[-1:] == ["arrivals"]):
+        elif path[-1:] != ["arrivals"] or part not in _ARRIVAL_KINDS:
             path.append(part)
     field = ".".join(path)
     known = {"missing": "is missing", "extra_forbidden": "is not a field of a scenario"}
     if first["type"] in known:
         return f"{field} {known[first['type']]}"
-    message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    given = first["input"]
-    shown = f", not {given!r}" if isinstance(given, str | int | float) else ""
-    return f"{field}: {message}{shown}" if field else message
+    message = first["msg"].removeprefix("Value error, ").removesuffix(".")
+    if message.startswith("Input should "):
+        message = message.removeprefix("Input ") + (f", not {given!r}" if _is_short(given := first["input"]) else "")
+    return f"{field}: {message}" if field else message
+
+
+def _is_short(value: object) -> bool:
+    return isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 60)
 
 
 def _label(tenants: Any, index: int) -> str:

@@ -1,0 +1,76 @@
+"""What a result depends on beside the scenario: GPU, driver, versions, commit, host."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from missile import __version__
+from missile.gpu.interface import GpuInfo
+
+__all__ = ["describe_environment"]
+
+_PACKAGES = ("numpy", "torch", "triton", "cuda-bindings")
+
+
+def describe_environment(info: GpuInfo) -> dict[str, Any]:
+    """Names and versions of everything a reader needs to judge or repeat the run. Nothing that names a person or host."""
+    return {
+        "missile": __version__,
+        "commit": _commit(),
+        "gpu": {
+            "name": info.name,
+            "device": info.device,
+            "simulated": info.simulated,
+            "sms": info.sms,
+            "l2_bytes": info.l2_bytes,
+            "memory_bytes": info.memory_bytes,
+            "compute_capability": ".".join(map(str, info.compute_capability)),
+            "clock_hz": info.clock_hz,
+            "driver": info.driver,
+            "runtime": info.runtime,
+            "notes": list(info.notes),
+        },
+        "host": {
+            "cpu": _cpu(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "system": f"{platform.system()} {platform.release()}",
+            "python": platform.python_version(),
+        },
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str:
+    """The checkout's commit, with "+" when files differ from it; "" when this is not a checkout."""
+    here = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(here)]
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=5)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    # An installed copy may lie inside somebody else's checkout: only ours holds this very file.
+    tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=5)
+    if head.returncode or tracked.returncode:
+        return ""
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

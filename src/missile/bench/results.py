@@ -1,0 +1,164 @@
+"""`results.json`: everything a bench run measured, raw, with what is needed to understand and repeat it.
+
+The report and the table are computed from this file alone, so that both can be made again later.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from missile.bench.scenario import Scenario
+from missile.errors import MisuseError
+from missile.runtime.records import RunRecord, TenantRecord
+
+__all__ = ["SCHEMA", "Results", "Run", "TenantInfo", "TenantRun", "read_results", "write_results"]
+
+SCHEMA = "missile-bench/1"
+
+Nanoseconds = Annotated[list[int], Field(default_factory=list)]
+_TIMES = ("arrival", "dispatch", "start", "end", "done")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TenantRun(_Strict):
+    """One tenant's requests in one run: `TenantRecord` with times in ns since the run's start, one entry per request."""
+
+    name: str
+    arrival_ns: Nanoseconds
+    dispatch_ns: Nanoseconds
+    start_ns: Nanoseconds
+    end_ns: Nanoseconds
+    done_ns: Nanoseconds
+    lane: list[int] = Field(default_factory=list)
+    unfinished: int = 0
+    rejected: int = 0
+    error: str = ""
+
+    @model_validator(mode="after")
+    def _same_length(self) -> TenantRun:
+        lengths = {len(getattr(self, f"{time}_ns")) for time in _TIMES} | {len(self.lane)}
+        if len(lengths) > 1:
+            raise ValueError(f"tenant {self.name!r} has lists of different lengths")
+        return self
+
+    @classmethod
+    def from_record(cls, record: TenantRecord) -> TenantRun:
+        return cls(
+            name=record.name,
+            **{f"{time}_ns": getattr(record, time).tolist() for time in _TIMES},
+            lane=record.lane.tolist(),
+            unfinished=record.unfinished,
+            rejected=record.rejected,
+            error=record.error,
+        )
+
+    def record(self) -> TenantRecord:
+        return TenantRecord(
+            name=self.name,
+            **{time: np.asarray(getattr(self, f"{time}_ns"), np.int64) for time in _TIMES},
+            lane=np.asarray(self.lane, np.int64),
+            unfinished=self.unfinished,
+            rejected=self.rejected,
+            error=self.error,
+        )
+
+
+class Run(_Strict):
+    """One run: all tenants under `policy`, or (kind "solo") the one tenant alone on the whole GPU."""
+
+    kind: Literal["solo", "policy"]
+    policy: str
+    repeat: int
+    seed: int
+    duration_ns: int
+    warmup_ns: int
+    lanes: list[str]
+    tenants: list[TenantRun]
+    jitter_ns: list[int] = Field(default_factory=list)
+    interrupted: bool = False
+    notes: list[str] = Field(default_factory=list)
+
+    @classmethod
+    def from_record(cls, record: RunRecord, *, kind: Literal["solo", "policy"], repeat: int) -> Run:
+        return cls(
+            kind=kind,
+            policy=record.policy,
+            repeat=repeat,
+            seed=record.seed,
+            duration_ns=record.duration_ns,
+            warmup_ns=record.warmup_ns,
+            lanes=list(record.lanes),
+            tenants=[TenantRun.from_record(tenant) for tenant in record.tenants],
+            jitter_ns=record.jitter_ns.tolist(),
+            interrupted=record.interrupted,
+            notes=list(record.notes),
+        )
+
+    @property
+    def span_s(self) -> float:
+        """The measured span, seconds: what follows the warm-up."""
+        return (self.duration_ns - self.warmup_ns) / 1e9
+
+
+class TenantInfo(_Strict):
+    """A tenant as it was run. `slo_ms` is the objective in force, also where the scenario gave a factor of the solo p99."""
+
+    name: str
+    tenant_class: Literal["LS", "BE"]
+    model: str
+    batch: int
+    arrivals: str
+    slo_ms: float | None = None
+    slo_text: str = ""
+
+
+class Results(_Strict):
+    """A bench run. `policies`: name -> what it does, in words. `environment`: strings and numbers for people."""
+
+    schema_name: str = Field(SCHEMA, alias="schema")
+    created: str
+    simulated: bool
+    gpu: str
+    device: str
+    interrupted: bool = False
+    environment: dict[str, Any]
+    scenario: Scenario
+    policies: dict[str, str]
+    tenants: list[TenantInfo]
+    runs: list[Run]
+    notes: list[str] = Field(default_factory=list)
+
+
+def write_results(results: Results, path: Path) -> None:
+    """Write `path` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(results.model_dump_json(by_alias=True) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def read_results(path: Path) -> Results:
+    """Read a results file. MisuseError when it is missing, truncated, edited out of form or of another schema."""
+    try:
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MisuseError(f"There is no results file at {path}.") from None
+    except (OSError, ValueError) as error:
+        raise MisuseError(f"{path} can't be read: {error}.") from error
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if schema != SCHEMA:
+        raise MisuseError(f"{path} has schema {schema!r}; this Missile reads {SCHEMA!r}.")
+    try:
+        return Results.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise MisuseError(f"{path} is not a valid results file: {where}: {first['msg']}.") from error
