@@ -1,0 +1,139 @@
+"""Depthwise and other thin grouped convolutions as pointwise kernels, for Inductor.
+
+Inductor's convolution template computes each group as a matrix product of at least 16x16x16: for a depthwise convolution
+(one channel per group) nearly all of that is padding. Here each output element is the sum of its kernel's taps,
+accumulated in fp32; Inductor fuses what follows (bias, batch norm, activation) into the same Triton kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+__all__ = ["depthwise_lowering", "is_depthwise"]
+
+aten = torch.ops.aten
+
+
+def is_depthwise(weight_shape: Sequence[int], in_channels: int, groups: int, *, transposed: bool = False) -> bool:
+    """True for a 2-d convolution with one input channel per group (any whole number of output channels for each)."""
+    if transposed or len(weight_shape) != 4 or groups <= 1:
+        return False
+    return weight_shape[1] == 1 and groups == in_channels and weight_shape[0] % groups == 0
+
+
+@contextmanager
+def depthwise_lowering() -> Iterator[None]:
+    """While active, Inductor lowers depthwise `aten.convolution` to taps and everything else as before."""
+    from torch._inductor.lowering import lowerings
+
+    original = lowerings[aten.convolution.default]
+
+    def lower(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, *rest: Any) -> Any:
+        transposed, _, groups = rest
+        shape = [int(s) for s in weight.get_size()]
+        if len(x.get_size()) == 4 and is_depthwise(shape, int(x.get_size()[1]), groups, transposed=transposed):
+            return _lower_depthwise(x, weight, bias, _pair(stride), _pair(padding), _pair(dilation))
+        return original(x, weight, bias, stride, padding, dilation, *rest)
+
+    lowerings[aten.convolution.default] = lower
+    try:
+        yield
+    finally:
+        lowerings[aten.convolution.default] = original
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    first, *others = (int(v) for v in values)
+    return first, others[0] if others else first
+
+
+def _lower_depthwise(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Any:
+    from torch._inductor import ir
+    from torch._inductor.virtualized import ops
+
+    # Realized, because every input element is read by many taps: what made it must not be recomputed in each.
+    x = ir.ExternKernel.require_channels_last(x)
+    x.realize()
+    weight = _channels_innermost(weight)
+    batch, in_channels, height, width = (int(s) for s in x.get_size())
+    taps_h, taps_w, out_channels = (int(s) for s in weight.get_size())
+    multiplier = out_channels // in_channels
+    out_h = _out_size(height, taps_h, stride[0], padding[0], dilation[0])
+    out_w = _out_size(width, taps_w, stride[1], padding[1], dilation[1])
+    load_x, load_w = x.make_loader(), weight.make_loader()
+    load_bias = None if bias is None else bias.make_loader()
+    dtype = x.get_dtype()
+
+    def inner(index: Sequence[Any]) -> Any:
+        n, c, h, w = index
+        in_c = c if multiplier == 1 else c // multiplier
+        total = None
+        for i in range(taps_h):
+            for j in range(taps_w):
+                row = h * stride[0] + (i * dilation[0] - padding[0])
+                column = w * stride[1] + (j * dilation[1] - padding[1])
+                value = _load_inside(load_x, (n, in_c, row, column), (height, width), (padding[0] > 0, padding[1] > 0))
+                factor = ops.to_dtype(load_w([i, j, c]), torch.float32)
+                term = ops.mul(ops.to_dtype(value, torch.float32), factor)
+                total = term if total is None else ops.add(total, term)
+        if load_bias is not None:
+            total = ops.add(total, ops.to_dtype(load_bias([c]), torch.float32))
+        return ops.to_dtype(total, dtype)
+
+    out = ir.Pointwise.create(
+        device=x.get_device(), dtype=dtype, inner_fn=inner, ranges=[batch, out_channels, out_h, out_w]
+    )
+    return ir.ExternKernel.require_channels_last(out)
+
+
+def _load_inside(
+    load: Callable[[Sequence[Any]], Any],
+    index: tuple[Any, Any, Any, Any],
+    size: tuple[int, int],
+    padded: tuple[bool, bool],
+) -> Any:
+    """Element `index` of the input, 0 outside of it. Unpadded dimensions need no check."""
+    from torch._inductor.virtualized import ops
+
+    inside = None
+    for position, limit, check in zip(index[2:], size, padded, strict=True):
+        if not check:
+            continue
+        at = ops.index_expr(position, torch.int64)
+        low = ops.ge(at, ops.constant(0, torch.int64))
+        both = ops.and_(low, ops.lt(at, ops.constant(limit, torch.int64)))
+        inside = both if inside is None else ops.and_(inside, both)
+    if inside is None:
+        return load(index)
+    return ops.masked(inside, lambda: load(index), 0.0)
+
+
+def _channels_innermost(weight: Any) -> Any:
+    """The weight (channels, 1, h, w) as (h, w, channels), so that the lanes of a warp read neighbours.
+
+    A frozen constant is rearranged once, at compile time; anything else is read as it lies.
+    """
+    from torch._inductor.lowering import lowerings
+    from torch._inductor.virtualized import V
+
+    name = weight.get_name() if hasattr(weight, "get_name") else ""
+    constant = V.graph.constants.get(name)
+    if constant is not None:
+        return V.graph.add_tensor_constant(constant.detach().squeeze(1).permute(1, 2, 0).contiguous())
+    weight.realize()
+    return lowerings[aten.permute](lowerings[aten.squeeze](weight, 1), [1, 2, 0])
+
+
+def _out_size(size: int, taps: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1

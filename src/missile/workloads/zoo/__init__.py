@@ -1,0 +1,5 @@
+"""Models that Missile defines itself."""
+
+from __future__ import annotations
+
+__all__ = ["decoder"]
