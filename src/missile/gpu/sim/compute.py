@@ -1,0 +1,249 @@
+"""The SMs: which kernel's blocks are where, how fast each kernel goes, and when the next one ends. Pure of clocks and hosts.
+
+Blocks are counted, not simulated one by one. A kernel holds room for some of its blocks and passes through them in waves;
+room goes to pending blocks by priority, then by arrival, so a later kernel gets what the earlier ones leave over. Blocks
+that run are never displaced: a kernel of higher priority gets the room of a lower one's blocks as those end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from missile.gpu.sim.cost import UNITS_PER_SM, KernelCost
+from missile.gpu.sim.sharing import placed_speed, speeds
+from missile.gpu.sim.spec import GpuSpec
+
+__all__ = ["Compute", "Running"]
+
+_DONE_NS = 1e-6  # work that is less than this from its end has ended (rounding of times as large as 1e12 ns)
+
+
+class Running:
+    """One kernel launch, from its arrival on the GPU to its end.
+
+    `left` of `total` ns of work remain (work is measured in time at full speed); `finish` is called when none does.
+    """
+
+    __slots__ = (
+        "blocks", "cost", "finish", "gap", "handover", "held", "left", "order", "parts", "placed", "sms", "speed",
+        "tail", "total", "waiting", "work",
+    )  # fmt: skip
+
+    def __init__(
+        self, cost: KernelCost, order: tuple[int, int], parts: tuple[int, ...], sms: int, gap: float, noise: float
+    ) -> None:
+        self.cost = cost
+        self.order = order
+        self.parts = parts
+        self.sms = sms
+        self.gap = gap
+        self.work = cost.solo_ns * noise
+        self.total = self.left = self.work + gap
+        self.blocks = 0  # for how many blocks it holds room
+        self.held = [0] * len(parts)  # the same, by part
+        self.waiting = True  # has blocks that were not placed yet
+        self.tail = 0.0  # what is left when its last wave starts
+        self.placed = 0.0
+        self.speed = 0.0
+        self.handover = math.inf  # when blocks of lower priority will have made room
+        self.finish: Callable[[float], None] = _nothing
+
+
+def _nothing(_now: float) -> None:
+    pass
+
+
+class Compute:
+    """All SMs of one GPU. `advance` to a time, change something, `settle`; `next_ns` says when to come back."""
+
+    def __init__(self, spec: GpuSpec) -> None:
+        self._spec = spec
+        self._running: list[Running] = []
+        self._pending: list[Running] = []  # those with blocks to place, in the order of service
+        self._arrivals = 0
+        self._now = 0.0
+        self.dirty = False  # something arrived since the last `settle`
+        self.next_ns = math.inf
+        self.busy_sm_ns = 0.0  # SM-time held by blocks so far
+        self.divide((spec.sm.count,))
+
+    @property
+    def idle(self) -> bool:
+        return not self._running
+
+    @property
+    def contended(self) -> bool:
+        """Whether some blocks wait for room."""
+        return bool(self._pending)
+
+    def divide(self, sms: Sequence[int]) -> None:
+        """Make the SMs disjoint parts of these sizes. Only while idle."""
+        self._sms = tuple(sms)
+        self._free = [count * UNITS_PER_SM for count in sms]
+        self._all = sum(self._free)
+
+    def launch_load(self, gap: float) -> float:
+        """How much of the front end the running kernels keep busy: each one's gap over its duration, summed."""
+        load = 0.0
+        for kernel in self._running:
+            load += gap / kernel.total
+        return load
+
+    def start(
+        self, now: float, cost: KernelCost, parts: tuple[int, ...], *, priority: int = 0, gap: float = 0.0,
+        noise: float = 1.0,
+    ) -> Running:  # fmt: skip
+        """A kernel arrives at `now`, with `gap` ns of front-end time before its work. `settle` places it."""
+        self.advance(now)
+        self._arrivals += 1
+        kernel = Running(cost, (-priority, self._arrivals), parts, self._size(parts), gap, noise)
+        self._running.append(kernel)
+        self._enqueue(kernel)
+        self.dirty = True
+        return kernel
+
+    def _size(self, parts: tuple[int, ...]) -> int:
+        return self._sms[parts[0]] if len(parts) == 1 else sum(self._sms[part] for part in parts)
+
+    def _enqueue(self, kernel: Running) -> None:
+        pending = self._pending
+        position = len(pending)
+        while position and pending[position - 1].order > kernel.order:
+            position -= 1
+        pending.insert(position, kernel)
+
+    def advance(self, now: float) -> None:
+        """Let the work go on until `now`, which is not beyond `next_ns` (rounding aside)."""
+        elapsed = now - self._now
+        if elapsed <= 0.0:
+            return
+        self._now = now
+        self.busy_sm_ns += (self._all - sum(self._free)) / UNITS_PER_SM * elapsed
+        for kernel in self._running:
+            kernel.left -= elapsed * kernel.speed
+
+    def finished(self) -> list[Running]:
+        """Take out the kernels that have ended and give their room back."""
+        ended = [kernel for kernel in self._running if kernel.left <= _DONE_NS]
+        for kernel in ended:
+            self._running.remove(kernel)
+            if kernel.waiting:
+                self._pending.remove(kernel)
+            self._release(kernel, kernel.blocks)
+        return ended
+
+    def settle(self) -> None:
+        """Place what can be placed, set everybody's speed, and find the next time at which something changes."""
+        self.dirty = False
+        if self._pending:
+            for kernel in [k for k in self._pending if k.blocks and k.left <= k.tail + _DONE_NS]:
+                self._start_last_wave(kernel)
+            self._hand_over()
+            self._place()
+        active = [kernel for kernel in self._running if kernel.blocks]
+        if len(active) == 1:
+            found = [active[0].placed]
+        else:
+            costs = [kernel.cost for kernel in active]
+            room = [kernel.blocks * kernel.cost.units / UNITS_PER_SM for kernel in active]
+            found = speeds(costs, [kernel.placed for kernel in active], room, self._spec) if active else []
+        crowded = len(self._pending) > 1
+        wait = math.inf
+        for kernel, speed in zip(active, found, strict=True):
+            if kernel.gap:
+                speed = kernel.total / (kernel.gap + kernel.work / speed)
+            kernel.speed = speed
+            until = kernel.left - kernel.tail if crowded and kernel.waiting else kernel.left
+            wait = min(wait, until / speed)
+        self.next_ns = self._now + max(wait, 0.0)
+        if crowded:
+            self._plan_handover()
+
+    def _release(self, kernel: Running, blocks: int) -> None:
+        kernel.blocks -= blocks
+        units = kernel.cost.units
+        for place, part in enumerate(kernel.parts):
+            count = min(kernel.held[place], blocks)
+            kernel.held[place] -= count
+            self._free[part] += count * units
+            blocks -= count
+
+    def _start_last_wave(self, kernel: Running) -> None:
+        """All its blocks are placed now; room beyond the last wave's is free. Its pace stays that of whole waves."""
+        waves = -(-kernel.cost.blocks // kernel.blocks)
+        last = kernel.cost.blocks - (waves - 1) * kernel.blocks
+        self._release(kernel, kernel.blocks - last)
+        kernel.waiting = False
+        self._pending.remove(kernel)
+
+    def _place(self) -> None:
+        still = []
+        for kernel in self._pending:
+            cost = kernel.cost
+            unplaced = math.ceil(cost.blocks * kernel.left / kernel.total - 1e-9) - kernel.blocks
+            changed = False
+            for place, part in enumerate(kernel.parts):
+                count = min(self._free[part] // cost.units, unplaced)
+                if count > 0:
+                    kernel.held[place] += count
+                    kernel.blocks += count
+                    self._free[part] -= count * cost.units
+                    unplaced -= count
+                    changed = True
+            if changed:
+                self._set_pace(kernel)
+                kernel.handover = math.inf
+            if unplaced > 0:
+                still.append(kernel)
+            else:
+                kernel.waiting = False
+        self._pending = still
+
+    def _set_pace(self, kernel: Running) -> None:
+        kernel.placed = placed_speed(kernel.cost, kernel.blocks, kernel.sms, self._spec.sm.count)
+        kernel.tail = kernel.total / -(-kernel.cost.blocks // kernel.blocks) if kernel.blocks else 0.0
+        if not kernel.blocks:
+            kernel.speed = 0.0
+
+    def _donors(self, kernel: Running) -> list[Running]:
+        """Kernels of lower priority with blocks still to come: their running blocks' room goes to `kernel` first."""
+        level = kernel.order[0]
+        return [
+            other
+            for other in self._pending
+            if other.order[0] > level and other.blocks and not set(other.parts).isdisjoint(kernel.parts)
+        ]
+
+    def _plan_handover(self) -> None:
+        """When will blocks of lower priority have made room for the first pending kernel that could have it?
+
+        Blocks of a long kernel end evenly spread over the time that one takes. Once planned a time stands.
+        """
+        for kernel in self._pending:
+            donors = self._donors(kernel) if kernel.handover == math.inf else ()
+            if donors:
+                per_ns, longest = 0.0, 0.0
+                for donor in donors:
+                    block_ns = donor.tail / donor.speed
+                    per_ns += donor.blocks * donor.cost.units / block_ns
+                    longest = max(longest, block_ns)
+                kernel.handover = self._now + min(self._wanted(kernel) / per_ns, longest)
+            self.next_ns = min(self.next_ns, kernel.handover)
+
+    def _wanted(self, kernel: Running) -> int:
+        return (math.ceil(kernel.cost.blocks * kernel.left / kernel.total) - kernel.blocks) * kernel.cost.units
+
+    def _hand_over(self) -> None:
+        for kernel in self._pending:
+            if kernel.handover > self._now + _DONE_NS:
+                continue
+            kernel.handover = math.inf
+            wanted = self._wanted(kernel)
+            for donor in self._donors(kernel):
+                blocks = min(-(-wanted // donor.cost.units), donor.blocks)
+                self._release(donor, blocks)
+                self._set_pace(donor)
+                wanted -= blocks * donor.cost.units
+                if wanted <= 0:
+                    break

@@ -1,0 +1,132 @@
+"""What one kernel costs on one spec'd GPU, alone: its duration there, and the rates at which it asks for shared things.
+
+Pure. Everything about contention is in `sharing`, everything about placement in `compute`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from missile.gpu.sim.spec import GpuSpec, builtin_specs
+from missile.gpu.work import KernelWork
+
+__all__ = ["UNITS_PER_SM", "KernelCost", "kernel_cost", "missing_share", "working_set"]
+
+UNITS_PER_SM = 5040  # an SM's room, divisible by every small occupancy; a block takes UNITS_PER_SM // blocks_per_sm
+MINIMUM_NS = 1000.0  # nothing that was launched takes less
+SATURATION = 0.97  # a kernel alone can ask for this share of a bandwidth at most, so that alone it never queues
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCost:
+    """Costs at full speed, that is alone on the whole GPU.
+
+    solo_ns: duration. blocks, units: how many blocks, and the room each takes. waves: how many rounds of blocks.
+    vram, reads, l2: bytes per ns asked of VRAM, of VRAM by reads only (both if nothing were in L2), of L2.
+    arithmetic: share of the GPU's arithmetic. sensitivity: share of the duration spent waiting for memory.
+    stretch: block time without bandwidth queueing over block time with it, in (0, 1].
+    working_set: bytes that the kernel and those that run with it in turn keep coming back to. missing: share of its
+    footprint that L2 does not hold when alone.
+    """
+
+    solo_ns: float
+    blocks: int
+    units: int
+    waves: int
+    vram: float
+    reads: float
+    l2: float
+    arithmetic: float
+    sensitivity: float
+    stretch: float
+    working_set: float
+    missing: float
+
+
+def working_set(works: Sequence[KernelWork]) -> float:
+    """Bytes that a sequence run over and over comes back to: the sum of footprints (a buffer used twice counts twice)."""
+    return float(sum(work.footprint_bytes for work in works))
+
+
+def missing_share(kept: float, l2_bytes: float) -> float:
+    """Share of accesses that L2 misses when `kept` bytes are come back to in turn: none while they fit with room to
+    spare, all from one and a half times its size on (a cyclic pass over more than a cache holds evicts what comes next).
+    """
+    return min(max((kept / l2_bytes - 0.8) / 0.7, 0.0), 1.0)
+
+
+def kernel_cost(work: KernelWork, spec: GpuSpec, keeps: float = 0.0) -> KernelCost:
+    """The cost of `work` on `spec`. keeps: the working set of the sequence it belongs to, bytes."""
+    blocks = max(work.blocks, 1)
+    per_sm = max(min(work.blocks_per_sm, spec.sm.max_blocks), 1)
+    waves = -(-blocks // (per_sm * spec.sm.count))
+    solo = _solo_ns(work, spec)
+    traffic = work.read_bytes + work.write_bytes
+    read_share = work.read_bytes / traffic if traffic else 1.0
+    keeps = max(keeps, float(work.footprint_bytes))
+    missing = missing_share(keeps, spec.l2_bytes)
+    vram = min(work.footprint_bytes / solo, SATURATION * spec.vram_rate)
+    arithmetic = min(work.operations / solo / spec.operation_rate(work.tensor_ops), SATURATION)
+    return KernelCost(
+        solo_ns=solo,
+        blocks=blocks,
+        units=UNITS_PER_SM // per_sm,
+        waves=waves,
+        vram=vram,
+        reads=vram * read_share,
+        l2=min(traffic / solo, SATURATION * spec.l2.bandwidth_gb_s),
+        arithmetic=arithmetic,
+        sensitivity=_sensitivity(work, spec, solo, waves, arithmetic),
+        stretch=1.0 - spec.sharing.headroom * min(vram / spec.vram_rate, 1.0),
+        working_set=keeps,
+        missing=missing,
+    )
+
+
+def _sensitivity(work: KernelWork, spec: GpuSpec, solo: float, waves: int, arithmetic: float) -> float:
+    """Share of the duration that grows with memory latency: rounds of loads that a thread waits for, one after another."""
+    sharing = spec.sharing
+    per_round = max(work.blocks, 1) * max(work.threads, 1) * 16 * sharing.loads_in_flight
+    rounds = work.read_bytes / per_round
+    waiting = (rounds + (1 if work.read_bytes else 0)) * waves * sharing.memory_latency_ns
+    return max(0.0, min(1.0 - arithmetic, waiting / solo))
+
+
+def _roofline(work: KernelWork, spec: GpuSpec) -> float:
+    """Lower bound on the duration, ns: the largest of the VRAM, L2 and arithmetic times."""
+    return max(
+        work.footprint_bytes / spec.vram_rate,
+        (work.read_bytes + work.write_bytes) / spec.l2.bandwidth_gb_s,
+        work.operations / spec.operation_rate(work.tensor_ops),
+    )
+
+
+def _latency_bound(work: KernelWork, spec: GpuSpec) -> float:
+    """Time that only latency takes, ns: each wave of blocks waits for memory and clock alike."""
+    waves = -(-max(work.blocks, 1) // (max(work.blocks_per_sm, 1) * spec.sm.count))
+    return waves / spec.sm.clock_mhz
+
+
+def _solo_ns(work: KernelWork, spec: GpuSpec) -> float:
+    """Duration alone on `spec`: as measured there; else scaled from where it was measured; else the roofline.
+
+    Scaling: the part that the roofline of the recorded GPU explains scales with the rooflines, the rest with waves and
+    clock. A recording whose GPU has no spec is taken for this one's.
+    """
+    bound = _roofline(work, spec)
+    if work.solo_ns <= 0.0:
+        per_thread = work.operations / max(work.blocks * work.threads, 1) / max(spec.sm.clock_mhz, 1.0) * 1000
+        return max(bound + spec.sharing.memory_latency_ns, per_thread, MINIMUM_NS)
+    recorded = _recorded_spec(work.recorded_on)
+    if recorded is None or recorded.name == spec.name:
+        return work.solo_ns
+    explained = min(_roofline(work, recorded), work.solo_ns)
+    share = explained / work.solo_ns
+    by_roofline = bound / _roofline(work, recorded) if explained else 1.0
+    by_latency = _latency_bound(work, spec) / _latency_bound(work, recorded)
+    return max(work.solo_ns * (share * by_roofline + (1.0 - share) * by_latency), bound)
+
+
+def _recorded_spec(name: str) -> GpuSpec | None:
+    return next((spec for spec in builtin_specs().values() if spec.name == name), None) if name else None

@@ -1,0 +1,181 @@
+"""The spec of a simulated GPU: what a TOML file says, checked. docs/simulator.md explains every field with an example."""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from missile.errors import MisuseError
+
+__all__ = ["Faults", "GpuSpec", "builtin_specs", "load_spec"]
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(gt=0)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SmTable(_Table):
+    """The streaming multiprocessors. Operations count a multiply-add as two."""
+
+    count: Count
+    clock_mhz: Positive
+    operations_per_clock: Positive  # per SM, single precision
+    tensor_operations_per_clock: Positive  # per SM, dense half precision on the matrix units (no units: the plain rate)
+    granularity: Count = 8  # partitions come in multiples of this
+    minimum: Count = 8
+    max_threads: Count = 2048
+    max_blocks: Annotated[int, Field(gt=0, le=64)] = 32
+    shared_kib: Count = 96
+
+
+class L2Table(_Table):
+    mib: Positive
+    bandwidth_gb_s: Positive
+
+
+class VramTable(_Table):
+    gib: Positive
+    bandwidth_gb_s: Positive  # the datasheet's
+    efficiency: Annotated[float, Field(gt=0, le=1)] = 0.92  # share of it that kernels can have
+
+
+class LinkTable(_Table):
+    """The host link. A copy holds its engine for `overhead_ns + bytes / rate`; `latency_ns` passes before it may start."""
+
+    h2d_gb_s: Positive
+    d2h_gb_s: Positive
+    overhead_ns: NonNegative = 2600
+    latency_ns: NonNegative = 3000
+
+
+class HostTable(_Table):
+    """What calls cost the host thread, and how long work takes from the call to the GPU. All in ns."""
+
+    launch_ns: NonNegative = 2500
+    graph_ns: NonNegative = 6000
+    copy_ns: NonNegative = 3300
+    record_ns: NonNegative = 700
+    query_ns: NonNegative = 500
+    latency_ns: NonNegative = 2500
+
+
+class SharingTable(_Table):
+    """Constants of the contention model (docs/simulator.md gives the formulas)."""
+
+    graph_gap_ns: NonNegative = 700  # between two kernels of a graph
+    stream_gap_ns: NonNegative = 1200  # between two launches in a stream
+    frontend_ns: NonNegative = 3500  # gap added per neighbour that does nothing but launch
+    headroom: Annotated[float, Field(ge=0, lt=1)] = 0.6  # share of the SMs a bandwidth-bound kernel can lose unharmed
+    queueing: NonNegative = 0.8  # growth of memory latency with load
+    queueing_limit: Annotated[float, Field(gt=0, lt=1)] = 0.8  # load beyond which latency grows no more
+    miss_penalty: NonNegative = 0.8  # VRAM's latency over L2's, less one
+    memory_latency_ns: Positive = 600
+    loads_in_flight: Positive = 4  # 16-byte loads that one thread keeps in flight
+
+
+class NoiseTable(_Table):
+    """Standard deviations of log-normal factors on durations. 0 switches noise off."""
+
+    kernel: Annotated[float, Field(ge=0, le=1)] = 0.01
+    copy_: Annotated[float, Field(ge=0, le=1, alias="copy")] = 0.01
+
+
+class KernelFault(_Table):
+    """The `launch`-th launch (from 1) of kernels called `kernel` faults when it runs; the context is lost."""
+
+    kernel: str
+    launch: Count = 1
+
+
+class CopyFault(_Table):
+    """The `copy_number`-th copy (from 1) in `direction` fails in its call; everything else works on."""
+
+    direction: Literal["h2d", "d2h"]
+    copy_number: Count = 1
+
+
+class Faults(_Table):
+    """Faults to inject, so that error paths can be tried without hardware."""
+
+    kernels: tuple[KernelFault, ...] = ()
+    copies: tuple[CopyFault, ...] = ()
+
+
+class GpuSpec(_Table):
+    """One simulated GPU."""
+
+    name: Annotated[str, Field(min_length=1)]
+    compute_capability: tuple[int, int]
+    sm: SmTable
+    l2: L2Table
+    vram: VramTable
+    link: LinkTable
+    host: HostTable = HostTable()
+    sharing: SharingTable = SharingTable()
+    noise: NoiseTable = NoiseTable()
+    faults: Faults = Faults()
+    memory: dict[str, Any] | None = None  # the address hash: see `memory_spec`
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.vram.gib * 2**30)
+
+    @property
+    def l2_bytes(self) -> int:
+        return int(self.l2.mib * 2**20)
+
+    @property
+    def vram_rate(self) -> float:
+        """Bytes per ns that kernels can have from VRAM."""
+        return self.vram.bandwidth_gb_s * self.vram.efficiency
+
+    def operation_rate(self, tensor: bool) -> float:
+        """Operations per ns of the whole GPU."""
+        per_clock = self.sm.tensor_operations_per_clock if tensor else self.sm.operations_per_clock
+        return self.sm.count * per_clock * self.sm.clock_mhz / 1000
+
+
+def load_spec(name_or_path: str) -> GpuSpec:
+    """The spec called `name_or_path` ("h100"), or in that file (when it ends in ".toml").
+
+    Raises MisuseError for an unknown name (naming the known), a missing or broken file and a bad field (naming it).
+    """
+    if not name_or_path.endswith(".toml"):
+        known = builtin_specs()
+        if name_or_path not in known:
+            raise MisuseError(f"Unknown simulated GPU {name_or_path!r}; known: {', '.join(known)}, or PATH.toml.")
+        return known[name_or_path]
+    try:
+        text = Path(name_or_path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MisuseError(f"Spec {name_or_path} can't be read: {error}.") from error
+    return _parse(text, name_or_path)
+
+
+@functools.cache
+def builtin_specs() -> dict[str, GpuSpec]:
+    """The specs that ship with Missile, by name."""
+    directory = resources.files("missile.gpu.sim").joinpath("specs")
+    files = sorted((f for f in directory.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".toml"): _parse(f.read_text(encoding="utf-8"), f.name) for f in files}
+
+
+def _parse(text: str, source: str) -> GpuSpec:
+    try:
+        return GpuSpec.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise MisuseError(f"Spec {source} is not TOML: {error}.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise MisuseError(f"Spec {source}: {where}: {first['msg']}.") from error
