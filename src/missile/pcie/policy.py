@@ -132,7 +132,11 @@ class FairLink:
     def tenants(self) -> tuple[str, ...]:
         return tuple(self._flows)
 
+    def knows(self, tenant: str) -> bool:
+        return tenant in self._flows
+
     def share(self, tenant: str) -> Share:
+        """MisuseError for an unknown tenant, as everywhere here."""
         return self._flow(tenant).share
 
     def served(self, tenant: str) -> int:
@@ -166,8 +170,16 @@ class FairLink:
             flow.floor.pause(now_ns)
 
     @property
+    def awake_count(self) -> int:
+        return len(self._awake)
+
+    @property
+    def latency_sensitive_registered(self) -> bool:
+        return self._latency_sensitive > 0
+
+    @property
     def latency_sensitive_awake(self) -> bool:
-        return bool(self._latency_sensitive) and any(flow.share.latency_sensitive for flow in self._awake)
+        return any(flow.share.latency_sensitive for flow in self._awake)
 
     # --- deciding
 
@@ -211,6 +223,11 @@ class FairLink:
             ceiling = self.min_vruntime + pick.quantum * _UNITS_PER_BYTE * NICE_ZERO // flow.units
             advanced = min(advanced, max(flow.vruntime, ceiling))
         flow.vruntime = advanced
+
+    def largest_piece(self, tenant: str) -> int:
+        """Bytes that fit whatever quantum the tenant is next given."""
+        flow = self._flow(tenant)
+        return self.granularity.short if flow.limit is None else min(self.granularity.short, flow.share.burst_bytes)
 
     def next_eligible(self, now_ns: int) -> int | None:
         """When the first tenant that a rate limit holds back may go on, ns; None when none is held back."""

@@ -1,0 +1,184 @@
+"""What the raw link can do, measured through the GPU interface, and the chunk sizes that follow from it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from missile.errors import MisuseError
+from missile.gpu.interface import DeviceBuffer, Gpu, HostBuffer, Stream
+from missile.pcie.engine import EngineOptions
+from missile.pcie.policy import Granularity
+from missile.pcie.ticket import Direction
+from missile.pcie.weights import MIB
+
+__all__ = ["CHUNKS", "LinkProfile", "choose_options", "measure_link"]
+
+CHUNKS: Final = tuple(1 << power for power in range(16, 27))  # 64 KiB to 64 MiB
+LATENCY_SIZES: Final = (4 << 10, 64 << 10, MIB)
+
+_BYTES_PER_POINT: Final = 256 * MIB
+_COPIES_PER_POINT: Final = 128
+
+
+@dataclass(frozen=True, slots=True)
+class LinkProfile:
+    """One GPU's link. Rates in bytes/s, medians of the repeats; latencies in ns of lone copies, host's call to seen done.
+
+    chunk_rates: rate of back-to-back copies of a size on one stream. both: each direction's rate with the other at work.
+    latency: (p50, p99) by size.
+    """
+
+    gpu: str
+    device: str
+    simulated: bool
+    chunk_rates: dict[Direction, dict[int, float]]
+    both: dict[Direction, float]
+    latency: dict[Direction, dict[int, tuple[float, float]]]
+
+    def raw(self, direction: Direction) -> float:
+        """The best rate of one direction alone, bytes/s."""
+        return max(self.chunk_rates[direction].values())
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure_link(
+    gpu: Gpu, *, chunks: Sequence[int] = CHUNKS, repeats: int = 5, progress: Callable[[str], None] | None = None
+) -> LinkProfile:
+    """Measure both directions, alone and together. Takes 2 x 64 MiB on either side and about half a second of copying."""
+    if not chunks or min(chunks) <= 0 or repeats < 1:
+        raise MisuseError("Measuring the link needs at least one positive chunk size and one repeat.")
+    say = progress or (lambda _: None)
+    size = max(*chunks, *LATENCY_SIZES)
+    ends: dict[Direction, _End] = {}
+    try:
+        for direction in Direction:
+            ends[direction] = _End(gpu, direction, size)
+        rates: dict[Direction, dict[int, float]] = {}
+        latency: dict[Direction, dict[int, tuple[float, float]]] = {}
+        for direction, end in ends.items():
+            end.rate(max(chunks))  # warm-up: first touch of both sides
+            rates[direction] = {}
+            for chunk in chunks:
+                say(f"{direction} {chunk >> 10} KiB")
+                rates[direction][chunk] = statistics.median(end.rate(chunk) for _ in range(repeats))
+            latency[direction] = {nbytes: end.latency(nbytes, 40 * repeats) for nbytes in LATENCY_SIZES}
+        say("both directions")
+        runs = [_both(gpu, ends, min(size, 16 * MIB)) for _ in range(repeats)]
+        both = {direction: statistics.median(run[direction] for run in runs) for direction in Direction}
+    finally:
+        for end in ends.values():
+            end.close()
+    info = gpu.info
+    return LinkProfile(info.name, info.device, info.simulated, rates, both, latency)
+
+
+class _End:
+    """One direction's stream and buffers."""
+
+    def __init__(self, gpu: Gpu, direction: Direction, size: int) -> None:
+        self._gpu = gpu
+        self._direction = direction
+        self.stream: Stream = gpu.create_stream()
+        self._events = (gpu.create_event(), gpu.create_event())
+        self._device: DeviceBuffer = gpu.allocate(size)
+        self._host: HostBuffer = gpu.allocate_host(size)
+        self._host.array[:] = 1  # every page is there before anything is timed
+
+    def copy(self, nbytes: int) -> None:
+        if self._direction is Direction.H2D:
+            self.stream.copy_to_device(self._device.address, self._host, nbytes=nbytes)
+        else:
+            self.stream.copy_to_host(self._host, self._device.address, nbytes=nbytes)
+
+    def start(self, chunk: int, copies: int) -> None:
+        begin, end = self._events
+        self.stream.record(begin)
+        for _ in range(copies):
+            self.copy(chunk)
+        self.stream.record(end)
+
+    def span(self) -> tuple[int, int]:
+        """When the copies of `start` began and ended, ns."""
+        begin, end = self._events
+        end.synchronize()
+        return begin.time_ns(), end.time_ns()
+
+    def rate(self, chunk: int) -> float:
+        copies = max(4, min(_COPIES_PER_POINT, _BYTES_PER_POINT // chunk))
+        self.start(chunk, copies)
+        begin, end = self.span()
+        return copies * chunk * 1e9 / max(1, end - begin)
+
+    def latency(self, nbytes: int, repeats: int) -> tuple[float, float]:
+        times = []
+        event = self._events[1]
+        for _ in range(repeats):
+            begin = self._gpu.now_ns()
+            self.copy(nbytes)
+            self.stream.record(event)
+            self._gpu.wait([event])
+            times.append(float(self._gpu.now_ns() - begin))
+        times.sort()
+        return times[len(times) // 2], times[min(len(times) - 1, int(0.99 * len(times)))]
+
+    def close(self) -> None:
+        self.stream.close()
+        for event in self._events:
+            event.close()
+        self._device.free()
+        self._host.free()
+
+
+def _both(gpu: Gpu, ends: dict[Direction, _End], chunk: int) -> dict[Direction, float]:
+    """Rates while both directions copy: over the time in which neither had ended."""
+    copies = dict.fromkeys(ends, 32)
+    for direction, end in ends.items():
+        end.start(chunk, copies[direction])
+    gpu.synchronize()
+    spans = {direction: end.span() for direction, end in ends.items()}
+    # The tail of the slower one runs alone; with equal byte counts it is the difference of the ends.
+    return {
+        direction: copies[direction] * chunk * 1e9 / max(1, end - begin) for direction, (begin, end) in spans.items()
+    }
+
+
+def choose_options(
+    profile: LinkProfile, *, latency_ns: float = 120_000, small: int = MIB, depth: int = 2
+) -> EngineOptions:
+    """Chunk sizes for a measured link.
+
+    Without latency-sensitive tenants: the smallest chunks that reach 98.5% (alone) and 97% (shared) of the raw rate and
+    take long enough (150 and 75 us) for a scheduler that sleeps between them. With such tenants: the largest chunk with
+    which `depth` of them and a copy of `small` bytes take at most `latency_ns`, lone-copy latency included.
+    """
+    solo = max(_smallest(profile, direction, 0.985, 150_000) for direction in Direction)
+    shared = max(_smallest(profile, direction, 0.97, 75_000) for direction in Direction)
+    short = min(_largest(profile, direction, latency_ns, small, depth) for direction in Direction)
+    shared = min(shared, solo)
+    return EngineOptions(
+        h2d_rate=profile.raw(Direction.H2D),
+        d2h_rate=profile.raw(Direction.D2H),
+        granularity=Granularity(solo=solo, shared=shared, short=min(short, shared)),
+        depth=depth,
+    )
+
+
+def _smallest(profile: LinkProfile, direction: Direction, part: float, at_least_ns: float) -> int:
+    rates = profile.chunk_rates[direction]
+    raw = profile.raw(direction)
+    fit = [chunk for chunk, rate in rates.items() if rate >= part * raw and chunk / raw * 1e9 >= at_least_ns]
+    return min(fit, default=max(rates))
+
+
+def _largest(profile: LinkProfile, direction: Direction, latency_ns: float, small: int, depth: int) -> int:
+    rates = profile.chunk_rates[direction]
+    raw = profile.raw(direction)
+    overhead = profile.latency[direction][min(LATENCY_SIZES)][1]
+    left = latency_ns - overhead - small / raw * 1e9
+    fit = [chunk for chunk, rate in rates.items() if depth * chunk / rate * 1e9 <= left]
+    return max(fit, default=min(rates))
