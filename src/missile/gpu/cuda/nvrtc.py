@@ -6,6 +6,7 @@ keyed by everything that decides the output: source, options and NVRTC's version
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Mapping
@@ -132,4 +133,5 @@ def _store(path: Path, image: bytes) -> None:
         part.write_bytes(image)
         part.replace(path)
     except OSError:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()

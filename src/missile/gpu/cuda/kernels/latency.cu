@@ -4,6 +4,9 @@
 // All blocks meet before any begins: a block that left early would make room for a second one on its SM.
 //
 // -DLOADS=n: loads in a chain; unrolled, so that nothing but the loads is timed.
+#ifndef LOADS
+#define LOADS 4
+#endif
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -56,7 +59,7 @@ extern "C" __global__ void latency(const i64* addresses, i64 n, const int* slot_
         p += load_l2(p) & zero;  // brings the line into L2 and its translation into the TLB
         sink = (u32)p;
         u32 best = 0xffffffffu;
-#pragma unroll 1
+#pragma unroll 1  // all repeats run the same instructions
         for (int repeat = 0; repeat < repeats; repeat++) {
             u32 begin = cycles();
 #pragma unroll
