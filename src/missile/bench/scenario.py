@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from enum import StrEnum
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from missile.errors import MisuseError
+from missile.runtime.tenant import Tenant, TenantName
 from missile.workloads.arrivals import (
     Arrivals,
     BurstArrivals,
@@ -28,8 +28,6 @@ from missile.workloads.arrivals import (
 
 __all__ = [
     "Scenario",
-    "Tenant",
-    "TenantClass",
     "default_scenario",
     "describe_arrivals",
     "format_scenario",
@@ -39,53 +37,13 @@ __all__ = [
 
 _ARRIVAL_KINDS = {"poisson", "periodic", "closed", "bursts", "trace", "disb"}
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}$")]
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class TenantClass(StrEnum):
-    """LS: has deadlines to meet. BE: takes what is left."""
-
-    LS = "LS"
-    BE = "BE"
-
-
-class Tenant(_Strict):
-    """One model with its requests.
-
-    `batch` None means the model's usual one. An LS tenant's objective is `slo_ms`, or `slo_factor` times its own solo p99; a BE tenant has none.
-    """
-
-    name: Name
-    tenant_class: TenantClass = Field(alias="class")
-    model: str = Field(min_length=1)
-    batch: int | None = Field(None, ge=1, le=4096)
-    arrivals: Arrivals
-    slo_ms: float | None = Field(None, gt=0)
-    slo_factor: float | None = Field(None, ge=1)
-    weight: float = Field(1.0, gt=0, le=1000)
-
-    @property
-    def latency_sensitive(self) -> bool:
-        return self.tenant_class is TenantClass.LS
-
-    @model_validator(mode="after")
-    def _one_objective(self) -> Tenant:
-        given = [name for name in ("slo_ms", "slo_factor") if getattr(self, name) is not None]
-        if self.latency_sensitive and len(given) != 1:
-            raise ValueError("an LS tenant needs either slo_ms or slo_factor")
-        if not self.latency_sensitive and given:
-            raise ValueError(f"a BE tenant has no objective, so no {given[0]}")
-        return self
-
-
-class Scenario(_Strict):
+class Scenario(BaseModel):
     """What `missile bench` runs. Times in seconds."""
 
-    name: Name = "unnamed"
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: TenantName = "unnamed"
     description: str = ""
     device: str = "auto"
     seed: int = Field(0, ge=0, lt=2**31)

@@ -10,7 +10,7 @@ The rules, which the report repeats in words:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from missile.bench.results import Results, Run, TenantInfo
 
 __all__ = [
+    "ALONE",
     "BeSummary",
     "LsSummary",
     "PolicySummary",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 Samples = npt.NDArray[np.float64]
+
+ALONE = "alone"  # what stands for a policy in the rows of solo runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,10 @@ class PolicySummary:
     ls_over_solo: float | None
     be_share: float | None
 
+    @property
+    def rows(self) -> tuple[LsSummary | BeSummary, ...]:
+        return (*self.ls, *self.be)
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -96,6 +103,16 @@ class Summary:
     solo_ls: tuple[LsSummary, ...]
     solo_be: tuple[BeSummary, ...]
     policies: tuple[PolicySummary, ...]
+
+    def ls_rows(self) -> Iterator[tuple[str, int, LsSummary]]:
+        """Every LS row as (policy, its place among that policy's rows, row); the tenants alone come first."""
+        for policy, rows in ((ALONE, self.solo_ls), *((p.policy, p.ls) for p in self.policies)):
+            yield from ((policy, index, row) for index, row in enumerate(rows))
+
+    def be_rows(self) -> Iterator[tuple[str, int, BeSummary]]:
+        """The same for BE."""
+        for policy, rows in ((ALONE, self.solo_be), *((p.policy, p.be) for p in self.policies)):
+            yield from ((policy, index, row) for index, row in enumerate(rows))
 
 
 def percentile(samples: Samples, q: float) -> float | None:

@@ -1,0 +1,163 @@
+"""The bench loop: every tenant alone, then all of them under each policy, on the same arrivals, several times over.
+
+Solo runs come first (objectives and ratios stand on them). Then each repeat goes through all policies before the next
+begins: a drift of the GPU meets every policy alike, and what an interruption leaves is balanced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal, Protocol
+
+from missile.bench.environment import describe_environment
+from missile.bench.results import SCHEMA, Results, Run, TenantInfo
+from missile.bench.scenario import Scenario, describe_arrivals
+from missile.bench.summary import latencies_ms, percentile
+from missile.errors import MissileError, MisuseError, UnsupportedError
+from missile.gpu.interface import GpuInfo
+from missile.runtime.records import RunRecord
+from missile.runtime.tenant import Tenant
+from missile.workloads.models import default_batch
+
+__all__ = ["Bench", "Step", "Testbed", "run_all"]
+
+
+class Testbed(Protocol):
+    """One GPU with the scenario's models at hand. What the bench needs of the runtime."""
+
+    @property
+    def info(self) -> GpuInfo: ...
+    @property
+    def policies(self) -> Mapping[str, str]:
+        """Every known policy, and what it does in a sentence."""
+
+    def solo(self, tenant: Tenant, *, seed: int, duration_ns: int, warmup_ns: int) -> RunRecord:
+        """Run `tenant` alone on the whole GPU."""
+
+    def shared(
+        self, tenants: tuple[Tenant, ...], policy: str, *, seed: int, duration_ns: int, warmup_ns: int
+    ) -> RunRecord:
+        """Run all `tenants` under `policy`. The same seed gives the same arrivals as in `solo`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One run of the plan: `what` is the tenant's name (solo) or the policy's."""
+
+    kind: Literal["solo", "policy"]
+    what: str
+    repeat: int
+
+    def __str__(self) -> str:
+        return f"{self.what} alone" if self.kind == "solo" else self.what
+
+
+@dataclass
+class Bench:
+    """A bench run in progress. `execute` its `steps` in order; `results()` says at any time what is there so far.
+
+    Raises MisuseError at construction when the scenario names a policy that the testbed doesn't know.
+    """
+
+    scenario: Scenario
+    testbed: Testbed
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    environment: dict[str, Any] = field(init=False)
+    runs: list[Run] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _skipped: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        known = self.testbed.policies
+        for policy in self.scenario.policies:
+            if policy not in known:
+                raise MisuseError(f"Unknown policy {policy!r}; known: {', '.join(known)}.")
+        self.environment = describe_environment(self.testbed.info)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        repeats = range(self.scenario.repeats)
+        solo = [Step("solo", tenant.name, repeat) for repeat in repeats for tenant in self.scenario.tenants]
+        shared = [Step("policy", policy, repeat) for repeat in repeats for policy in self.scenario.policies]
+        return (*solo, *shared)
+
+    def execute(self, step: Step) -> None:
+        """Run one step. A policy that this GPU can't run is noted and left out; other errors are the caller's."""
+        if step.what in self._skipped and step.kind == "policy":
+            return
+        scenario = self.scenario
+        seed = scenario.seed + step.repeat
+        duration_ns, warmup_ns = round(scenario.duration_s * 1e9), round(scenario.warmup_s * 1e9)
+        if step.kind == "solo":
+            tenant = next(tenant for tenant in scenario.tenants if tenant.name == step.what)
+            record = self.testbed.solo(tenant, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
+        else:
+            try:
+                record = self.testbed.shared(
+                    scenario.tenants, step.what, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns
+                )
+            except UnsupportedError as error:
+                self._skipped.add(step.what)
+                self.notes.append(f"Policy {step.what} was left out: {error}")
+                return
+        self.runs.append(Run.from_record(record, kind=step.kind, repeat=step.repeat))
+        if record.interrupted:
+            raise KeyboardInterrupt
+
+    def results(self, *, interrupted: bool = False) -> Results:
+        info = self.testbed.info
+        return Results(
+            schema=SCHEMA,
+            created=self.created,
+            simulated=info.simulated,
+            gpu=info.name,
+            device=info.device,
+            interrupted=interrupted,
+            environment=self.environment,
+            scenario=self.scenario,
+            policies={name: text for name, text in self.testbed.policies.items() if name in self.scenario.policies},
+            tenants=[self._tenant_info(tenant) for tenant in self.scenario.tenants],
+            runs=self.runs,
+            notes=self.notes,
+        )
+
+    def _tenant_info(self, tenant: Tenant) -> TenantInfo:
+        slo_ms, slo_text = tenant.slo_ms, f"{tenant.slo_ms:g} ms" if tenant.slo_ms else ""
+        if tenant.slo_factor:
+            slo_text = f"{tenant.slo_factor:g} × solo p99"
+            alone = [run for run in self.runs if run.kind == "solo" and not run.interrupted]
+            solo_p99 = percentile(latencies_ms(alone, tenant.name), 99)
+            slo_ms = tenant.slo_factor * solo_p99 if solo_p99 is not None else None
+        return TenantInfo(
+            name=tenant.name,
+            tenant_class=tenant.tenant_class.value,
+            model=tenant.model,
+            batch=tenant.batch or default_batch(tenant.model),
+            arrivals=describe_arrivals(tenant.arrivals),
+            slo_ms=slo_ms,
+            slo_text=slo_text,
+        )
+
+
+def run_all(
+    bench: Bench, on_step: Callable[[int, Step], None]
+) -> tuple[Results, KeyboardInterrupt | MissileError | None]:
+    """Execute every step, calling `on_step(index, step)` before each.
+
+    Returns the results, and what stopped the run early (None: nothing did). Whatever stopped it, the runs before it are
+    in the results.
+    """
+    stopped: KeyboardInterrupt | MissileError | None = None
+    try:
+        for index, step in enumerate(bench.steps):
+            on_step(index, step)
+            bench.execute(step)
+    except KeyboardInterrupt as interrupt:
+        stopped = interrupt
+        bench.notes.append("The run was interrupted; what had been measured by then is kept.")
+    except MissileError as error:
+        stopped = error
+        bench.notes.append(f"The run stopped early: {error}")
+    return bench.results(interrupted=stopped is not None), stopped
