@@ -204,7 +204,7 @@ class CudaGpu:
 
     # --- memory
     def allocate(self, nbytes: int, *, tenant: str = "") -> CudaBuffer:
-        if nbytes < 0:
+        if nbytes < 1:
             raise MisuseError(f"Can't allocate {nbytes} bytes.")
         try:
             buffer = CudaBuffer(self._cu, nbytes, tenant, self._refund)
@@ -214,7 +214,7 @@ class CudaGpu:
         return buffer
 
     def allocate_host(self, nbytes: int, *, tenant: str = "") -> CudaHostBuffer:
-        if nbytes < 0:
+        if nbytes < 1:
             raise MisuseError(f"Can't allocate {nbytes} bytes.")
         try:
             with near(self._info.extra["pci_address"]):
