@@ -160,14 +160,16 @@ class Compute:
         if crowded:
             self._plan_handover()
 
-    def _release(self, kernel: Running, blocks: int) -> None:
+    def _release(self, kernel: Running, blocks: int, among: tuple[int, ...] | None = None) -> None:
+        """Give back the room of `blocks` blocks, in the parts `among` (None: in any)."""
         kernel.blocks -= blocks
         units = kernel.cost.units
         for place, part in enumerate(kernel.parts):
-            count = min(kernel.held[place], blocks)
-            kernel.held[place] -= count
-            self._free[part] += count * units
-            blocks -= count
+            if among is None or part in among:
+                count = min(kernel.held[place], blocks)
+                kernel.held[place] -= count
+                self._free[part] += count * units
+                blocks -= count
 
     def _start_last_wave(self, kernel: Running) -> None:
         """All its blocks are placed now; room beyond the last wave's is free. Its pace stays that of whole waves."""
@@ -180,25 +182,35 @@ class Compute:
     def _place(self) -> None:
         still = []
         for kernel in self._pending:
-            cost = kernel.cost
-            unplaced = math.ceil(cost.blocks * kernel.left / kernel.total - 1e-9) - kernel.blocks
-            changed = False
-            for place, part in enumerate(kernel.parts):
-                count = min(self._free[part] // cost.units, unplaced)
-                if count > 0:
-                    kernel.held[place] += count
-                    kernel.blocks += count
-                    self._free[part] -= count * cost.units
-                    unplaced -= count
-                    changed = True
-            if changed:
+            unplaced = math.ceil(kernel.cost.blocks * kernel.left / kernel.total - 1e-9) - kernel.blocks
+            placed = self._take_room(kernel, unplaced) if unplaced > 0 else 0
+            if placed:
                 self._set_pace(kernel)
                 kernel.handover = math.inf
-            if unplaced > 0:
+            if unplaced > placed:
                 still.append(kernel)
             else:
                 kernel.waiting = False
         self._pending = still
+
+    def _take_room(self, kernel: Running, wanted: int) -> int:
+        """Give `kernel` room for up to `wanted` more blocks, from its parts in proportion to what is free. How many."""
+        units = kernel.cost.units
+        fits = [self._free[part] // units for part in kernel.parts]
+        room = sum(fits)
+        if not room:
+            return 0
+        given = wanted = min(wanted, room)
+        for place, part in enumerate(kernel.parts):
+            count = -(-wanted * fits[place] // room)  # what rounding leaves over is the last parts' loss
+            room -= fits[place]
+            wanted -= count
+            kernel.held[place] += count
+            self._free[part] -= count * units
+            if not wanted:
+                break
+        kernel.blocks += given
+        return given
 
     def _set_pace(self, kernel: Running) -> None:
         kernel.placed = placed_speed(kernel.cost, kernel.blocks, kernel.sms, self._spec.sm.count)
@@ -206,33 +218,42 @@ class Compute:
         if not kernel.blocks:
             kernel.speed = 0.0
 
-    def _donors(self, kernel: Running) -> list[Running]:
-        """Kernels of lower priority with blocks still to come: their running blocks' room goes to `kernel` first."""
+    def _donors(self, kernel: Running) -> list[tuple[Running, int]]:
+        """Kernels of lower priority with blocks still to come, whose running blocks' room goes to `kernel` first.
+
+        With how many blocks each has where `kernel` may run.
+        """
         level = kernel.order[0]
-        return [
-            other
-            for other in self._pending
-            if other.order[0] > level and other.blocks and not set(other.parts).isdisjoint(kernel.parts)
-        ]
+        donors = []
+        for other in self._pending:
+            if other.order[0] > level and other.blocks:
+                there = sum(held for part, held in zip(other.parts, other.held, strict=True) if part in kernel.parts)
+                if there:
+                    donors.append((other, there))
+        return donors
 
     def _plan_handover(self) -> None:
-        """When will blocks of lower priority have made room for the first pending kernel that could have it?
+        """When will blocks of lower priority have made room for each pending kernel of a higher one?
 
-        Blocks of a long kernel end evenly spread over the time that one takes. Once planned a time stands.
+        Blocks of a long kernel end evenly spread over the time that one takes. A time once planned stands.
         """
+        lowest = self._pending[-1].order[0]
         for kernel in self._pending:
-            donors = self._donors(kernel) if kernel.handover == math.inf else ()
-            if donors:
+            if kernel.order[0] == lowest:
+                return
+            if kernel.handover == math.inf:
                 per_ns, longest = 0.0, 0.0
-                for donor in donors:
+                for donor, blocks in self._donors(kernel):
                     block_ns = donor.tail / donor.speed
-                    per_ns += donor.blocks * donor.cost.units / block_ns
+                    per_ns += blocks * donor.cost.units / block_ns
                     longest = max(longest, block_ns)
-                kernel.handover = self._now + min(self._wanted(kernel) / per_ns, longest)
+                if per_ns:
+                    kernel.handover = self._now + min(self._wanted(kernel) / per_ns, longest)
             self.next_ns = min(self.next_ns, kernel.handover)
 
     def _wanted(self, kernel: Running) -> int:
-        return (math.ceil(kernel.cost.blocks * kernel.left / kernel.total) - kernel.blocks) * kernel.cost.units
+        """Room that `kernel` lacks, in units."""
+        return (math.ceil(kernel.cost.blocks * kernel.left / kernel.total - 1e-9) - kernel.blocks) * kernel.cost.units
 
     def _hand_over(self) -> None:
         for kernel in self._pending:
@@ -240,10 +261,10 @@ class Compute:
                 continue
             kernel.handover = math.inf
             wanted = self._wanted(kernel)
-            for donor in self._donors(kernel):
-                blocks = min(-(-wanted // donor.cost.units), donor.blocks)
-                self._release(donor, blocks)
-                self._set_pace(donor)
-                wanted -= blocks * donor.cost.units
+            for donor, blocks in self._donors(kernel):
                 if wanted <= 0:
                     break
+                given = min(-(-wanted // donor.cost.units), blocks)
+                self._release(donor, given, kernel.parts)
+                self._set_pace(donor)
+                wanted -= given * donor.cost.units

@@ -76,7 +76,7 @@ class SharingTable(_Table):
     stream_gap_ns: NonNegative = 1200  # between two launches in a stream
     frontend_ns: NonNegative = 3500  # gap added per neighbour that does nothing but launch
     headroom: Annotated[float, Field(ge=0, lt=1)] = 0.6  # share of the SMs a bandwidth-bound kernel can lose unharmed
-    queueing: NonNegative = 0.8  # growth of memory latency with load
+    queueing: NonNegative = 1.0  # growth of memory latency with load
     queueing_limit: Annotated[float, Field(gt=0, lt=1)] = 0.8  # load beyond which latency grows no more
     miss_penalty: NonNegative = 0.8  # VRAM's latency over L2's, less one
     memory_latency_ns: Positive = 600
