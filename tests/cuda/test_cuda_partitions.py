@@ -14,19 +14,24 @@ from missile.gpu.interface import Traffic
 HOPPER = SmLimits(total=132, minimum=8, granularity=8)
 
 
-@given(st.lists(st.integers(1, 132), min_size=1, max_size=20))
-def test_parts_are_at_least_as_asked_and_sms_are_conserved(counts: list[int]) -> None:
+AMPERE = SmLimits(total=108, minimum=4, granularity=2)
+
+
+@given(st.lists(st.integers(1, 132), min_size=1, max_size=20), st.sampled_from([HOPPER, AMPERE]))
+def test_parts_are_at_least_as_asked_and_sms_are_conserved(counts: list[int], limits: SmLimits) -> None:
+    step = max(limits.minimum, limits.granularity)
     try:
-        size, shares = groups_for(counts, HOPPER)
+        size, shares = groups_for(counts, limits)
     except MisuseError as error:
-        assert sum(-(-count // 8) * 8 for count in counts) > 132
-        assert "132" in str(error)  # noqa: PT017
+        assert sum(-(-count // step) * step for count in counts) > limits.total  # noqa: PT017
+        assert str(limits.total) in str(error)  # noqa: PT017
         return
     parts = [size * share for share in shares]
-    assert sum(parts) <= HOPPER.total
+    assert size >= limits.minimum
+    assert sum(parts) <= limits.total
     for count, part in zip(counts, parts, strict=True):
-        assert count <= part < count + HOPPER.granularity
-        assert part % HOPPER.granularity == 0
+        assert count <= part < count + step
+        assert part % limits.granularity == 0
 
 
 @pytest.mark.parametrize("counts", [[], [0], [-8, 16], [133], [64, 64, 8]])

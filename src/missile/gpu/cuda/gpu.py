@@ -220,10 +220,8 @@ class CudaGpu:
             with near(self._info.extra["pci_address"]):
                 buffer = CudaHostBuffer(self._cu, nbytes, tenant, self._disown)
         except OutOfMemoryError as error:
-            who = f" for tenant {tenant!r}" if tenant else ""
-            raise OutOfMemoryError(
-                f"Pinned host memory ran out: {nbytes} bytes were asked for{who}.", requested=nbytes, tenant=tenant
-            ) from error
+            who = f"tenant {tenant!r} asked for {nbytes} bytes" if tenant else f"{nbytes} bytes were asked for"
+            raise OutOfMemoryError(f"Pinned host memory ran out: {who}.", requested=nbytes, tenant=tenant) from error
         self._owned[id(buffer)] = buffer.free
         return buffer
 
@@ -255,9 +253,9 @@ class CudaGpu:
 
     def _out_of_memory(self, nbytes: int, tenant: str) -> OutOfMemoryError:
         available = self.memory_free()
-        who = f" for tenant {tenant!r}" if tenant else ""
+        who = f"tenant {tenant!r} asked for {nbytes} bytes" if tenant else f"{nbytes} bytes were asked for"
         return OutOfMemoryError(
-            f"GPU memory ran out: {nbytes} bytes were asked for{who}, {available} are free.",
+            f"GPU memory ran out: {who}, {available} are free.",
             requested=nbytes,
             available=available,
             tenant=tenant,

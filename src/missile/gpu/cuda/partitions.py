@@ -45,17 +45,22 @@ def groups_for(counts: Sequence[int], limits: SmLimits) -> tuple[int, tuple[int,
         raise MisuseError("An SM split needs at least one count.")
     if min(counts) < 1:
         raise MisuseError(f"An SM partition needs at least 1 SM, not {min(counts)}.")
-    rounded = [max(limits.minimum, -(-count // limits.granularity) * limits.granularity) for count in counts]
+    rounded = [max(limits.minimum, _round_up(count, limits.granularity)) for count in counts]
+    if (
+        math.gcd(*rounded) < limits.minimum
+    ):  # smaller groups can't be cut, so all parts are made of the smallest there are
+        rounded = [_round_up(count, limits.minimum) for count in rounded]
     if sum(rounded) > limits.total:
         raise MisuseError(
             f"SM partitions {list(counts)} need {sum(rounded)} SMs after rounding up to multiples of "
             f"{limits.granularity}; the GPU has {limits.total}."
         )
     size = math.gcd(*rounded)
-    # A group below the minimum would be cut larger than asked.
-    if size < limits.minimum:
-        raise MisuseError(f"SM partitions {list(counts)} have no common group of at least {limits.minimum} SMs.")
     return size, tuple(count // size for count in rounded)
+
+
+def _round_up(count: int, step: int) -> int:
+    return -(-count // step) * step
 
 
 def sm_resource(cu: Driver, device: Any) -> Any:
@@ -71,10 +76,16 @@ def limits(cu: Driver, device: Any) -> SmLimits:
 def split(cu: Driver, device: Any, counts: Sequence[int], bounds: SmLimits) -> SmSplit:
     """Cut and create. Undoes what it made when a step fails. MisuseError names what is available."""
     size, shares = groups_for(counts, bounds)
-    groups, made, remaining = cu("cuDevSmResourceSplitByCount", sum(shares), sm_resource(cu, device), 0, size)
-    if made < sum(shares):
+    needed = sum(shares)
+    groups, made, remaining = _cut(cu, device, needed, size)
+    if made < needed and size > bounds.minimum:
+        # Large groups have to lie within the GPU's own structure; small ones, put together, may still do.
+        shares = tuple(share * size // bounds.minimum for share in shares)
+        size, needed = bounds.minimum, sum(shares)
+        groups, made, remaining = _cut(cu, device, needed, size)
+    if made < needed:
         raise MisuseError(
-            f"SM partitions {list(counts)} don't fit: the GPU gives {made} groups of {size} SMs, {sum(shares)} are needed."
+            f"SM partitions {list(counts)} don't fit: the GPU gives {made} groups of {size} SMs, {needed} are needed."
         )
     parts: list[SmPartition] = []
     try:
@@ -88,6 +99,11 @@ def split(cu: Driver, device: Any, counts: Sequence[int], bounds: SmLimits) -> S
             cu.release("cuGreenCtxDestroy", part.handle.green)
         raise
     return SmSplit(tuple(parts), remainder)
+
+
+def _cut(cu: Driver, device: Any, groups: int, size: int) -> tuple[list[Any], int, Any]:
+    """Up to `groups` disjoint groups of `size` SMs, how many they are, and the rest of the SMs. Creates nothing."""
+    return tuple(cu("cuDevSmResourceSplitByCount", groups, sm_resource(cu, device), 0, size))
 
 
 def _create(cu: Driver, device: Any, resources: Sequence[Any], index: int) -> SmPartition:

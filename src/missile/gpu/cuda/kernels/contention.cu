@@ -15,11 +15,12 @@ struct State {
     u32 arrived;         // blocks that have started
     u32 turn;            // arrivals at the victims' barrier, all passes together
     u32 phase;           // WARMING, TIMED, OVER: what the aggressor goes by
-    u32 pad;
+    u32 ready;           // aggressor blocks that have run for WARM_NS
     u64 aggressor_units; // moved while TIMED
     u64 timed_ns;        // how long TIMED lasted
     u64 sink;
 };
+const u64 WARM_NS = 200000;  // time enough to fill any L2 several times over
 enum Phase { WARMING = 0, TIMED = 1, OVER = 2 };
 
 // One side's memory: n units of 256 bytes, unit i at base + 256 * units[i].
@@ -121,10 +122,12 @@ __device__ void victims_meet(State* state, int blocks, u32& meetings) {
 // BATCH 1 chases one load at a time, more is for bandwidth.
 template <int BATCH>
 __device__ void be_victim(State* state, const Side& side, const Share& mine, int rank, int repeats, int passes,
-                          u64 zero, u64* begins, u64* ends) {
+                          u64 zero, int aggressors, u64* begins, u64* ends) {
     const i64 warps = blockDim.x / 32, warp = threadIdx.x / 32;
     u64 value = 0, timed = 0;
     u32 meetings = 0;
+    if (rank == 0 && threadIdx.x == 0)
+        while (peek(&state->ready) < (u32)aggressors) {}
     for (int repeat = -1; repeat < repeats; repeat++) {  // the first round warms caches and TLBs and is not timed
         victims_meet(state, side.blocks, meetings);
         if (repeat == 0 && rank == 0 && threadIdx.x == 0) {
@@ -150,11 +153,13 @@ __device__ void be_victim(State* state, const Side& side, const Share& mine, int
 // window_ns > 0: there is no victim, and the aggressor's first thread keeps the time.
 __device__ void be_aggressor(State* state, const Side& side, const Share& mine, int rank, u64 window_ns, u64 zero) {
     const i64 warps = blockDim.x / 32, warp = threadIdx.x / 32;
+    if (threadIdx.x == 0 && !mine.count) atomicAdd(&state->ready, 1u);
     if (warp >= mine.count) return;
     const bool keeper = window_ns && rank == 0 && threadIdx.x == 0;
     const u64 began = nanoseconds();
     u64 value = 0, counted = 0, timed = 0;
     u32 phase = WARMING;
+    bool warm = threadIdx.x != 0;
     i64 i = warp;
     while (phase != OVER) {
         u64 moved = 0;
@@ -164,6 +169,10 @@ __device__ void be_aggressor(State* state, const Side& side, const Share& mine, 
             if (i >= mine.count) i = warp;
         }
         if (phase == TIMED) counted += moved;
+        if (!warm && nanoseconds() - began > WARM_NS) {
+            atomicAdd(&state->ready, 1u);
+            warm = true;
+        }
         if (keeper && phase == WARMING && nanoseconds() - began > window_ns / 4) {
             timed = nanoseconds();
             atomicExch(&state->phase, TIMED);
@@ -194,9 +203,9 @@ extern "C" __global__ void __launch_bounds__(1024) contention(State* state, cons
     if (role > 0) {
         Share mine = take_share(victim, role - 1, shared_units);
         if (chase)
-            be_victim<1>(state, victim, mine, role - 1, repeats, passes, zero, begins, ends);
+            be_victim<1>(state, victim, mine, role - 1, repeats, passes, zero, aggressor.blocks, begins, ends);
         else
-            be_victim<8>(state, victim, mine, role - 1, repeats, passes, zero, begins, ends);
+            be_victim<8>(state, victim, mine, role - 1, repeats, passes, zero, aggressor.blocks, begins, ends);
     } else if (role < 0) {
         Share mine = take_share(aggressor, -role - 1, shared_units);
         be_aggressor(state, aggressor, mine, -role - 1, window_ns, zero);
