@@ -17,9 +17,10 @@ class TenantRecord:
     """One tenant's requests in arrival order. All arrays int64, shape (n,), ns since the run's start on the GPU's clock.
 
     arrival: when the request arrived (for a closed loop: when it was issued).
-    dispatch: when the engine had handed its first operation to the GPU (host time).
+    dispatch: when the engine had launched its kernels (host time, after the launching call returned).
     start, end: when its kernels started and ended on the GPU.
-    done: when its output was on the host. Only finished requests are in the arrays; `unfinished` counts the others.
+    done: when the host saw that its output had arrived. Only finished requests are in the arrays; `unfinished` counts
+    the others.
     lane: index into `RunRecord.lanes`, where it ran.
     """
 
@@ -54,9 +55,11 @@ class TenantRecord:
 class RunRecord:
     """One run of one policy (or one tenant's solo run).
 
-    duration_ns: measured span; requests that arrived before `warmup_ns` are not in the tenants' arrays.
+    duration_ns: the whole run, warm-up included; measured is [warmup_ns, duration_ns). The tenants' arrays hold the requests
+    that arrived in it, and of closed loops those that finished in it (so that their number over its length is a rate).
     lanes: a description of each lane ("high-priority stream", "SM partition 0 (32 SMs)").
-    jitter_ns: engine loop gaps above its poll interval, ns, for dispatch statistics; may be thinned.
+    jitter_ns: how long single passes of the engine's loop took, ns, those above its floor; the latest few thousand.
+    fault: what the GPU raised and so ended the run, "" when nothing did; the arrays hold what had finished before.
     """
 
     policy: str
@@ -69,4 +72,5 @@ class RunRecord:
     lanes: tuple[str, ...] = ()
     jitter_ns: Times = field(default_factory=lambda: np.empty(0, np.int64))
     interrupted: bool = False
+    fault: str = ""
     notes: tuple[str, ...] = ()

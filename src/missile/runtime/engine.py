@@ -1,0 +1,234 @@
+"""The engine: one thread that owns the GPU, takes arrivals by the clock, asks the policy and launches.
+
+The same loop runs on hardware, where waiting spins, and on a simulated GPU, where waiting advances the clock. On the
+request path nothing is created, logged or collected: events, streams, graphs and arrays exist before the clock starts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from missile.errors import GpuError, InternalError
+from missile.gpu.interface import Event, Gpu
+from missile.runtime.policies.interface import Policy, Snapshot
+from missile.runtime.requests import RequestLog
+from missile.runtime.stage import Slot, Stage
+
+__all__ = ["NEVER", "Engine", "Span"]
+
+Times = npt.NDArray[np.int64]
+
+NEVER = 1 << 62  # ns, later than any clock
+
+_LOOK_UP_NS = 50_000_000  # how often the loop looks up from waiting, for interruptions and progress
+_SETTLE_NS = 10_000_000_000  # how long running kernels may take to end once the run is over
+_GAPS = 4096
+_GAP_FLOOR_NS = 20_000  # shorter passes are not worth recording
+
+
+class Span(NamedTuple):
+    """A run's times, ns since its start. Measured is [begin, end); requests of it may finish until `limit`."""
+
+    begin: int
+    end: int
+    limit: int
+
+
+class _Flight(NamedTuple):
+    """A request that the GPU has."""
+
+    tenant: int
+    request: int
+    slot: Slot
+
+
+class Engine:
+    """Serves one run; `run` it once.
+
+    arrivals: one int64 array of times (ns since the start, sorted, before `span.end`) for each tenant; empty for closed
+    loops. depth: requests of each tenant that may be in flight.
+    logs: filled while it runs and consistent whatever stops it. now_ns: how far it came. Set `stopping` (from a signal
+    handler) to end it at its next pass.
+    """
+
+    def __init__(
+        self,
+        gpu: Gpu,
+        stage: Stage,
+        policy: Policy,
+        logs: Sequence[RequestLog],
+        arrivals: Sequence[Times],
+        *,
+        lanes: int,
+        depth: Sequence[int],
+        span: Span,
+    ) -> None:
+        self._gpu = gpu
+        self._stage = stage
+        self._policy = policy
+        self._span = span
+        self._origin = 0
+        self.logs = tuple(logs)
+        self.now_ns = 0
+        self.stopping = False
+
+        self._loops = [log.tenant.closed_loop for log in logs]
+        merged = np.concatenate([*arrivals, np.empty(0, np.int64)])
+        order = np.argsort(merged, kind="stable")
+        self._times: list[int] = [*merged[order].tolist(), NEVER]
+        self._owners: list[int] = np.repeat(np.arange(len(logs)), [len(a) for a in arrivals])[order].tolist()
+        self._next = 0
+        # Closed-loop requests to come, by time: at the start all that are outstanding, later those that "think".
+        self._thinking: list[tuple[int, int]] = [
+            (0, tenant) for tenant, loop in enumerate(self._loops) if loop is not None for _ in range(loop.depth)
+        ]
+
+        self._queued = [0] * len(logs)
+        self._running = [0] * len(logs)
+        self._oldest = [0] * len(logs)
+        self._snapshot = Snapshot(0, self._queued, self._running, self._oldest, tuple(depth))
+        self._lanes: list[deque[_Flight]] = [deque() for _ in range(lanes)]
+        self._unread: deque[_Flight] = deque()
+        self._gaps = np.zeros(_GAPS, np.int64)
+        self._gap_count = 0
+
+    @property
+    def jitter(self) -> Times:
+        """Lengths of passes of the loop, in which it did not look at the clock, ns: those above 20 us, the last 4,096."""
+        return self._gaps[: min(self._gap_count, _GAPS)].copy()
+
+    @property
+    def in_flight(self) -> tuple[str, ...]:
+        """Tenants that have requests on the GPU."""
+        return tuple(log.tenant.name for log in self.logs if log.started > log.finished)
+
+    def run(self, progress: Callable[[int], None] | None = None, progress_ns: int = NEVER) -> None:
+        """Serve until the span is over or `stopping` is set, then let what runs on the GPU end.
+
+        progress: called with the time into the run (ns) every `progress_ns`, between passes: what it takes is taken from
+        the request path. Raises what the GPU raises; the logs keep what had finished.
+        """
+        gpu, clock, span = self._gpu, self._gpu.now_ns, self._span
+        origin = self._origin = clock()
+        report_at = progress_ns
+        while True:
+            now = self.now_ns = clock() - origin
+            changed = self._admit(now)
+            changed |= self._collect()
+            if changed:
+                self._decide(now)
+                self._read_times()
+            if self.stopping or now >= span.limit or (now >= span.end and self._caught_up()):
+                break
+            if now >= report_at and progress is not None:
+                report_at = now + progress_ns
+                progress(now)
+            look_up = min(now + _LOOK_UP_NS, span.end if now < span.end else span.limit)
+            deadline = min(self._next_arrival(), look_up)
+            self._note_gap(clock() - origin - now)
+            gpu.wait(self._heads(), origin + deadline)
+        self._settle(clock)
+
+    # --- arrivals
+    def _next_arrival(self) -> int:
+        return min(self._times[self._next], self._thinking[0][0]) if self._thinking else self._times[self._next]
+
+    def _admit(self, now: int) -> bool:
+        """Queue every request whose time has come."""
+        times, admitted = self._times, False
+        while times[self._next] <= now:
+            self._arrive(self._owners[self._next], times[self._next])
+            self._next += 1
+            admitted = True
+        while self._thinking and self._thinking[0][0] <= now:
+            at, tenant = heappop(self._thinking)
+            self._arrive(tenant, at)
+            admitted = True
+        return admitted
+
+    def _arrive(self, tenant: int, at: int) -> None:
+        if not self._queued[tenant]:
+            self._oldest[tenant] = at
+        self._queued[tenant] += 1
+        self.logs[tenant].arrive(at)
+
+    # --- completions
+    def _heads(self) -> list[Event]:
+        """What each busy lane finishes next."""
+        return [lane[0].slot.done for lane in self._lanes if lane]
+
+    def _collect(self) -> bool:
+        """Take finished requests off their lanes."""
+        collected = False
+        for lane in self._lanes:
+            while lane and lane[0].slot.done.done():
+                flight = lane.popleft()
+                tenant = flight.tenant
+                done = self._gpu.now_ns() - self._origin
+                self.logs[tenant].done[flight.request] = done
+                self._running[tenant] -= 1
+                self._unread.append(flight)
+                if (loop := self._loops[tenant]) is not None:
+                    if loop.think_ms:
+                        heappush(self._thinking, (done + int(loop.think_ms * 1e6), tenant))
+                    else:
+                        self._arrive(tenant, done)
+                collected = True
+        return collected
+
+    def _read_times(self) -> None:
+        """Note when finished requests ran. After `_decide`, because asking the GPU takes microseconds."""
+        while self._unread:
+            tenant, request, slot = self._unread[0]
+            log = self.logs[tenant]
+            log.start[request] = slot.start.time_ns() - self._origin
+            log.end[request] = slot.end.time_ns() - self._origin
+            log.finished = request + 1
+            self._unread.popleft()
+
+    def _caught_up(self) -> bool:
+        """Whether every request that did not depend on another has finished."""
+        return all(
+            log.finished == log.arrived for log, loop in zip(self.logs, self._loops, strict=True) if loop is None
+        )
+
+    # --- starts
+    def _decide(self, now: int) -> None:
+        self._snapshot.now_ns = now
+        for tenant, lane in self._policy.decide(self._snapshot):
+            if not self._queued[tenant] or self._running[tenant] >= self._snapshot.depth[tenant]:
+                raise InternalError(f"Policy {self._policy.name!r} started a request that can't be started.")
+            log = self.logs[tenant]
+            request = log.started
+            log.started = request + 1
+            slot, launched = self._stage.enqueue(tenant, lane, request)
+            log.dispatch[request] = launched - self._origin
+            log.lane[request] = lane
+            self._lanes[lane].append(_Flight(tenant, request, slot))
+            self._running[tenant] += 1
+            self._queued[tenant] -= 1
+            if self._queued[tenant]:
+                self._oldest[tenant] = int(log.arrival[request + 1])
+
+    # --- the rest
+    def _note_gap(self, length: int) -> None:
+        if length >= _GAP_FLOOR_NS:
+            self._gaps[self._gap_count % _GAPS] = length
+            self._gap_count += 1
+
+    def _settle(self, clock: Callable[[], int]) -> None:
+        """Let what runs end, and start nothing more. GpuError when it does not."""
+        give_up = clock() + _SETTLE_NS
+        while heads := self._heads():
+            if clock() >= give_up:
+                names = ", ".join(self.in_flight)
+                raise GpuError("Waiting for running kernels", "TIMEOUT", usable="nothing", detail=f"tenants {names}")
+            self._gpu.wait(heads, give_up)
+            self._collect()
+            self._read_times()

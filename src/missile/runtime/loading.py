@@ -1,0 +1,177 @@
+"""Tenants' models brought onto the GPU, each on its own: one that does not fit leaves the others running."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+
+from missile.compiler.bind import BoundModel, bind
+from missile.compiler.library import find_package
+from missile.compiler.package import BufferKind, ModelPackage
+from missile.compiler.planning import pack, plan_scratch
+from missile.compiler.synthetic import bind_synthetic, is_synthetic, synthetic_package
+from missile.errors import GpuError, MisuseError, OutOfMemoryError
+from missile.gpu.interface import Gpu, Graph, HostBuffer
+from missile.runtime.tenant import Tenant
+
+__all__ = ["DEPTH", "LoadedTenant", "Roster", "RunnableModel", "load_tenants"]
+
+DEPTH = 2  # requests of one tenant in flight at once: the next is queued on the GPU before the current one ends
+
+
+class RunnableModel(Protocol):
+    """What the engine uses of a `BoundModel`."""
+
+    @property
+    def graph(self) -> Graph: ...
+    @property
+    def input_address(self) -> int: ...
+    @property
+    def input_bytes(self) -> int: ...
+    @property
+    def output_address(self) -> int: ...
+    @property
+    def output_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTenant:
+    """A tenant with its model on the GPU and pinned memory for `depth` requests, or the reason why it has none.
+
+    inputs, outputs: one buffer for each request in flight; empty where the model has no input or output.
+    """
+
+    tenant: Tenant
+    model: RunnableModel | None
+    inputs: tuple[HostBuffer, ...] = ()
+    outputs: tuple[HostBuffer, ...] = ()
+    depth: int = DEPTH
+    error: str = ""
+
+
+class Roster:
+    """Loaded tenants, in the order given. Owns their models and pinned memory; close it, or use it in a `with`."""
+
+    def __init__(self, gpu: Gpu, tenants: Sequence[LoadedTenant], resources: ExitStack) -> None:
+        self.gpu = gpu
+        self.tenants = tuple(tenants)
+        self._resources = resources
+
+    @property
+    def ready(self) -> tuple[LoadedTenant, ...]:
+        """Those that can run."""
+        return tuple(loaded for loaded in self.tenants if loaded.model is not None)
+
+    def only(self, name: str) -> Roster:
+        """A view of this roster with one tenant in it; owns nothing."""
+        chosen = [loaded for loaded in self.tenants if loaded.tenant.name == name]
+        if not chosen:
+            raise MisuseError(f"Unknown tenant {name!r}; known: {', '.join(t.tenant.name for t in self.tenants)}.")
+        return Roster(self.gpu, chosen, ExitStack())
+
+    def close(self) -> None:
+        """Free everything. Idempotent. No run may be using it."""
+        self._resources.close()
+
+    def __enter__(self) -> Roster:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def load_tenants(
+    gpu: Gpu, tenants: Sequence[Tenant], *, cache: Path | None = None, progress: Callable[[str], None] | None = None
+) -> Roster:
+    """Load every tenant's model and pinned buffers. Close the roster afterwards.
+
+    cache: where compiled packages lie (None: the default). progress: told the name of the tenant that is loaded next.
+    A tenant that does not fit in memory or in its limit gets an `error` and the others go on; OutOfMemoryError when
+    none fits. MisuseError for an unknown model or two tenants of one name, which loads nothing.
+    """
+    names = [tenant.name for tenant in tenants]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise MisuseError(f"Tenant {twice[0]!r} is given twice.")
+    if not tenants:
+        raise MisuseError("There is no tenant to run.")
+    loaded: list[LoadedTenant] = []
+    with ExitStack() as undo:
+        for tenant in tenants:
+            if progress is not None:
+                progress(tenant.name)
+            try:
+                loaded.append(_load(gpu, tenant, cache, undo))
+            except OutOfMemoryError as error:
+                loaded.append(LoadedTenant(tenant, None, error=str(error)))
+            except GpuError as error:
+                if error.usable == "nothing":
+                    raise
+                loaded.append(LoadedTenant(tenant, None, error=str(error)))
+        if all(entry.model is None for entry in loaded):
+            raise OutOfMemoryError(f"No tenant could be loaded. {loaded[0].error}", tenant=loaded[0].tenant.name)
+        return Roster(gpu, loaded, undo.pop_all())
+
+
+def _load(gpu: Gpu, tenant: Tenant, cache: Path | None, undo: ExitStack) -> LoadedTenant:
+    with ExitStack() as own:
+        model = _bind(gpu, tenant, cache)
+        own.callback(model.close)
+        inputs = _host_buffers(gpu, tenant, model.input_bytes, own)
+        outputs = _host_buffers(gpu, tenant, model.output_bytes, own)
+        for buffer in inputs:
+            _fill_inputs(model.package, buffer)
+        undo.enter_context(own.pop_all())
+    return LoadedTenant(tenant, model, inputs, outputs)
+
+
+def _bind(gpu: Gpu, tenant: Tenant, cache: Path | None) -> BoundModel:
+    if is_synthetic(tenant.model):
+        _check_limit(tenant, synthetic_package(tenant.model, gpu.info))
+        return bind_synthetic(tenant.model, gpu, tenant=tenant.name)
+    package, directory = find_package(tenant.model, tenant.batch, gpu.info, cache)
+    _check_limit(tenant, package)
+    return bind(package, directory, gpu, tenant=tenant.name)
+
+
+def _check_limit(tenant: Tenant, package: ModelPackage) -> None:
+    if tenant.memory_limit_mb is None:
+        return
+    limit = tenant.memory_limit_mb << 20
+    needed = sum(
+        (plan_scratch if kind is BufferKind.SCRATCH else pack)([b for b in package.buffers if b.kind is kind]).nbytes
+        for kind in BufferKind
+    )
+    if needed > limit:
+        raise OutOfMemoryError(
+            f"Tenant {tenant.name!r} needs {needed >> 20} MiB of GPU memory for {tenant.model!r} and its limit is "
+            f"{tenant.memory_limit_mb} MiB.",
+            requested=needed,
+            available=limit,
+            tenant=tenant.name,
+        )
+
+
+def _host_buffers(gpu: Gpu, tenant: Tenant, nbytes: int, undo: ExitStack) -> tuple[HostBuffer, ...]:
+    if not nbytes:
+        return ()
+    buffers = []
+    for _ in range(DEPTH):
+        buffer = gpu.allocate_host(nbytes, tenant=tenant.name)
+        undo.callback(buffer.free)
+        buffers.append(buffer)
+    return tuple(buffers)
+
+
+def _fill_inputs(package: ModelPackage, buffer: HostBuffer) -> None:
+    """Plausible contents: small noise where the inputs are floating point, zeros (a valid index) where they are not."""
+    view = buffer.array
+    view[:] = 0
+    if package.inputs and all(spec.dtype in ("float16", "torch.float16") for spec in package.inputs):
+        values = np.random.default_rng(0).standard_normal(view.nbytes // 2, dtype=np.float32).astype(np.float16)
+        view[: values.nbytes] = values.view(np.uint8)
