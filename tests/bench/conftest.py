@@ -10,7 +10,7 @@ import pytest
 from missile.bench.results import Results
 from missile.bench.run import Bench, run_all
 from missile.bench.scenario import Scenario, parse_scenario
-from missile.errors import UnsupportedError
+from missile.errors import MisuseError, UnsupportedError
 from missile.gpu.interface import GpuInfo, Level
 from missile.runtime.records import RunRecord, TenantRecord
 from missile.runtime.tenant import Tenant
@@ -99,9 +99,10 @@ class ToyTestbed:
             compute_capability=(9, 0),
         )
 
-    @property
-    def policies(self) -> dict[str, str]:
-        return POLICIES
+    def describe(self, policy: str) -> str:
+        if policy not in POLICIES:
+            raise MisuseError(f"Unknown policy {policy!r}; known: {', '.join(POLICIES)}.")
+        return POLICIES[policy]
 
     def solo(self, tenant: Tenant, *, seed: int, duration_ns: int, warmup_ns: int) -> RunRecord:
         return self._run((tenant,), "solo", tenant.name, seed, duration_ns, warmup_ns)

@@ -72,7 +72,7 @@ class TenantRun(_Strict):
 
 
 class Run(_Strict):
-    """One run: all tenants under `policy`, or (kind "solo") the one tenant alone on the whole GPU."""
+    """One run: all tenants under `policy` (as the scenario wrote it), or (kind "solo") one tenant alone."""
 
     kind: Literal["solo", "policy"]
     policy: str
@@ -87,10 +87,10 @@ class Run(_Strict):
     notes: list[str] = Field(default_factory=list)
 
     @classmethod
-    def from_record(cls, record: RunRecord, *, kind: Literal["solo", "policy"], repeat: int) -> Run:
+    def from_record(cls, record: RunRecord, *, kind: Literal["solo", "policy"], policy: str, repeat: int) -> Run:
         return cls(
             kind=kind,
-            policy=record.policy,
+            policy=policy,
             repeat=repeat,
             seed=record.seed,
             duration_ns=record.duration_ns,

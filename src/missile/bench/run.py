@@ -6,7 +6,7 @@ begins: a drift of the GPU meets every policy alike, and what an interruption le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
@@ -15,11 +15,11 @@ from missile.bench.environment import describe_environment
 from missile.bench.results import SCHEMA, Results, Run, TenantInfo
 from missile.bench.scenario import Scenario, describe_arrivals
 from missile.bench.summary import latencies_ms, percentile
-from missile.errors import MissileError, MisuseError, UnsupportedError
+from missile.errors import MissileError, UnsupportedError
 from missile.gpu.interface import GpuInfo
 from missile.runtime.records import RunRecord
 from missile.runtime.tenant import Tenant
-from missile.workloads.models import default_batch
+from missile.workloads.models import MODELS, default_batch
 
 __all__ = ["Bench", "Step", "Testbed", "run_all"]
 
@@ -29,9 +29,8 @@ class Testbed(Protocol):
 
     @property
     def info(self) -> GpuInfo: ...
-    @property
-    def policies(self) -> Mapping[str, str]:
-        """Every known policy, and what it does in a sentence."""
+    def describe(self, policy: str) -> str:
+        """What `policy` (a name, or a name with options) does, in a sentence. MisuseError names the known ones."""
 
     def solo(self, tenant: Tenant, *, seed: int, duration_ns: int, warmup_ns: int) -> RunRecord:
         """Run `tenant` alone on the whole GPU."""
@@ -51,14 +50,15 @@ class Step:
     repeat: int
 
     def __str__(self) -> str:
-        return f"{self.what} alone" if self.kind == "solo" else self.what
+        what = f"{self.what} alone" if self.kind == "solo" else self.what
+        return f"{what}, repeat {self.repeat + 1}"
 
 
 @dataclass
 class Bench:
     """A bench run in progress. `execute` its `steps` in order; `results()` says at any time what is there so far.
 
-    Raises MisuseError at construction when the scenario names a policy that the testbed doesn't know.
+    Construction raises MisuseError (UnsupportedError) when the scenario names a policy that is unknown (planned).
     """
 
     scenario: Scenario
@@ -67,13 +67,11 @@ class Bench:
     environment: dict[str, Any] = field(init=False)
     runs: list[Run] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    _policies: dict[str, str] = field(init=False)
     _skipped: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        known = self.testbed.policies
-        for policy in self.scenario.policies:
-            if policy not in known:
-                raise MisuseError(f"Unknown policy {policy!r}; known: {', '.join(known)}.")
+        self._policies = {policy: self.testbed.describe(policy) for policy in self.scenario.policies}
         self.environment = describe_environment(self.testbed.info)
 
     @property
@@ -92,17 +90,19 @@ class Bench:
         duration_ns, warmup_ns = round(scenario.duration_s * 1e9), round(scenario.warmup_s * 1e9)
         if step.kind == "solo":
             tenant = next(tenant for tenant in scenario.tenants if tenant.name == step.what)
+            policy = "solo"
             record = self.testbed.solo(tenant, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
         else:
+            policy = step.what
             try:
                 record = self.testbed.shared(
-                    scenario.tenants, step.what, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns
+                    scenario.tenants, policy, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns
                 )
             except UnsupportedError as error:
-                self._skipped.add(step.what)
-                self.notes.append(f"Policy {step.what} was left out: {error}")
+                self._skipped.add(policy)
+                self.notes.append(f"Policy {policy} was left out: {error}")
                 return
-        self.runs.append(Run.from_record(record, kind=step.kind, repeat=step.repeat))
+        self.runs.append(Run.from_record(record, kind=step.kind, policy=policy, repeat=step.repeat))
         if record.interrupted:
             raise KeyboardInterrupt
 
@@ -117,7 +117,7 @@ class Bench:
             interrupted=interrupted,
             environment=self.environment,
             scenario=self.scenario,
-            policies={name: text for name, text in self.testbed.policies.items() if name in self.scenario.policies},
+            policies=self._policies,
             tenants=[self._tenant_info(tenant) for tenant in self.scenario.tenants],
             runs=self.runs,
             notes=self.notes,
@@ -134,7 +134,7 @@ class Bench:
             name=tenant.name,
             tenant_class=tenant.tenant_class.value,
             model=tenant.model,
-            batch=tenant.batch or default_batch(tenant.model),
+            batch=tenant.batch or (default_batch(tenant.model) if tenant.model in MODELS else 1),
             arrivals=describe_arrivals(tenant.arrivals),
             slo_ms=slo_ms,
             slo_text=slo_text,

@@ -10,12 +10,12 @@ import typer
 
 from missile.bench.report import write_report
 from missile.bench.results import Results, read_results, write_results
-from missile.bench.run import Bench, Step, run_all
+from missile.bench.run import Bench, run_all
 from missile.bench.scenario import default_scenario, read_scenario
 from missile.bench.summary import summarize
 from missile.bench.table import render_table
-from missile.cli.output import JsonOption, console, print_json, progress_bar, stderr_console
-from missile.errors import MissileError, MisuseError
+from missile.cli.output import JsonOption, console, print_json, progress_bar
+from missile.errors import MisuseError
 
 __all__ = ["command"]
 
@@ -57,30 +57,36 @@ def command(
     if duration is not None:
         # A short run asked for on the command line takes a short warm-up with it.
         chosen = chosen.changed(duration_s=duration, warmup_s=min(chosen.warmup_s, duration / 4))
-    names = None if policies is None else tuple(name.strip() for name in policies.split(",") if name.strip())
-    chosen = chosen.changed(device=device, policies=names, repeats=repeats, seed=seed)
+    chosen = chosen.changed(device=device, policies=_policies(policies), repeats=repeats, seed=seed)
     from missile.bench.testbed import open_testbed
 
-    with open_testbed(chosen) as testbed:
-        if testbed.why_device and not json:
-            stderr_console().print(f"Device: {testbed.info.device} ({testbed.why_device}).", soft_wrap=True)
-        bench = Bench(chosen, testbed)
-        results, stopped = _run(bench)
+    with progress_bar() as bar:
+        task = bar.add_task("starting", total=None)
+        with open_testbed(chosen, lambda tenant: bar.update(task, description=f"loading {tenant}")) as testbed:
+            if testbed.why and not json:
+                bar.console.print(f"Device: {testbed.info.device} ({testbed.why}).", soft_wrap=True)
+            bench = Bench(chosen, testbed)
+            bar.update(task, total=len(bench.steps))
+            results, stopped = run_all(
+                bench, lambda index, step: bar.update(task, completed=index, description=str(step))
+            )
     write_results(results, out / "results.json")
     _show(results, out, as_json=json)
     if stopped is not None:
         raise stopped
 
 
-def _run(bench: Bench) -> tuple[Results, KeyboardInterrupt | MissileError | None]:
-    with progress_bar() as bar:
-        task = bar.add_task("starting", total=len(bench.steps))
-
-        def on_step(index: int, step: Step) -> None:
-            repeat = f"repeat {step.repeat + 1}/{bench.scenario.repeats}"
-            bar.update(task, completed=index, description=f"{step}, {repeat}")
-
-        return run_all(bench, on_step)
+def _policies(text: str | None) -> tuple[str, ...] | None:
+    """The policies in `text`. A comma also separates one policy's options: "partition:a=1,b=2,streams" names two."""
+    if text is None:
+        return None
+    names: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if names and "=" in part and ":" not in part:
+            names[-1] += f",{part}"
+        else:
+            names.append(part)
+    return tuple(names)
 
 
 def _show(results: Results, directory: Path, *, as_json: bool) -> None:

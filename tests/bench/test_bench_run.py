@@ -1,0 +1,80 @@
+"""The bench loop: its order, its arrivals, and what is left when something stops it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from missile.bench.run import Bench, run_all
+from missile.bench.scenario import Scenario
+from missile.errors import KernelFaultError, MisuseError, UnsupportedError
+
+
+def _run(scenario: Scenario, testbed: Any) -> Any:
+    return run_all(Bench(scenario, testbed), lambda index, step: None)
+
+
+def test_solo_first_then_every_policy_in_each_repeat(scenario: Scenario, toy_testbed: Any) -> None:
+    testbed = toy_testbed()
+    results, stopped = _run(scenario, testbed)
+    tenants, policies = ["detect", "rank", "reindex", "decode"], ["temporal", "streams", "priority", "partition"]
+    assert stopped is None
+    assert testbed.calls == tenants * 3 + policies * 3
+    assert [run.seed for run in results.runs if run.policy == "streams"] == [7, 8, 9]
+    assert results.simulated
+    assert not results.interrupted
+
+
+def test_every_policy_meets_the_same_arrivals(scenario: Scenario, toy_testbed: Any) -> None:
+    results, _ = _run(scenario, toy_testbed())
+    for repeat in range(3):
+        runs = [run for run in results.runs if run.repeat == repeat and run.kind == "policy"]
+        firsts = {tuple(run.tenants[0].arrival_ns[:100]) for run in runs}
+        assert len(firsts) == 1
+
+
+def test_objectives_follow_from_solo_runs(scenario: Scenario, toy_testbed: Any) -> None:
+    results, _ = _run(scenario, toy_testbed())
+    detect, rank, reindex, _ = results.tenants
+    alone = [
+        run.tenants[0].record().latency
+        for run in results.runs
+        if run.tenants[0].name == "detect" and run.kind == "solo"
+    ]
+    pooled = sorted(value for latency in alone for value in latency.tolist())
+    assert detect.slo_ms == pytest.approx(1.5 * pooled[-(-99 * len(pooled) // 100) - 1] / 1e6)
+    assert (rank.slo_ms, reindex.slo_ms) == (6.0, None)
+    assert reindex.batch == 32  # the model's usual one
+
+
+def test_interruption_keeps_what_was_measured(scenario: Scenario, toy_testbed: Any) -> None:
+    results, stopped = _run(scenario, toy_testbed(fail_at={("priority", 8): KeyboardInterrupt()}))
+    assert isinstance(stopped, KeyboardInterrupt)
+    assert results.interrupted
+    assert len(results.runs) == 12 + 4 + 2
+    assert "interrupted" in results.notes[-1]
+
+
+def test_a_fault_keeps_the_runs_before_it(scenario: Scenario, toy_testbed: Any) -> None:
+    fault = KernelFaultError("cuEventQuery", "CUDA_ERROR_ILLEGAL_ADDRESS", tenant="decode")
+    results, stopped = _run(scenario, toy_testbed(fail_at={("streams", 7): fault}))
+    assert stopped is fault
+    assert len(results.runs) == 12 + 1
+    assert "decode" in results.notes[-1]
+
+
+def test_a_policy_that_this_gpu_cannot_do_is_left_out(scenario: Scenario, toy_testbed: Any) -> None:
+    testbed = toy_testbed(fail_at={("partition", 7): UnsupportedError("no SM partitions here.")})
+    results, stopped = _run(scenario, testbed)
+    assert stopped is None
+    assert testbed.calls.count("partition") == 1
+    assert {run.policy for run in results.runs if run.kind == "policy"} == {"temporal", "streams", "priority"}
+    assert results.notes == ["Policy partition was left out: no SM partitions here."]
+
+
+def test_an_unknown_policy_stops_before_anything_runs(scenario: Scenario, toy_testbed: Any) -> None:
+    testbed = toy_testbed()
+    with pytest.raises(MisuseError, match=r"'fair'.*temporal, streams, priority, partition"):
+        Bench(scenario.changed(policies=("streams", "fair")), testbed)
+    assert testbed.calls == []
