@@ -33,7 +33,7 @@ class CudaGraph:
         self._cu = cu
         self._operations = tuple(operations)
         self._capture = capture
-        self._executables: dict[int, Any] = {}
+        self._executables: dict[Any, Any] = {}  # by the partition's handle; None is the whole GPU
         self._launch = cu.api.cuGraphLaunch
         kernels = [op.kernel for op in self._operations if isinstance(op, Launch)]
         self._kernels = len(kernels)
@@ -45,7 +45,7 @@ class CudaGraph:
 
     def prepare(self, partition: SmPartition | None) -> Any:
         """Instantiate for `partition` unless that was done, so that the first launch there is as fast as the others."""
-        key = 0 if partition is None else id(partition.handle)
+        key = None if partition is None else partition.handle
         executable = self._executables.get(key)
         if executable is None:
             graph = self._capture(self._operations, partition)

@@ -13,11 +13,27 @@ __all__ = ["CudaKernel", "CudaModule"]
 
 _LOG_BYTES = 16 << 10
 _MAX_PARAMETERS = 4096
+_KEPT_ARGUMENTS = 4096
 _BAD_IMAGES = frozenset({"CUDA_ERROR_INVALID_PTX", "CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_INVALID_SOURCE"})
 
 
+class _Arguments:
+    """A kernel's arguments in memory of their own, and the array of pointers to them whose `address` a launch takes.
+
+    Holds `params`, so that no other tuple can get its id. The driver copies the arguments before a launch returns.
+    """
+
+    __slots__ = ("_pointers", "_values", "address", "params")
+
+    def __init__(self, params: tuple[bytes, ...]) -> None:
+        self.params = params
+        self._values = [ctypes.create_string_buffer(value, max(len(value), 1)) for value in params]
+        self._pointers = (ctypes.c_void_p * len(params))(*map(ctypes.addressof, self._values))
+        self.address = ctypes.addressof(self._pointers) if params else 0
+
+
 class CudaKernel:
-    """A CUfunction with its parameter layout. A launch packs the arguments into one block that is used again and again."""
+    """A CUfunction with its parameter layout. Arguments are packed once and used again while their tuple is."""
 
     def __init__(self, cu: Driver, function: Any, name: str, tenant: str, shared_limit: int) -> None:
         attribute = cu.api.CUfunction_attribute
@@ -34,14 +50,8 @@ class CudaKernel:
         self.tenant = tenant
         self._launch = cu.api.cuLaunchKernel
         layout = _parameters(cu, function)
-        self._sizes = tuple(size for _, size in layout)
-        self._offsets = tuple(offset for offset, _ in layout)
-        total = max((offset + size for offset, size in layout), default=0)
-        self._block = ctypes.create_string_buffer(max(total, 1))
-        self._view = memoryview(self._block).cast("B")
-        base = ctypes.addressof(self._block)
-        self._pointers = (ctypes.c_void_p * max(len(layout), 1))(*(base + offset for offset in self._offsets))
-        self._pointers_address = ctypes.addressof(self._pointers) if layout else 0
+        self._sizes = [size for _, size in layout]
+        self._packed: dict[int, _Arguments] = {}
 
     @property
     def name(self) -> str:
@@ -64,22 +74,26 @@ class CudaKernel:
         """Enqueue `launch`, whose kernel this is, on the CUstream `stream`."""
         cu = self._cu
         cu.enter("cuLaunchKernel")
-        self._pack(launch.params)
-        shared = launch.shared_bytes
+        params, shared = launch.params, launch.shared_bytes
+        packed = self._packed.get(id(params))
+        if packed is None or packed.params is not params:
+            packed = self._pack(params)
         if shared > self._shared_allowed:
             self._allow_shared(shared)
-        (status,) = self._launch(self._function, *launch.grid, *launch.block, shared, stream, self._pointers_address, 0)
+        (status,) = self._launch(self._function, *launch.grid, *launch.block, shared, stream, packed.address, 0)
         if status:
             raise self._refusal(status, launch)
 
-    def _pack(self, params: tuple[bytes, ...]) -> None:
-        if tuple(map(len, params)) != self._sizes:
+    def _pack(self, params: tuple[bytes, ...]) -> _Arguments:
+        """The arguments as the driver wants them, kept for the next launch with the same tuple."""
+        if [len(value) for value in params] != self._sizes:
             raise MisuseError(
-                f"Kernel {self._name!r} takes arguments of {list(self._sizes)} bytes, not {[len(p) for p in params]}."
+                f"Kernel {self._name!r} takes arguments of {self._sizes} bytes, not {[len(p) for p in params]}."
             )
-        view = self._view
-        for offset, value in zip(self._offsets, params, strict=True):
-            view[offset : offset + len(value)] = value
+        if len(self._packed) >= _KEPT_ARGUMENTS:
+            self._packed.clear()
+        packed = self._packed[id(params)] = _Arguments(params)
+        return packed
 
     def _allow_shared(self, nbytes: int) -> None:
         if nbytes <= self._shared_allowed:

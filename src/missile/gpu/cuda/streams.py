@@ -111,22 +111,23 @@ class CudaStream:
 
     # --- enqueue
     def launch(self, operation: Launch | Fill | Copy) -> None:
-        cu = self._cu
         if isinstance(operation, Launch):
             kernel = operation.kernel
             assert isinstance(kernel, CudaKernel)
             kernel.launch(self._native, operation)
-            self._note(kernel.tenant)
+            self._launched += 1
+            self._unfinished[kernel.tenant] = self._launched
         elif isinstance(operation, Fill):
-            cu("cuMemsetD8Async", operation.address, operation.value, operation.nbytes, self._native)
+            self._cu("cuMemsetD8Async", operation.address, operation.value, operation.nbytes, self._native)
         else:
-            cu("cuMemcpyDtoDAsync", operation.target, operation.source, operation.nbytes, self._native)
+            self._cu("cuMemcpyDtoDAsync", operation.target, operation.source, operation.nbytes, self._native)
 
     def launch_graph(self, graph: Graph) -> None:
         assert isinstance(graph, CudaGraph)
         graph.launch(self._native, self._partition)
+        self._launched += 1
         for tenant in graph.tenants:
-            self._note(tenant)
+            self._unfinished[tenant] = self._launched
 
     def copy_to_device(self, target: int, source: HostBuffer, *, offset: int = 0, nbytes: int | None = None) -> None:
         address, size = _window(source, offset, nbytes)
@@ -175,10 +176,6 @@ class CudaStream:
     def unfinished_tenants(self) -> tuple[str, ...]:
         """Tenants whose kernels, as far as is known, have not finished here."""
         return tuple(self._unfinished)
-
-    def _note(self, tenant: str) -> None:
-        self._launched += 1
-        self._unfinished[tenant] = self._launched
 
 
 def _window(buffer: HostBuffer, offset: int, nbytes: int | None) -> tuple[int, int]:
