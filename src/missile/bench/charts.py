@@ -66,7 +66,7 @@ def tradeoff(summary: Summary, policies: Sequence[str]) -> str:
         parts.append(element("line", x1=at, x2=at, y1=min(each), y2=max(each), class_=f"whisker {name}"))
         tip = f"{p.policy}: LS p99 {p.ls_over_solo:.2f} × solo, BE {format_share(p.be_share)} of solo"
         parts.append(element("circle", element("title", tip), cx=at, cy=over, r=6, class_=f"dot {name}"))
-        box = _free_box(at, over, 7.4 * len(p.policy) + 4, x, taken)
+        box = _free_box(at, over, 7.4 * len(p.policy) + 4, (x, y), taken)
         taken.append(box)
         parts.append(text(box[0], box[3] - 3, p.policy, class_="name"))
     description = "LS tail latency against BE throughput, one point per policy; the table has the numbers."
@@ -76,11 +76,14 @@ def tradeoff(summary: Summary, policies: Sequence[str]) -> str:
 _Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
-def _free_box(at: float, over: float, width: float, x: Axis, taken: Sequence[_Box]) -> _Box:
+def _free_box(at: float, over: float, width: float, axes: tuple[Axis, Axis], taken: Sequence[_Box]) -> _Box:
     """Where a label of `width` for the point (at, over) overlaps nothing; right of the point if nowhere is free."""
-    spots = [(at + side, over + dy) for dy in (0, -15, 15, -30, 30) for side in (10, -10 - width)]
+    spots = [(at + side, over + dy) for dy in (0, -15, 15, -30, 30, -45) for side in (10, -10 - width)]
     boxes = [(left, middle - 7, left + width, middle + 7) for left, middle in spots]
-    inside = [box for box in boxes if x.start <= box[0] and box[2] <= x.end + 8]
+    x, y = axes
+    inside = [
+        box for box in boxes if x.start <= box[0] and box[2] <= x.end + 8 and y.end <= box[1] and box[3] <= y.start
+    ]
     free = (box for box in inside if not any(_overlap(box, other) for other in taken))
     return next(free, boxes[0])
 

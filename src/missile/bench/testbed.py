@@ -46,7 +46,8 @@ def describe_policy(policy: str) -> str:
     """What `policy` (a name, or a name with options) does. MisuseError or UnsupportedError as `create_policy`."""
     name, _, options = policy.partition(":")
     create_policy(policy)
-    return policy_summaries()[name] + (f" Here with {options}." if options else "")
+    text = policy_summaries()[name]
+    return text[:1].upper() + text[1:] + (f" Here with {options}." if options else "")
 
 
 @contextmanager
