@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from missile.errors import InternalError, MisuseError
+from missile.errors import MisuseError, NoisyGpuError
 from missile.gpu.cuda import nvrtc
 from missile.gpu.cuda.driver import Driver
 from missile.gpu.cuda.modules import CudaKernel
@@ -81,9 +81,10 @@ class MemoryLab:
             arrived, out = self._zeros("arrived", 4), self._memory("out", 4 * count)
             self._run(kernel, count, 32, _pointer(arrived), _pointer(out))
             found = self._read(out, np.dtype(np.uint32), count)
-            self._sm_ids = tuple(sorted({int(sm) for sm in found}))
-            if len(self._sm_ids) != count:
-                raise InternalError(f"{count} blocks ran on {len(self._sm_ids)} SMs: something else uses the GPU.")
+            ids = tuple(sorted({int(sm) for sm in found}))
+            if len(ids) != count:
+                raise NoisyGpuError(f"{count} blocks ran on {len(ids)} SMs: something else uses the GPU.")
+            self._sm_ids = ids
         return self._sm_ids
 
     # --- latency
