@@ -1,0 +1,57 @@
+"""Entry of the engine process: `python -m missile.serving.engine MEMORY CALLS ANSWERS CONTROL` (inherited descriptors)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from missile.errors import MissileError, UnsupportedError
+from missile.serving.engine.executor import Executor
+from missile.serving.engine.loop import EngineLoop
+from missile.serving.link import Link
+
+log = logging.getLogger("missile.engine")
+
+
+def open_executor(link: Link, hello: dict[str, Any]) -> Executor:
+    """The executor of the device that was asked for. MissileError when there is no such device or it can't be had."""
+    device = hello["device"]
+    if device == "auto":
+        from missile.gpu.cuda.driver import why_unavailable
+
+        reason = why_unavailable()
+        device = "cpu" if reason is not None else "cuda:0"
+        log.info("device auto: %s", f"{device} ({reason})" if reason is not None else device)
+    if device == "cpu":
+        from missile.serving.engine.cpu import CpuExecutor
+
+        return CpuExecutor(link.arena, threads=hello["cpu_threads"])
+    raise UnsupportedError(f"Device {device!r} can't serve: known are auto, cpu and cuda:N.")
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front end decides when to stop
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    sys.setswitchinterval(0.0005)  # an LS batch must not wait 5 ms for a BE thread to let go of the interpreter
+    link = Link.attach(*(int(argument) for argument in sys.argv[1:5]))
+    hello = link.control.receive()
+    if hello is None:
+        return 0
+    try:
+        executor = open_executor(link, hello)
+    except MissileError as error:
+        link.control.send({"op": "refused", "error": str(error)})
+        return error.exit_code
+    facts = executor.facts
+    link.control.send({"op": "ready", "pid": os.getpid(), "facts": {n: getattr(facts, n) for n in facts.__slots__}})
+    EngineLoop(link, executor, Path(hello["folder"])).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The seam between the engine's queues and what executes: PyTorch on the CPU, or the GPU runtime.
+
+An executor is given batches and hands them back, finished. It decides nothing about order: that is the queues' part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from missile.serving.config import TenantConfig
+from missile.serving.link import Call
+from missile.serving.tensors import BlockLayout, ModelSignature
+
+__all__ = ["Batch", "DeviceFacts", "Executor", "Loaded", "TenantFacts"]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What executes. isolation: what holds between tenants, in words, for people ("none: ..." on the CPU)."""
+
+    device: str
+    name: str
+    simulated: bool
+    isolation: str
+    sms: int = 0
+    colors: int = 0
+    policy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model that can run. memory_bytes: what it holds, weights included. notes: for the log and the metadata."""
+
+    signature: ModelSignature
+    memory_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TenantFacts:
+    """What a tenant has been granted and uses now. None: has no meaning on this device."""
+
+    memory_bytes: int = 0
+    sms_granted: float | None = None
+    sms_used: float | None = None
+    colors: tuple[int, ...] | None = None
+    link_granted: float | None = None
+    link_used: float | None = None
+    preemptions: int | None = None
+    guard_hits: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(slots=True)
+class Batch:
+    """Requests of one tenant that run together. The executor fills in the times (monotonic, ns) and the errors.
+
+    layouts: where each call's tensors lie, from its offset in the arena. errors: the sentence of each call that failed,
+    by its index.
+    """
+
+    slot: int
+    calls: Sequence[Call]
+    layouts: Sequence[BlockLayout]
+    taken_ns: int
+    start_ns: int = 0
+    execute_ns: int = 0
+    executed_ns: int = 0
+    end_ns: int = 0
+    errors: dict[int, str] = field(default_factory=dict)
+
+
+class Executor(Protocol):
+    """Called by the engine's thread only, but for `load`, which runs on a thread of its own."""
+
+    @property
+    def facts(self) -> DeviceFacts: ...
+    @property
+    def bell(self) -> int:
+        """An event fd that rings when a batch has ended, for an engine that waits."""
+
+    def load(self, slot: int, tenant: TenantConfig, folder: Path) -> Loaded:
+        """Load a model while others run. MissileError when it can't be; nothing is held then."""
+
+    def unload(self, slot: int) -> None:
+        """Give back what `slot` holds. None of its batches runs."""
+
+    def tune(self, slot: int, tenant: TenantConfig) -> None:
+        """New weight, SLO and class of a tenant that stays loaded."""
+
+    def free(self, latency_sensitive: bool) -> bool:
+        """Whether a batch of this class could start now."""
+
+    def start(self, batch: Batch, *, latency_sensitive: bool) -> None:
+        """Start a batch. It may run to its end before this returns."""
+
+    def poll(self) -> list[Batch]:
+        """Batches that have ended since the last call. Never blocks."""
+
+    def tenant_facts(self, slot: int) -> TenantFacts: ...
+    def close(self) -> None: ...

@@ -1,0 +1,256 @@
+"""The engine's loop: calls in from the ring, batches to the executor, answers out to the ring."""
+
+from __future__ import annotations
+
+import logging
+import select
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from missile.errors import MissileError
+from missile.serving.config import TenantConfig
+from missile.serving.engine.executor import Batch, Executor
+from missile.serving.engine.queues import BatchLimits, Scheduler
+from missile.serving.link import Call, CallKind, Link, Outcome
+from missile.serving.tensors import ERROR_BYTES, BlockLayout, ModelSignature
+
+__all__ = ["EngineLoop", "batch_limits"]
+
+log = logging.getLogger("missile.engine")
+
+FACTS_EVERY_NS = 500_000_000
+
+
+def batch_limits(tenant: TenantConfig) -> BatchLimits:
+    return BatchLimits(
+        latency_sensitive=tenant.tenant_class == "LS",
+        slo_ns=int((tenant.slo_ms or 0.0) * 1e6),
+        weight=tenant.weight,
+        max_items=tenant.batch.max,
+        delay_ns=int(tenant.batch.delay_ms * 1e6),
+    )
+
+
+class EngineLoop:
+    """Owns one link's engine side. `run` returns when told to stop, or when the front end is gone."""
+
+    def __init__(self, link: Link, executor: Executor, folder: Path) -> None:
+        self._link = link
+        self._executor = executor
+        self._folder = folder
+        self._scheduler = Scheduler()
+        self._limits: dict[int, BatchLimits] = {}
+        self._signatures: dict[int, ModelSignature] = {}
+        self._layouts: dict[tuple[int, int], BlockLayout] = {}
+        self._running: dict[int, int] = {}  # batches on the executor, by slot
+        self._loaded: deque[tuple[int, TenantConfig, Any]] = deque()  # what the loader threads have to say
+        self._unloading: set[int] = set()
+        self._backlog: deque[tuple[int, ...]] = deque()  # answers that found the ring full
+        self._stopping = False
+        self._gone = False
+
+    def run(self) -> None:
+        link = self._link
+        poller = select.poll()
+        for descriptor in (link.call_bell, self._executor.bell, link.control.fileno()):
+            poller.register(descriptor, select.POLLIN)
+        next_facts = 0
+        while not self._gone and not (self._stopping and not self._limits):
+            self._take_calls()
+            self._dispatch()
+            self._collect()
+            self._finish_loads()
+            now = time.monotonic_ns()
+            if now >= next_facts:
+                self._send_facts()
+                next_facts = now + FACTS_EVERY_NS
+            if len(link.calls):
+                continue
+            link.quiet_bell(link.call_bell)
+            link.quiet_bell(self._executor.bell)
+            if len(link.calls) or self._loaded:
+                continue
+            if self._collect():
+                continue
+            for descriptor, _ in poller.poll(self._patience_ms(next_facts)):
+                if descriptor == link.control.fileno():
+                    self._take_control()
+        self._executor.close()
+
+    def _patience_ms(self, next_facts: int) -> float:
+        """How long the loop may sleep: until the next facts, or until a waiting batch is due and could start."""
+        if self._backlog:
+            return 1.0  # the front end has to make room first
+        now = time.monotonic_ns()
+        until = next_facts
+        for latency_sensitive in (True, False):
+            if self._executor.free(latency_sensitive) and (due := self._scheduler.next_due_ns()) is not None:
+                until = min(until, due)
+        return max(0.0, (until - now) / 1e6)
+
+    # --- calls
+
+    def _take_calls(self) -> None:
+        pop = self._link.calls.pop
+        while (fields := pop()) is not None:
+            call = Call._make(fields)
+            if call.kind == CallKind.CANCEL:
+                self._scheduler.cancel(call.id)
+            elif call.slot in self._unloading or not self._scheduler.push(call):
+                self._answer(call, Outcome.UNLOADED)
+
+    def _layout(self, call: Call) -> BlockLayout:
+        key = (call.slot, call.batch)
+        layout = self._layouts.get(key)
+        if layout is None:
+            layout = self._layouts[key] = BlockLayout.of(self._signatures[call.slot], call.batch)
+        return layout
+
+    def _dispatch(self) -> None:
+        for latency_sensitive in (True, False):
+            while self._executor.free(latency_sensitive):
+                now = time.monotonic_ns()
+                slot = self._scheduler.ready(latency_sensitive, now)
+                if slot is None:
+                    break
+                run, expired, cancelled = self._scheduler.take(slot, now)
+                for call in expired:
+                    self._answer(call, Outcome.EXPIRED, queue_ns=now - call.arrival_ns)
+                for call in cancelled:
+                    self._answer(call, Outcome.CANCELLED, queue_ns=now - call.arrival_ns)
+                if run:
+                    batch = Batch(slot, run, [self._layout(call) for call in run], now)
+                    self._running[slot] = self._running.get(slot, 0) + 1
+                    self._executor.start(batch, latency_sensitive=latency_sensitive)
+                    self._collect()
+                    self._take_calls()
+
+    def _collect(self) -> bool:
+        """Answer for what the executor has finished; True when there was any."""
+        while self._backlog and self._link.answers.push(*self._backlog[0]):
+            self._backlog.popleft()
+        finished = self._executor.poll()
+        for batch in finished:
+            self._running[batch.slot] -= 1
+            self._scheduler.done(batch.slot, batch.end_ns - batch.start_ns)
+            items = sum(max(1, call.batch) for call in batch.calls)
+            for index, call in enumerate(batch.calls):
+                error = batch.errors.get(index)
+                if error is not None:
+                    self._write_error(call, batch.layouts[index], error)
+                self._push_answer(
+                    call.id,
+                    Outcome.DONE if error is None else Outcome.FAILED,
+                    items,
+                    int(index == 0),
+                    batch.start_ns - call.arrival_ns,
+                    batch.execute_ns - batch.start_ns,
+                    batch.executed_ns - batch.execute_ns,
+                    batch.end_ns - batch.executed_ns,
+                    batch.end_ns,
+                )
+        if finished:
+            self._link.ring_bell(self._link.answer_bell)
+            for slot in [s for s in self._unloading if not self._running.get(s)]:
+                self._unload(slot)
+        return bool(finished)
+
+    def _write_error(self, call: Call, layout: BlockLayout, sentence: str) -> None:
+        raw = sentence.encode()[: ERROR_BYTES - 4]
+        start = call.offset + layout.error
+        self._link.arena[start : start + 4] = len(raw).to_bytes(4, "little")
+        self._link.arena[start + 4 : start + 4 + len(raw)] = raw
+
+    def _answer(self, call: Call, outcome: Outcome, *, queue_ns: int = 0) -> None:
+        self._push_answer(call.id, outcome, 0, 0, queue_ns, 0, 0, 0, time.monotonic_ns())
+        self._link.ring_bell(self._link.answer_bell)
+
+    def _push_answer(self, *fields: int) -> None:
+        if self._backlog or not self._link.answers.push(*fields):
+            self._backlog.append(fields)
+
+    # --- control
+
+    def _take_control(self) -> None:
+        control = self._link.control
+        while not self._gone and control.pending():
+            message = control.receive()
+            if message is None:
+                self._gone = True
+                return
+            operation = message["op"]
+            if operation == "load":
+                tenant = TenantConfig.model_validate(message["tenant"])
+                threading.Thread(target=self._load, args=(message["slot"], tenant), daemon=True).start()
+            elif operation == "unload":
+                self._unloading.add(message["slot"])
+                if not self._running.get(message["slot"]):
+                    self._unload(message["slot"])
+            elif operation == "tune":
+                self._tune(message["slot"], TenantConfig.model_validate(message["tenant"]))
+            elif operation == "stop":
+                self._stopping = True
+                self._unloading.update(self._limits)
+                for slot in [s for s in self._unloading if not self._running.get(s)]:
+                    self._unload(slot)
+
+    def _load(self, slot: int, tenant: TenantConfig) -> None:
+        """On a thread of its own: loading takes seconds and the others go on."""
+        try:
+            result: Any = self._executor.load(slot, tenant, self._folder)
+        except MissileError as error:
+            result = error
+        except Exception as error:  # whatever a user's factory raises must not end the engine
+            log.exception("loading %s failed", tenant.name)
+            result = MissileError(f"{type(error).__name__}: {error}")
+        self._loaded.append((slot, tenant, result))
+        self._link.ring_bell(self._link.call_bell)
+
+    def _finish_loads(self) -> None:
+        while self._loaded:
+            slot, tenant, result = self._loaded.popleft()
+            if isinstance(result, MissileError):
+                self._link.control.send({"op": "failed", "slot": slot, "error": str(result)})
+                continue
+            if slot in self._unloading:  # unloaded while it was being loaded
+                self._executor.unload(slot)
+                self._unloading.discard(slot)
+                continue
+            self._limits[slot] = batch_limits(tenant)
+            self._signatures[slot] = result.signature
+            self._scheduler.add(slot, self._limits[slot])
+            self._link.control.send(
+                {
+                    "op": "loaded",
+                    "slot": slot,
+                    "signature": result.signature.as_json(),
+                    "memory_bytes": result.memory_bytes,
+                    "notes": list(result.notes),
+                }
+            )
+
+    def _tune(self, slot: int, tenant: TenantConfig) -> None:
+        if slot in self._limits:
+            self._limits[slot] = batch_limits(tenant)
+            self._scheduler.tune(slot, self._limits[slot])
+            self._executor.tune(slot, tenant)
+
+    def _unload(self, slot: int) -> None:
+        if slot not in self._limits:
+            return  # still loading: `_finish_loads` gives it back
+        for call in self._scheduler.remove(slot):
+            self._answer(call, Outcome.UNLOADED)
+        self._executor.unload(slot)
+        self._unloading.discard(slot)
+        del self._limits[slot], self._signatures[slot]
+        for key in [k for k in self._layouts if k[0] == slot]:
+            del self._layouts[key]
+        self._link.control.send({"op": "unloaded", "slot": slot})
+
+    def _send_facts(self) -> None:
+        tenants = {str(slot): self._executor.tenant_facts(slot).as_json() for slot in self._limits}
+        if not self._link.control.send({"op": "facts", "tenants": tenants}):
+            self._gone = True
