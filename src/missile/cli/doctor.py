@@ -86,7 +86,7 @@ _PACKAGES = {
     "triton": ("triton", "generates their kernels", "torch"),
     "timm": ("timm", "some of the twelve models", "torch"),
     "transformers": ("transformers", "some of the twelve models", "torch"),
-    "cuda": ("cuda-bindings", "drives the GPU", "cuda"),
+    "cuda.bindings": ("cuda-bindings", "drives the GPU", "cuda"),
     "pynvml": ("nvidia-ml-py", "sees other users of the GPU", "cuda"),
     "starlette": ("starlette", "serves REST", "serve"),
     "grpc": ("grpcio", "serves gRPC", "serve"),
@@ -136,7 +136,11 @@ def _simulator() -> Need:
 
 
 def _package(module: str, distribution: str, what_for: str, extra: str) -> Need:
-    if importlib.util.find_spec(module) is None:
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package is missing
+        found = False
+    if not found:
         return Need(module, what_for, None, f"pip install 'missile[{extra}]'")
     try:
         return Need(module, what_for, metadata.version(distribution))
