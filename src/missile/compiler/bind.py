@@ -149,7 +149,7 @@ def _load_kernels(
     assert directory is not None  # _check
     kernels = {}
     for image in package.kernels:
-        module = gpu.load_module(_image(directory, image.id), name=f"{package.name}/{image.id}")
+        module = gpu.load_module(_image(directory, image.id), name=f"{tenant}/{image.id}")
         undo.callback(module.close)
         kernels[image.id] = module.kernel(image.entry)
     return kernels

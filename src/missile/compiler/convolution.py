@@ -1,4 +1,4 @@
-"""Depthwise and other thin grouped convolutions as pointwise kernels, for Inductor.
+"""How Inductor lowers convolutions: depthwise ones as pointwise kernels, the others with tiles of our choice.
 
 Inductor's convolution template computes each group as a matrix product of at least 16x16x16: for a depthwise convolution
 (one channel per group) nearly all of that is padding. Here each output element is the sum of its kernel's taps,
@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["depthwise_lowering", "is_depthwise"]
+from missile.compiler.tiles import Problem
+
+__all__ = ["convolution_lowering", "is_depthwise"]
 
 aten = torch.ops.aten
 
@@ -26,9 +28,13 @@ def is_depthwise(weight_shape: Sequence[int], in_channels: int, groups: int, *, 
 
 
 @contextmanager
-def depthwise_lowering() -> Iterator[None]:
-    """While active, Inductor lowers depthwise `aten.convolution` to taps and everything else as before."""
+def convolution_lowering() -> Iterator[None]:
+    """While active, Inductor lowers depthwise `aten.convolution` to taps; others tell the tile chooser their shape.
+
+    Works with and without `tuning.choose_tiles` around it.
+    """
     from torch._inductor.lowering import lowerings
+    from torch._inductor.virtualized import V
 
     original = lowerings[aten.convolution.default]
 
@@ -37,13 +43,42 @@ def depthwise_lowering() -> Iterator[None]:
         shape = [int(s) for s in weight.get_size()]
         if len(x.get_size()) == 4 and is_depthwise(shape, int(x.get_size()[1]), groups, transposed=transposed):
             return _lower_depthwise(x, weight, bias, _pair(stride), _pair(padding), _pair(dilation))
-        return original(x, weight, bias, stride, padding, dilation, *rest)
+        chooser = V.choices
+        if len(shape) != 4 or transposed or not hasattr(chooser, "convolution"):
+            return original(x, weight, bias, stride, padding, dilation, *rest)
+        chooser.convolution = _describe(x, shape, _pair(stride), _pair(padding), _pair(dilation), groups)
+        try:
+            return original(x, weight, bias, stride, padding, dilation, *rest)
+        finally:
+            chooser.convolution = None
 
     lowerings[aten.convolution.default] = lower
     try:
         yield
     finally:
         lowerings[aten.convolution.default] = original
+
+
+def _describe(
+    x: Any,
+    weight: list[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> tuple[str, Problem]:
+    """The tuning table's key of a convolution, and the matrix product that it is."""
+    batch, channels, height, width = (int(s) for s in x.get_size())
+    out = [
+        _out_size(size, taps, *rest)
+        for size, taps, *rest in zip((height, width), weight[2:], stride, padding, dilation, strict=True)
+    ]
+    key = (
+        f"conv {batch}x{channels}x{height}x{width} {'x'.join(map(str, weight))} stride {stride[0]}x{stride[1]} "
+        f"padding {padding[0]}x{padding[1]} groups {groups} {str(x.get_dtype()).removeprefix('torch.')}"
+    )
+    taps = weight[2] * weight[3]
+    return key, Problem(batch * out[0] * out[1], weight[0] // groups, weight[1], groups, taps)
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:

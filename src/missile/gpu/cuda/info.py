@@ -70,6 +70,8 @@ def describe(cu: Driver, device: Any, ordinal: int) -> tuple[GpuInfo, partitions
     address = pci_address(cu, device)
     notes, extra = _management_notes(address)
     extra["pci_address"] = address
+    # Two transfers per memory clock; kHz and bits.
+    extra["memory_bytes_per_s"] = attribute("MEMORY_CLOCK_RATE") * 2e3 * attribute("GLOBAL_MEMORY_BUS_WIDTH") / 8
     info = GpuInfo(
         name=name,
         device=f"cuda:{ordinal}",

@@ -47,7 +47,7 @@ def read_graph(graph: int) -> tuple[GraphNode, ...]:
     api = load()
     cu = Driver(api)
     handle = api.CUgraph(graph)
-    nodes = []
+    nodes: list[GraphNode] = []
     for node in _chain(cu, handle):
         kind = cu("cuGraphNodeGetType", node).name.removeprefix("CU_GRAPH_NODE_TYPE_").lower()
         if kind == "kernel":
@@ -84,7 +84,7 @@ def _kernel(cu: Driver, node: Any) -> KernelNode:
     function = p.func if int(p.func) else cu("cuKernelGetFunction", p.kern)
     name = cu("cuFuncGetName", function).decode()
     pointers = int(p.kernelParams)
-    params = []
+    params: list[bytes] = []
     if pointers:
         while True:
             status, _, size = cu.api.cuFuncGetParamInfo(function, len(params))
