@@ -39,13 +39,13 @@ def measure_flips(sampler: Sampler, page: int, page_bytes: int, sms: Sequence[in
     halves = np.median(prints.cycles[::2], axis=0), np.median(prints.cycles[1::2], axis=0)
     same = np.linalg.norm(halves[0] - halves[1], axis=1)
     limit = _APART * float(np.percentile(same, 90))
-    apart = _distance(prints.median, len(bits))
+    apart = _distance(prints.mean(), len(bits))
     suspects = apart > limit
     rare = suspects & (suspects.mean(axis=1, keepdims=True) < 0.1)
     if rare.any():
         # One disturbed measurement must not split a granule: look again where a bit moves next to nothing.
         again = sampler.fingerprints(page + flipped, sms, passes=5)
-        suspects &= ~rare | (_distance(again.median, len(bits)) > limit)
+        suspects &= ~rare | (_distance(again.mean(), len(bits)) > limit)
     moved = {bit: float(share) for bit, share in zip(bits, suspects.mean(axis=1), strict=True)}
     return BitFlips(moved, float(np.median(same)) / (2 * len(sms)) ** 0.5)
 

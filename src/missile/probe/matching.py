@@ -7,6 +7,7 @@ The names then follow by likelihood, summed over all samples, from the list of p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from missile.errors import UnsupportedError
 from missile.probe.pages import NO_PAGE, PageModel
 from missile.probe.relation import name_page
+from missile.probe.slices import Balls, principal_axes
 
 __all__ = ["Matcher", "Metric", "learn_page"]
 
@@ -34,32 +36,51 @@ _CHUNK = 1024
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What a fingerprint of each slice looks like in one pass over the SMs used for pages.
+    """What one pass over the SMs used for pages looks like for each slice.
 
-    centres: float32, shape (balls, SMs), cycles. ball: int64, shape (slices,): which of them each slice answers like.
-    sigma: standard deviation of one entry around its centre, cycles. radius: distance from its centre within which 99%
-    of the fingerprints lie.
+    sms: SM ids, ascending. centres: float32, shape (balls, SMs), cycles. ball: int64, shape (slices,): which of them each
+    slice answers like. sigma: standard deviation of one entry around its centre, cycles. radius: distance from its
+    centre, along the directions in which centres differ, within which 99% of the fingerprints lie.
     """
 
+    sms: tuple[int, ...]
     centres: Floats
     ball: Ints
     sigma: float
     radius: float
 
+    @classmethod
+    def calibrated(cls, balls: Balls, ball: Ints, sms: Sequence[int], all_sms: Sequence[int], passes: Floats) -> Metric:
+        """For `sms` among `all_sms`, from single passes (passes, granules, all SMs) over the page that gave `balls`."""
+        columns = [all_sms.index(sm) for sm in sms]
+        centres = balls.centres[:, columns]
+        known = balls.labels >= 0
+        residual = passes[:, known][:, :, columns] - centres[balls.labels[known]]
+        sigma = float(np.median(np.abs(residual))) / 0.6745
+        axes = _axes(centres)
+        radius = float(np.percentile(np.linalg.norm(residual.reshape(-1, len(columns)) @ axes, axis=1), 99))
+        return cls(tuple(sms), centres, np.asarray(ball, np.int64), max(sigma, 0.05), max(radius, 0.05))
+
+    def project(self, fingerprints: Floats) -> Floats:
+        """Fingerprints (*, SMs) along the directions in which centres differ, from their mean: (*, k)."""
+        return np.asarray((fingerprints - self.centres.mean(axis=0)) @ _axes(self.centres), np.float32)
+
     def costs(self, fingerprints: Floats) -> Floats:
         """Squared distance over variance to every centre, clipped above the least, shape (*, balls)."""
-        flat = fingerprints.reshape(-1, fingerprints.shape[-1]).astype(np.float64)
-        offset = self.centres.mean(axis=0, dtype=np.float64)
-        flat, centres = flat - offset, self.centres - offset
-        squared = (flat**2).sum(axis=1)[:, None] - 2 * flat @ centres.T + (centres**2).sum(axis=1)
+        points, centres = self.project(fingerprints), self.project(self.centres)
+        squared = (points**2).sum(axis=-1)[..., None] - 2 * points @ centres.T + (centres**2).sum(axis=1)
         scaled = np.maximum(squared, 0.0) / self.sigma**2
-        scaled = np.minimum(scaled, scaled.min(axis=1, keepdims=True) + _CLIP)
-        return np.asarray(scaled.reshape(*fingerprints.shape[:-1], -1), np.float32)
+        return np.asarray(np.minimum(scaled, scaled.min(axis=-1, keepdims=True) + _CLIP), np.float32)
 
     @property
     def near(self) -> float:
         """Distance within which two fingerprints may be of one slice."""
         return 2.0 * self.radius
+
+
+def _axes(centres: Floats) -> Floats:
+    centred = (centres - centres.mean(axis=0)).astype(np.float64)
+    return principal_axes(centred, 0.02).astype(np.float32)
 
 
 class Matcher:
@@ -134,11 +155,11 @@ class Matcher:
 
     def scores(self, fingerprints: Floats) -> Floats:
         """Share of the pairs that each origin puts on one slice whose fingerprints are near, shape (pages, origins)."""
-        centred = fingerprints - self.metric.centres.mean(axis=0)
+        centred = self.metric.project(fingerprints)
         squares = (centred**2).sum(axis=2)
         inner = centred @ centred.transpose(0, 2, 1)
         squared = squares[:, self._left] + squares[:, self._right] - 2 * inner[:, self._left, self._right]
-        return np.asarray(squared <= self.metric.near**2, np.float32) @ self._weights
+        return np.asarray((squared <= self.metric.near**2).astype(np.float32) @ self._weights, np.float32)
 
     def _names(self, costs: Floats, choice: Ints) -> tuple[Ints, npt.NDArray[np.float64]]:
         """The best permutation for each page under one origin each, and the costs of the best two, shape (rows, 2)."""

@@ -127,7 +127,7 @@ def _shifts(left: Ints, right: Ints, unit: int) -> Ints:
         cells.append(1 + (np.diff(joint, axis=1) > 0).sum(axis=1))
     count = np.concatenate(cells)
     most = 2 * granules // unit
-    found = []
+    found: list[int] = []
     for shift in np.argsort(count, kind="stable"):
         if count[shift] > most or len(found) == _MAX_SHIFTS:
             break
