@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from missile.gpu.sim.compute import Compute
 from missile.gpu.sim.cost import KernelCost, kernel_cost, missing_share
-from missile.gpu.sim.sharing import fair_shares, latency_growth, placed_speed, speeds
+from missile.gpu.sim.sharing import Capacities, fair_shares, latency_growth, placed_speed, speeds
 from missile.gpu.sim.spec import GpuSpec, load_spec
 from missile.gpu.work import KernelWork
 
 H100 = load_spec("h100")
+LIMITS = Capacities.of(H100)
 
 works = st.builds(
     KernelWork,
@@ -104,7 +105,7 @@ mixes = st.lists(st.tuples(costs, st.floats(0.01, 1.0), st.floats(1.0, 132.0)), 
 @given(mix=mixes)
 def test_bandwidths_and_arithmetic_are_never_exceeded(mix: list[tuple[KernelCost, float, float]]) -> None:
     group, placed, room = (list(column) for column in zip(*mix, strict=True))
-    found = speeds(group, placed, room, H100)
+    found = speeds(group, placed, room, LIMITS)
     assert all(0.0 < speed <= limit * (1 + 1e-9) for speed, limit in zip(found, placed, strict=True))
     missing = missing_share(sum(c.working_set for c in group), H100.l2_bytes) if len(group) > 1 else group[0].missing
     assert sum(c.vram * missing * s for c, s in zip(group, found, strict=True)) <= H100.vram_rate * (1 + 1e-9)
@@ -116,8 +117,8 @@ def test_bandwidths_and_arithmetic_are_never_exceeded(mix: list[tuple[KernelCost
 def test_a_neighbour_never_speeds_anybody_up(
     mix: list[tuple[KernelCost, float, float]], extra: tuple[KernelCost, float, float]
 ) -> None:
-    before = speeds(*(list(column) for column in zip(*mix, strict=True)), H100)
-    after = speeds(*(list(column) for column in zip(*mix, extra, strict=True)), H100)
+    before = speeds(*(list(column) for column in zip(*mix, strict=True)), LIMITS)
+    after = speeds(*(list(column) for column in zip(*mix, extra, strict=True)), LIMITS)
     assert all(late <= early * (1 + 1e-9) for early, late in zip(before, after, strict=False))
 
 
@@ -143,7 +144,7 @@ def test_fair_shares_are_max_min_fair(entries: list[tuple[float, float]], capaci
 
 
 def test_memory_latency_grows_with_load() -> None:
-    growth = [latency_growth(load / 20, H100) for load in range(30)]
+    growth = [latency_growth(load / 20, LIMITS) for load in range(30)]
     assert growth[0] == 1.0
     assert growth == sorted(growth)
     assert growth[-1] < 5.0
@@ -178,6 +179,26 @@ def test_a_small_kernel_of_higher_priority_waits_for_as_many_blocks_as_it_needs(
     compute.start(42_000.0, small, (0,), priority=1)
     ends = run_all(compute)
     assert ends[2] == pytest.approx(42_000.0 + 10_000.0 * 13 / 132 + 5_000.0)
+
+
+def test_the_last_waves_spare_room_goes_on_even_if_something_else_happens_meanwhile() -> None:
+    compute = Compute(H100)
+    two_waves = kernel_cost(KernelWork(blocks=200, blocks_per_sm=1, solo_ns=100_000.0), H100)
+    compute.start(0.0, two_waves, (0,))
+    compute.settle()
+    small = kernel_cost(KernelWork(blocks=60, blocks_per_sm=1, solo_ns=5_000.0), H100)
+    compute.start(45_000.0, small, (0,))  # less than one wave's blocks are left, but the first wave runs till 50 us
+    compute.settle()
+    assert run_all(compute) == pytest.approx({1: 100_000.0, 2: 55_000.0})
+
+
+def test_times_far_out_do_not_stall() -> None:
+    compute = Compute(H100)
+    start = 3e12  # fifty minutes
+    for offset in (0.0, 0.1, 0.2):
+        compute.start(start + offset, _full_gpu(3, 1_000.1), (0,))
+        compute.settle()
+    assert len(run_all(compute)) == 3
 
 
 def test_kernels_of_one_wave_are_not_displaced() -> None:

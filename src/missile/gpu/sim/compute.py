@@ -11,12 +11,12 @@ import math
 from collections.abc import Callable, Sequence
 
 from missile.gpu.sim.cost import UNITS_PER_SM, KernelCost
-from missile.gpu.sim.sharing import placed_speed, speeds
+from missile.gpu.sim.sharing import Capacities, placed_speed, speeds
 from missile.gpu.sim.spec import GpuSpec
 
 __all__ = ["Compute", "Running"]
 
-_DONE_NS = 1e-6  # work that is less than this from its end has ended (rounding of times as large as 1e12 ns)
+_DONE_NS = 1e-3  # work that is less than this from its end has ended: above the rounding of times up to an hour
 
 
 class Running:
@@ -58,7 +58,7 @@ class Compute:
     """All SMs of one GPU. `advance` to a time, change something, `settle`; `next_ns` says when to come back."""
 
     def __init__(self, spec: GpuSpec) -> None:
-        self._spec = spec
+        self._capacities = Capacities.of(spec)
         self._running: list[Running] = []
         self._pending: list[Running] = []  # those with blocks to place, in the order of service
         self._arrivals = 0
@@ -147,7 +147,7 @@ class Compute:
         else:
             costs = [kernel.cost for kernel in active]
             room = [kernel.blocks * kernel.cost.units / UNITS_PER_SM for kernel in active]
-            found = speeds(costs, [kernel.placed for kernel in active], room, self._spec) if active else []
+            found = speeds(costs, [kernel.placed for kernel in active], room, self._capacities) if active else []
         crowded = len(self._pending) > 1
         wait = math.inf
         for kernel, speed in zip(active, found, strict=True):
@@ -180,14 +180,23 @@ class Compute:
         self._pending.remove(kernel)
 
     def _place(self) -> None:
+        free = self._free
         still = []
         for kernel in self._pending:
-            unplaced = math.ceil(kernel.cost.blocks * kernel.left / kernel.total - 1e-9) - kernel.blocks
-            placed = self._take_room(kernel, unplaced) if unplaced > 0 else 0
-            if placed:
+            units = kernel.cost.units
+            for part in kernel.parts:
+                if free[part] >= units:
+                    break
+            else:
+                still.append(kernel)
+                continue
+            blocks = kernel.cost.blocks
+            unplaced = math.ceil(blocks * kernel.left / kernel.total - 1e-9) - kernel.blocks
+            if unplaced > 0 and self._take_room(kernel, unplaced):
                 self._set_pace(kernel)
                 kernel.handover = math.inf
-            if unplaced > placed:
+            # One that needs several waves stays, even when nothing of it is left out, until the last one starts.
+            if kernel.blocks < blocks:
                 still.append(kernel)
             else:
                 kernel.waiting = False
@@ -213,7 +222,7 @@ class Compute:
         return given
 
     def _set_pace(self, kernel: Running) -> None:
-        kernel.placed = placed_speed(kernel.cost, kernel.blocks, kernel.sms, self._spec.sm.count)
+        kernel.placed = placed_speed(kernel.cost, kernel.blocks, kernel.sms, self._capacities.sms)
         kernel.tail = kernel.total / -(-kernel.cost.blocks // kernel.blocks) if kernel.blocks else 0.0
         if not kernel.blocks:
             kernel.speed = 0.0
@@ -241,14 +250,15 @@ class Compute:
         for kernel in self._pending:
             if kernel.order[0] == lowest:
                 return
-            if kernel.handover == math.inf:
+            wanted = self._wanted(kernel)
+            if kernel.handover == math.inf and wanted > 0:
                 per_ns, longest = 0.0, 0.0
                 for donor, blocks in self._donors(kernel):
                     block_ns = donor.tail / donor.speed
                     per_ns += blocks * donor.cost.units / block_ns
                     longest = max(longest, block_ns)
                 if per_ns:
-                    kernel.handover = self._now + min(self._wanted(kernel) / per_ns, longest)
+                    kernel.handover = self._now + min(wanted / per_ns, longest)
             self.next_ns = min(self.next_ns, kernel.handover)
 
     def _wanted(self, kernel: Running) -> int:

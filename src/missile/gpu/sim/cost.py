@@ -93,10 +93,10 @@ def _sensitivity(work: KernelWork, spec: GpuSpec, solo: float, waves: int, arith
     return max(0.0, min(1.0 - arithmetic, waiting / solo))
 
 
-def _roofline(work: KernelWork, spec: GpuSpec) -> float:
-    """Lower bound on the duration, ns: the largest of the VRAM, L2 and arithmetic times."""
+def _roofline(work: KernelWork, spec: GpuSpec, in_l2: bool = False) -> float:
+    """Lower bound on the duration, ns: the largest of the VRAM (unless all is in L2), L2 and arithmetic times."""
     return max(
-        work.footprint_bytes / spec.vram_rate,
+        0.0 if in_l2 else work.footprint_bytes / spec.vram_rate,
         (work.read_bytes + work.write_bytes) / spec.l2.bandwidth_gb_s,
         work.operations / spec.operation_rate(work.tensor_ops),
     )
@@ -114,18 +114,21 @@ def _solo_ns(work: KernelWork, spec: GpuSpec) -> float:
     Scaling: the part that the roofline of the recorded GPU explains scales with the rooflines, the rest with waves and
     clock. A recording whose GPU has no spec is taken for this one's.
     """
-    bound = _roofline(work, spec)
     if work.solo_ns <= 0.0:
+        bound = _roofline(work, spec)
         per_thread = work.operations / max(work.blocks * work.threads, 1) / max(spec.sm.clock_mhz, 1.0) * 1000
         return max(bound + spec.sharing.memory_latency_ns, per_thread, MINIMUM_NS)
     recorded = _recorded_spec(work.recorded_on)
     if recorded is None or recorded.name == spec.name:
         return work.solo_ns
-    explained = min(_roofline(work, recorded), work.solo_ns)
-    share = explained / work.solo_ns
-    by_roofline = bound / _roofline(work, recorded) if explained else 1.0
+    # Faster than VRAM would have allowed: it found its data in L2, and does so here if they fit.
+    in_l2 = recorded.vram_rate * work.solo_ns < work.footprint_bytes <= recorded.l2_bytes
+    recorded_bound = _roofline(work, recorded, in_l2)
+    bound = _roofline(work, spec, in_l2 and work.footprint_bytes <= spec.l2_bytes)
+    explained = min(recorded_bound, work.solo_ns)
+    by_roofline = bound / recorded_bound if recorded_bound else 1.0
     by_latency = _latency_bound(work, spec) / _latency_bound(work, recorded)
-    return max(work.solo_ns * (share * by_roofline + (1.0 - share) * by_latency), bound)
+    return explained * by_roofline + (work.solo_ns - explained) * by_latency
 
 
 def _recorded_spec(name: str) -> GpuSpec | None:

@@ -23,6 +23,7 @@ from missile.gpu.work import KernelWork
 __all__ = ["Engine"]
 
 _NOISE_SAMPLES = 8191
+_REMEMBERED = 1 << 16  # launches whose cost is kept at hand
 _BLOCK_BYTES = 64 << 10  # a fill's or copy's block handles this much
 
 
@@ -97,6 +98,8 @@ class Engine:
         if known is not None and known[1].name == operation.kernel.name:
             return known[1]
         tenant = getattr(operation.kernel, "tenant", "")
+        if len(self._prepared) >= _REMEMBERED:
+            self._prepared.clear()
         prepared = PreparedKernel(kernel_cost(operation.work, self.spec, keeps), operation.kernel.name, tenant, None)
         self._prepared[key] = (operation.work, prepared)
         return prepared

@@ -7,11 +7,38 @@ memory, so adding a neighbour can only slow the others (docs/simulator.md has th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from missile.gpu.sim.cost import KernelCost, missing_share
 from missile.gpu.sim.spec import GpuSpec
 
-__all__ = ["fair_shares", "latency_growth", "placed_speed", "speeds"]
+__all__ = ["Capacities", "fair_shares", "latency_growth", "placed_speed", "speeds"]
+
+
+@dataclass(frozen=True, slots=True)
+class Capacities:
+    """What of a spec decides how kernels share, looked up once. Rates in bytes per ns, `l2_bytes` in bytes."""
+
+    sms: int
+    vram_rate: float
+    l2_rate: float
+    l2_bytes: int
+    queueing: float
+    queueing_limit: float
+    miss_penalty: float
+
+    @classmethod
+    def of(cls, spec: GpuSpec) -> Capacities:
+        sharing = spec.sharing
+        return cls(
+            sms=spec.sm.count,
+            vram_rate=spec.vram_rate,
+            l2_rate=spec.l2.bandwidth_gb_s,
+            l2_bytes=spec.l2_bytes,
+            queueing=sharing.queueing,
+            queueing_limit=sharing.queueing_limit,
+            miss_penalty=sharing.miss_penalty,
+        )
 
 
 def fair_shares(demands: Sequence[float], weights: Sequence[float], capacity: float) -> list[float]:
@@ -33,14 +60,15 @@ def fair_shares(demands: Sequence[float], weights: Sequence[float], capacity: fl
     return shares
 
 
-def latency_growth(load: float, spec: GpuSpec) -> float:
+def latency_growth(load: float, capacities: Capacities) -> float:
     """Memory latency at `load` (share of VRAM's bandwidth that reads ask for) over that of an idle memory, at least 1.
 
     The queueing curve 1 + a load^2 / (1 - load), held beyond the limit where requests in flight run out.
     """
-    sharing = spec.sharing
-    load = min(load, sharing.queueing_limit)
-    return 1.0 + sharing.queueing * load * load / (1.0 - load)
+    limit = capacities.queueing_limit
+    if load > limit:
+        load = limit
+    return 1.0 + capacities.queueing * load * load / (1.0 - load)
 
 
 def placed_speed(cost: KernelCost, held: int, sms: int, all_sms: int) -> float:
@@ -57,7 +85,9 @@ def placed_speed(cost: KernelCost, held: int, sms: int, all_sms: int) -> float:
     return speed
 
 
-def speeds(costs: Sequence[KernelCost], placed: Sequence[float], room: Sequence[float], spec: GpuSpec) -> list[float]:
+def speeds(
+    costs: Sequence[KernelCost], placed: Sequence[float], room: Sequence[float], capacities: Capacities
+) -> list[float]:
     """Speeds of kernels that run at once. placed: each one's `placed_speed`, > 0; room: SMs' worth of room held, > 0."""
     if len(costs) == 1:
         return [placed[0]]
@@ -65,28 +95,26 @@ def speeds(costs: Sequence[KernelCost], placed: Sequence[float], room: Sequence[
     kept = 0.0
     for cost in costs:
         kept += cost.working_set
-    missing = missing_share(kept, spec.l2_bytes)
-    vram_rate, miss_penalty = spec.vram_rate, spec.sharing.miss_penalty
-    vram, reads = [], []
-    l2 = arithmetic = 0.0
+    missing = missing_share(kept, capacities.l2_bytes)
+    vram_rate, penalty = capacities.vram_rate, capacities.miss_penalty
+    vram = reads = l2 = arithmetic = 0.0
     for cost, speed in zip(costs, placed, strict=True):
-        share = missing * speed
-        vram.append(cost.vram * share)
-        reads.append(cost.reads * share)
+        vram += cost.vram * speed
+        reads += cost.reads * speed
         l2 += cost.l2 * speed
         arithmetic += cost.arithmetic * speed
-    all_reads = sum(reads)
     result = []
-    for cost, speed, read in zip(costs, placed, reads, strict=True):
-        if cost.sensitivity:
-            growth = latency_growth((all_reads - read) / vram_rate, spec)
-            growth *= 1.0 + miss_penalty * (missing - cost.missing)
-            speed /= 1.0 + cost.sensitivity * (growth - 1.0)
+    for cost, speed in zip(costs, placed, strict=True):
+        sensitivity = cost.sensitivity
+        if sensitivity:
+            growth = latency_growth((reads - cost.reads * speed) * missing / vram_rate, capacities)
+            growth *= 1.0 + penalty * (missing - cost.missing)
+            speed /= 1.0 + sensitivity * (growth - 1.0)
         result.append(speed)
-    if sum(vram) > vram_rate:
-        _limit(result, placed, vram, room, vram_rate)
-    if l2 > spec.l2.bandwidth_gb_s:
-        _limit(result, placed, [c.l2 * s for c, s in zip(costs, placed, strict=True)], room, spec.l2.bandwidth_gb_s)
+    if vram * missing > vram_rate:
+        _limit(result, placed, [c.vram * missing * s for c, s in zip(costs, placed, strict=True)], room, vram_rate)
+    if l2 > capacities.l2_rate:
+        _limit(result, placed, [c.l2 * s for c, s in zip(costs, placed, strict=True)], room, capacities.l2_rate)
     if arithmetic > 1.0:
         _limit(result, placed, [c.arithmetic * s for c, s in zip(costs, placed, strict=True)], room, 1.0)
     return result
