@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from missile.errors import GpuError, MissileError
-from missile.gpu.interface import Event, Gpu, HostBuffer, Priority, Stream
+from missile.gpu.interface import Event, Gpu, HostBuffer
 from missile.pcie.policy import FairLink, Pick
 from missile.pcie.request import Chunk, Request
 from missile.pcie.staging import Piece, StagingRing
@@ -61,16 +61,14 @@ class Lane:
         self._depth = depth
         self._ns_per_byte = 1e9 / rate
         self._staging = staging
-        self._streams: tuple[Stream, ...] = (
-            gpu.create_stream(priority=Priority.LOW),
-            gpu.create_stream(priority=Priority.HIGH),
-        )
-        self._flying: tuple[deque[Chunk], ...] = (deque(), deque())
+        # One stream for all: copies of one stream keep their order, while the hardware may serve another stream much later.
+        self._stream = gpu.create_stream()
+        self._flying: deque[Chunk] = deque()
         self._flying_bytes = 0
         self._busy_until = 0
         self._queues: dict[str, deque[Request]] = {}
         self._unready: set[str] = set()  # tenants whose next copy waits for an event or for the host
-        self._leaving: list[Request] = []  # ended, with host copies still on their way
+        self._landing: list[tuple[Request, Piece]] = []  # host copies on their way, of pieces that the GPU is done with
         self._events: list[Event] = []
 
     # --- tenants and copies
@@ -107,25 +105,24 @@ class Lane:
 
     @property
     def busy(self) -> bool:
-        return bool(self._flying_bytes or self._leaving or any(self._queues.values()))
+        return bool(self._flying_bytes or self._landing or any(self._queues.values()))
 
     # --- the reactor's part
 
     def step(self, now_ns: int) -> int | None:
         """See what arrived, give the GPU what it should have next. Returns when to step again; None when idle."""
         self._reap(now_ns)
+        if self._landing:
+            self._collect(now_ns)
         if self._unready:
             for tenant in tuple(self._unready):
                 self._refresh(tenant, now_ns)
-        if self._leaving:
-            for request in tuple(self._leaving):
-                self._settle(request, now_ns)
         self._fill(now_ns)
         return self._deadline(now_ns)
 
     def events(self) -> list[Event]:
         """What the next step may be waiting for."""
-        heads = [flying[0].event for flying in self._flying if flying]
+        heads = [self._flying[0].event] if self._flying else []
         return heads + [
             queue[0].after for tenant in self._unready if (queue := self._queues[tenant]) and queue[0].after is not None
         ]
@@ -143,14 +140,14 @@ class Lane:
 
     def abandon(self, error: GpuError, now_ns: int) -> None:
         """The GPU is lost: end everything with `error`."""
-        flying = {id(chunk.request): chunk.request for chunks in self._flying for chunk in chunks}
-        for chunks in self._flying:
-            chunks.clear()
-        self._flying_bytes = 0
+        flying = [chunk.request for chunk in self._flying]
         queued = [request for queue in self._queues.values() for request in queue]
-        for request in [*flying.values(), *queued, *self._leaving]:
-            request.flying = 0
-            request.landing.clear()
+        landing = [request for request, _ in self._landing]
+        self._flying.clear()
+        self._flying_bytes = 0
+        self._landing.clear()
+        for request in (*flying, *queued, *landing):
+            request.flying = request.landing = 0
             request.pieces.clear()
             request.end(CopyState.FAILED, error)
             self._settle(request, now_ns)
@@ -158,11 +155,9 @@ class Lane:
             queue.clear()
             self.fair.sleep(tenant, now_ns)
         self._unready.clear()
-        self._leaving.clear()
 
     def close(self) -> None:
-        for stream in self._streams:
-            stream.close()
+        self._stream.close()
         for event in self._events:
             event.close()
         self._events.clear()
@@ -170,33 +165,34 @@ class Lane:
     # --- arrivals
 
     def _reap(self, now_ns: int) -> None:
-        for flying in self._flying:
-            while flying:
-                chunk = flying[0]
-                try:
-                    if not chunk.event.done():
-                        break
-                except MissileError as error:
-                    if _lost(error):
-                        raise
-                    chunk.request.end(CopyState.FAILED, error)
-                flying.popleft()
-                self._arrived(chunk, now_ns)
+        while self._flying:
+            failure = None
+            try:
+                if not self._flying[0].event.done():
+                    break
+            except MissileError as error:
+                if _lost(error):
+                    raise
+                failure = error
+            self._arrived(self._flying.popleft(), now_ns, failure)
         if not self._flying_bytes:
             self._busy_until = 0
 
-    def _arrived(self, chunk: Chunk, now_ns: int) -> None:
+    def _arrived(self, chunk: Chunk, now_ns: int, failure: MissileError | None) -> None:
         request, nbytes = chunk.request, chunk.nbytes
+        ticket = request.ticket
         self._flying_bytes -= nbytes
         self._events.append(chunk.event)
         request.flying -= 1
+        if failure is not None:
+            request.end(CopyState.FAILED, failure)
+        else:
+            ticket.copied += nbytes
+            self.stats[ticket.tenant].bytes += nbytes
+            if self.on_chunk is not None:
+                self.on_chunk(ChunkRecord(ticket.tenant, self.direction, nbytes, chunk.issued_ns, now_ns))
         if chunk.piece is not None:
             self._unstage(request, chunk.piece)
-        if request.ending is None:
-            request.ticket.copied += nbytes
-            self.stats[request.ticket.tenant].bytes += nbytes
-            if self.on_chunk is not None:
-                self.on_chunk(ChunkRecord(request.ticket.tenant, self.direction, nbytes, chunk.issued_ns, now_ns))
         if request.over and not request.flying:
             self._settle(request, now_ns)
 
@@ -204,28 +200,33 @@ class Lane:
         if self.direction is Direction.D2H and request.ending is None:
             assert request.pageable is not None
             self._staging.drain(piece, request.pageable)
-            request.landing.append(piece)
+            self._land(request, piece)
         else:
             self._staging.give_back(piece)
 
+    def _land(self, request: Request, piece: Piece) -> None:
+        request.landing += 1
+        self._landing.append((request, piece))
+
+    def _collect(self, now_ns: int) -> None:
+        """Give back the pieces that the host is done with."""
+        still = []
+        for request, piece in self._landing:
+            if not piece.ready:
+                still.append((request, piece))
+                continue
+            self._staging.give_back(piece)
+            request.landing -= 1
+        ended = {id(request): request for request, _ in self._landing if not request.landing and request.over}
+        self._landing = still
+        for request in ended.values():
+            self._settle(request, now_ns)
+
     def _settle(self, request: Request, now_ns: int) -> None:
-        """End a request of which nothing more will be issued, as soon as neither GPU nor host is at work on it."""
-        if request.flying:
-            return
-        if request.pieces or request.landing:
-            request.landing.extend(request.pieces)
-            request.pieces.clear()
-            for piece in tuple(request.landing):
-                if piece.ready:
-                    request.landing.remove(piece)
-                    self._staging.give_back(piece)
-            if request.landing:
-                if request not in self._leaving:
-                    self._leaving.append(request)
-                return
-        if request in self._leaving:
-            self._leaving.remove(request)
-        if request.ticket.done:
+        """End a request of which nothing more will be issued, unless GPU or host are still at work on it."""
+        while request.pieces:
+            self._land(request, request.pieces.popleft())
+        if request.flying or request.landing or request.ticket.done:
             return
         state = request.ending or CopyState.DONE
         stats = self.stats[request.ticket.tenant]
@@ -314,13 +315,14 @@ class Lane:
                 nbytes = piece.nbytes
             else:
                 piece = self._staging.take(request.issued, nbytes)
-                assert piece is not None  # ready
+                if piece is None:  # another tenant has just taken the last buffer
+                    self._refresh(pick.tenant, now_ns)
+                    return
                 nbytes = piece.nbytes
-        pipe = int(pick.latency_sensitive)
         event = self._events.pop() if self._events else self._gpu.create_event(timing=False)
         try:
-            self._enqueue(self._streams[pipe], request, nbytes, piece)
-            self._streams[pipe].record(event)
+            self._enqueue(request, nbytes, piece)
+            self._stream.record(event)
         except MissileError as error:
             self._events.append(event)
             if piece is not None:
@@ -332,7 +334,7 @@ class Lane:
             return
         self.fair.charge(pick, nbytes)
         self._busy_until = max(self._busy_until, now_ns) + int(nbytes * self._ns_per_byte)
-        self._flying[pipe].append(Chunk(request, nbytes, event, now_ns, self._busy_until, piece))
+        self._flying.append(Chunk(request, nbytes, event, now_ns, self._busy_until, piece))
         self._flying_bytes += nbytes
         request.flying += 1
         request.issued += nbytes
@@ -345,7 +347,7 @@ class Lane:
         if request.over or request.pageable is not None:
             self._refresh(pick.tenant, now_ns)
 
-    def _enqueue(self, stream: Stream, request: Request, nbytes: int, piece: Piece | None) -> None:
+    def _enqueue(self, request: Request, nbytes: int, piece: Piece | None) -> None:
         host: HostBuffer
         if piece is not None:
             host, offset = piece.buffer, 0
@@ -353,13 +355,13 @@ class Lane:
             assert request.pinned is not None
             host, offset = request.pinned, request.offset + request.issued
         if self.direction is Direction.H2D:
-            stream.copy_to_device(request.device + request.issued, host, offset=offset, nbytes=nbytes)
+            self._stream.copy_to_device(request.device + request.issued, host, offset=offset, nbytes=nbytes)
         else:
-            stream.copy_to_host(host, request.device + request.issued, offset=offset, nbytes=nbytes)
+            self._stream.copy_to_host(host, request.device + request.issued, offset=offset, nbytes=nbytes)
 
     def _deadline(self, now_ns: int) -> int | None:
-        times = [max(flying[0].eta_ns, now_ns + _LATE_NS) for flying in self._flying if flying]
-        if self._unready or self._leaving:
+        times = [max(self._flying[0].eta_ns, now_ns + _LATE_NS)] if self._flying else []
+        if self._unready or self._landing:
             times.append(now_ns + _POLL_NS)
         if (eligible := self.fair.next_eligible(now_ns)) is not None:
             times.append(max(eligible, now_ns + 1))

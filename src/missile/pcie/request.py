@@ -16,7 +16,7 @@ class Request:
     """The bytes [0, ticket.nbytes) between device address `device` and either `pinned` (from `offset`) or `pageable`.
 
     `issued`: bytes given to the GPU so far. `flying`: chunks of it that the GPU has. `pieces`: its filled or filling
-    pinned pieces, in order. `landing`: pieces whose bytes are on their way to pageable memory.
+    pinned pieces, in order. `landing`: pieces that the GPU is done with and the host is not.
     """
 
     __slots__ = (
@@ -55,7 +55,7 @@ class Request:
         self.flying = 0
         self.staged = 0
         self.pieces: deque[Piece] = deque()
-        self.landing: list[Piece] = []
+        self.landing = 0
         self.ending: CopyState | None = None  # how it is to end once nothing of it flies
         self.error: MissileError | None = None
 
