@@ -5,7 +5,9 @@ The report and the table are computed from this file alone, so that both can be 
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -138,20 +140,22 @@ class Results(_Strict):
 
 
 def write_results(results: Results, path: Path) -> None:
-    """Write `path` whole or not at all."""
+    """Write `path` whole or not at all; compressed when its name ends in .gz."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    content = (results.model_dump_json(by_alias=True) + "\n").encode()
     part = path.with_name(path.name + ".part")
-    part.write_text(results.model_dump_json(by_alias=True) + "\n", encoding="utf-8")
+    part.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
     part.replace(path)
 
 
 def read_results(path: Path) -> Results:
     """Read a results file. MisuseError when it is missing, truncated, edited out of form or of another schema."""
     try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        raw: Any = json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)
     except FileNotFoundError:
         raise MisuseError(f"There is no results file at {path}.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise MisuseError(f"{path} can't be read: {error}.") from error
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if schema != SCHEMA:

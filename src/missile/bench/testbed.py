@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from missile.bench.scenario import Scenario
@@ -39,7 +39,12 @@ class GpuTestbed:
     def shared(
         self, tenants: Sequence[Tenant], policy: str, *, seed: int, duration_ns: int, warmup_ns: int
     ) -> RunRecord:
-        return run(self.gpu, self.roster, policy, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
+        names = {tenant.name for tenant in tenants}
+        # A view: the testbed's roster owns the models.
+        chosen = Roster(
+            self.gpu, [loaded for loaded in self.roster.tenants if loaded.tenant.name in names], ExitStack()
+        )
+        return run(self.gpu, chosen, policy, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
 
 
 def describe_policy(policy: str) -> str:
