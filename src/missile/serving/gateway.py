@@ -34,7 +34,8 @@ class Source(Protocol):
 class Inference:
     """A request whose inputs fit the signature. inputs: buffers of exactly the right size, or sources, in its order.
 
-    arrival_ns: when the request was complete, on the monotonic clock. timeout_ns: from then on; 0 for none.
+    arrival_ns: when the request was complete, on the monotonic clock. started_ns: when its first bytes came.
+    timeout_ns: from the arrival on; 0 for none.
     priority: lower goes first within the tenant.
     """
 
@@ -43,6 +44,7 @@ class Inference:
     batch: int
     inputs: Sequence[Any]
     arrival_ns: int
+    started_ns: int
     timeout_ns: int = 0
     priority: int = 0
 
@@ -56,6 +58,7 @@ class _Pending:
     offset: int
     block: memoryview
     reserved: int
+    sent_ns: int
     future: asyncio.Future[Answer]
     abandoned: bool = False
     timer: asyncio.TimerHandle | None = None
@@ -73,6 +76,11 @@ class Result:
         pending = self._pending
         start = pending.layout.outputs[index]
         return pending.block[start : start + pending.layout.output_sizes[index]]
+
+    def front_ns(self) -> int:
+        """Time in the front end so far: from the request's first bytes to the ring, and from the answer until now."""
+        pending = self._pending
+        return pending.sent_ns - pending.inference.started_ns + time.monotonic_ns() - self.answer.done_ns
 
     def __enter__(self) -> Self:
         return self
@@ -162,9 +170,11 @@ class Gateway:
         if not sent:
             arena.free(offset)
             raise Refusal(Reason.OVERLOADED, "The engine's queue is full.", retry_after_s=1.0)
-        link.ring_bell(link.call_bell)
+        link.call_bell.ring()
         loop = asyncio.get_running_loop()
-        pending = _Pending(call_id, inference, layout, arena, offset, block, reserved, loop.create_future())
+        pending = _Pending(
+            call_id, inference, layout, arena, offset, block, reserved, time.monotonic_ns(), loop.create_future()
+        )
         if deadline:
             wait_s = max(0, deadline - time.monotonic_ns()) / _NS
             pending.timer = loop.call_later(wait_s, self._expire, call_id)
@@ -254,7 +264,7 @@ class Gateway:
 
     def _cancel(self, call_id: int) -> None:
         if self._link is not None and self._link.calls.push(CallKind.CANCEL, 0, call_id, 0, 0, 0, 0, 0):
-            self._link.ring_bell(self._link.call_bell)
+            self._link.call_bell.ring()
 
     def _expire(self, call_id: int) -> None:
         pending = self._pending.get(call_id)

@@ -13,12 +13,13 @@ import os
 import select
 import socket
 import struct
+import threading
 from enum import IntEnum
 from typing import Any, NamedTuple, Self
 
 from missile.serving.ring import Ring
 
-__all__ = ["Answer", "Call", "CallKind", "Control", "Link", "Outcome"]
+__all__ = ["Answer", "Bell", "Call", "CallKind", "Control", "Link", "Outcome", "ring"]
 
 RING_RECORDS = 8192
 _PAGE = 4096
@@ -109,13 +110,57 @@ class Control:
         self._socket.close()
 
 
+class Bell:
+    """Wakes the other side, which waits on `descriptor`, an event fd; only when it has said that it wants to be woken.
+
+    A wake-up costs a system call and, often, a switch to the other process, so a side that is awake is left alone. Both
+    sides store one thing and then look at the other's (the waiter: armed, then its ring; the ringer: the ring, then
+    armed), which is right only with a full barrier between the two: a lock's atomic instruction is one.
+    """
+
+    def __init__(self, descriptor: int, armed: memoryview) -> None:
+        self.descriptor = descriptor
+        self._armed = armed
+        self._lock = threading.Lock()
+
+    def _fence(self) -> None:
+        self._lock.acquire()
+        self._lock.release()
+
+    def ring(self) -> None:
+        """After pushing. Only one side rings."""
+        self._fence()
+        if self._armed[0]:
+            self._armed[0] = 0
+            ring(self.descriptor)
+
+    def arm(self) -> None:
+        """Ask to be woken by the next push. Look at the ring once more afterwards."""
+        self._armed[0] = 1
+        self._fence()
+
+    def quiet(self) -> None:
+        """Take the rings so far, and ask for none."""
+        self._armed[0] = 0
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.descriptor)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+        self._armed.release()
+
+
+def ring(descriptor: int) -> None:
+    """Ring a plain event fd."""
+    with contextlib.suppress(BlockingIOError):  # a full counter rings all the same
+        os.eventfd_write(descriptor, 1)
+
+
 class Link:
     """One side's view. The front end makes it with `create`, the engine with `attach` from `descriptors`."""
 
     def __init__(self, memory_fd: int, call_bell: int, answer_bell: int, control: socket.socket, nbytes: int) -> None:
         self.memory_fd = memory_fd
-        self.call_bell = call_bell
-        self.answer_bell = answer_bell
         self.control = Control(control)
         self._mapping = mmap.mmap(memory_fd, nbytes)
         self._view = memoryview(self._mapping)
@@ -123,13 +168,16 @@ class Link:
         answers = -(-Ring.nbytes(_ANSWER, RING_RECORDS) // _PAGE) * _PAGE
         self.calls = Ring(self._view[:calls], _CALL, RING_RECORDS)
         self.answers = Ring(self._view[calls : calls + answers], _ANSWER, RING_RECORDS)
-        self.arena = self._view[calls + answers :]
+        self.arena = self._view[calls + answers + _PAGE :]
+        flags = self._view[calls + answers : calls + answers + _PAGE]
+        self.call_bell = Bell(call_bell, flags[:8].cast("Q"))  # the engine waits on it
+        self.answer_bell = Bell(answer_bell, flags[64:72].cast("Q"))  # the front end waits on it
 
     @classmethod
     def create(cls, arena_bytes: int) -> tuple[Self, socket.socket]:
         """The front end's side, and the control socket's other end, to be closed once the engine has it."""
         rings = sum(-(-Ring.nbytes(r, RING_RECORDS) // _PAGE) * _PAGE for r in (_CALL, _ANSWER))
-        nbytes = rings + arena_bytes
+        nbytes = rings + _PAGE + arena_bytes
         memory = os.memfd_create("missile-link", os.MFD_CLOEXEC)
         os.ftruncate(memory, nbytes)
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
@@ -141,24 +189,14 @@ class Link:
         control = socket.socket(fileno=control_fd)
         return cls(memory_fd, call_bell, answer_bell, control, os.fstat(memory_fd).st_size)
 
-    @staticmethod
-    def ring_bell(bell: int) -> None:
-        with contextlib.suppress(BlockingIOError):  # a full counter rings all the same
-            os.eventfd_write(bell, 1)
-
-    @staticmethod
-    def quiet_bell(bell: int) -> None:
-        """Take the rings so far. Do it before looking at the ring, so that none is missed."""
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(bell)
-
     def close(self) -> None:
         """Idempotent. Views of the arena that are still held keep its memory until they go."""
         if self.memory_fd < 0:
             return
         self.control.close()
-        for descriptor in (self.memory_fd, self.call_bell, self.answer_bell):
-            os.close(descriptor)
+        os.close(self.memory_fd)
+        self.call_bell.close()
+        self.answer_bell.close()
         self.memory_fd = -1
         self.calls.close()
         self.answers.close()

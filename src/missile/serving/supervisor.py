@@ -83,7 +83,7 @@ class Supervisor:
         """Start the process and wait until it can load. MissileError when it refuses (no device) or dies at once."""
         loop = asyncio.get_running_loop()
         link, theirs = Link.create(self._arena_bytes)
-        descriptors = (link.memory_fd, link.call_bell, link.answer_bell, theirs.fileno())
+        descriptors = (link.memory_fd, link.call_bell.descriptor, link.answer_bell.descriptor, theirs.fileno())
         arguments = [sys.executable, "-P", "-m", "missile.serving.engine", *map(str, descriptors)]
         with theirs:
             self._process = subprocess.Popen(arguments, pass_fds=descriptors, stdin=subprocess.DEVNULL)
@@ -94,7 +94,8 @@ class Supervisor:
         self._pidfd = os.pidfd_open(self._process.pid)
         self._ready = loop.create_future()
         loop.add_reader(self._pidfd, self._ended)
-        loop.add_reader(link.answer_bell, self._take_answers)
+        link.answer_bell.arm()
+        loop.add_reader(link.answer_bell.descriptor, self._take_answers)
         loop.add_reader(link.control.fileno(), self._take_control)
         link.control.send(self._hello)
         reply = await self._ready
@@ -138,11 +139,14 @@ class Supervisor:
         link = self.link
         if link is None:
             return
-        link.quiet_bell(link.answer_bell)
+        link.answer_bell.quiet()
         self._heard = time.monotonic()
         pop = link.answers.pop
-        while (fields := pop()) is not None:
-            self._on_answer(fields)
+        for armed in (False, True):
+            while (fields := pop()) is not None:
+                self._on_answer(fields)
+            if not armed:
+                link.answer_bell.arm()
 
     def _take_control(self) -> None:
         link = self.link
@@ -183,7 +187,7 @@ class Supervisor:
         if not self._stopping:
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             log.error("the engine process ended with %s", how)
-        for descriptor in (self._pidfd, link.answer_bell, link.control.fileno()):
+        for descriptor in (self._pidfd, link.answer_bell.descriptor, link.control.fileno()):
             loop.remove_reader(descriptor)
         os.close(self._pidfd)
         self.link = None

@@ -18,7 +18,7 @@ from missile.errors import MisuseError
 from missile.serving.config import TenantConfig
 from missile.serving.engine.executor import Batch, DeviceFacts, Loaded, TenantFacts
 from missile.serving.engine.models import OpenedModel, flatten, model_signature, open_model, output_signatures
-from missile.serving.link import Link
+from missile.serving.link import ring
 from missile.serving.tensors import DATATYPES, ModelSignature
 
 __all__ = ["CpuExecutor"]
@@ -140,7 +140,7 @@ class CpuExecutor:
             self._execute(batch)
             self._busy = False
             self._finished.append(batch)
-            Link.ring_bell(self._bell)
+            ring(self._bell)
 
     def _execute(self, batch: Batch) -> None:
         model = self._models[batch.slot]

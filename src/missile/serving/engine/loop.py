@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import select
 import threading
 import time
@@ -14,7 +15,7 @@ from missile.errors import MissileError
 from missile.serving.config import TenantConfig
 from missile.serving.engine.executor import Batch, Executor
 from missile.serving.engine.queues import BatchLimits, Scheduler
-from missile.serving.link import Call, CallKind, Link, Outcome
+from missile.serving.link import Call, CallKind, Link, Outcome, ring
 from missile.serving.tensors import ERROR_BYTES, BlockLayout, ModelSignature
 
 __all__ = ["EngineLoop", "batch_limits"]
@@ -55,7 +56,7 @@ class EngineLoop:
     def run(self) -> None:
         link = self._link
         poller = select.poll()
-        for descriptor in (link.call_bell, self._executor.bell, link.control.fileno()):
+        for descriptor in (link.call_bell.descriptor, self._executor.bell, link.control.fileno()):
             poller.register(descriptor, select.POLLIN)
         next_facts = 0
         while not self._gone and not (self._stopping and not self._limits):
@@ -69,15 +70,14 @@ class EngineLoop:
                 next_facts = now + FACTS_EVERY_NS
             if len(link.calls):
                 continue
-            link.quiet_bell(link.call_bell)
-            link.quiet_bell(self._executor.bell)
-            if len(link.calls) or self._loaded:
-                continue
-            if self._collect():
-                continue
-            for descriptor, _ in poller.poll(self._patience_ms(next_facts)):
-                if descriptor == link.control.fileno():
-                    self._take_control()
+            link.call_bell.arm()
+            if not len(link.calls) and not self._loaded and not self._collect():
+                for descriptor, _ in poller.poll(self._patience_ms(next_facts)):
+                    if descriptor == link.control.fileno():
+                        self._take_control()
+                    elif descriptor == self._executor.bell:
+                        os.eventfd_read(descriptor)
+            link.call_bell.quiet()
         self._executor.close()
 
     def _patience_ms(self, next_facts: int) -> float:
@@ -153,7 +153,7 @@ class EngineLoop:
                     batch.end_ns,
                 )
         if finished:
-            self._link.ring_bell(self._link.answer_bell)
+            self._link.answer_bell.ring()
             for slot in [s for s in self._unloading if not self._running.get(s)]:
                 self._unload(slot)
         return bool(finished)
@@ -166,7 +166,7 @@ class EngineLoop:
 
     def _answer(self, call: Call, outcome: Outcome, *, queue_ns: int = 0) -> None:
         self._push_answer(call.id, outcome, 0, 0, queue_ns, 0, 0, 0, time.monotonic_ns())
-        self._link.ring_bell(self._link.answer_bell)
+        self._link.answer_bell.ring()
 
     def _push_answer(self, *fields: int) -> None:
         if self._backlog or not self._link.answers.push(*fields):
@@ -207,7 +207,7 @@ class EngineLoop:
             log.exception("loading %s failed", tenant.name)
             result = MissileError(f"{type(error).__name__}: {error}")
         self._loaded.append((slot, tenant, result))
-        self._link.ring_bell(self._link.call_bell)
+        ring(self._executor.bell)
 
     def _finish_loads(self) -> None:
         while self._loaded:

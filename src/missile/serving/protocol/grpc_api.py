@@ -161,7 +161,7 @@ class GrpcApi:
         response = _InferResponse(model_name=tenant.name, model_version=tenant.config.version, id=asked.id)
         signature = inference.deployment.signature
         with await services.gateway.infer(inference) as result:
-            for index, wanted, place in outputs:
+            for index, _, place in outputs:
                 tensor = signature.outputs[index]
                 entry = response.outputs.add(
                     name=tensor.name, datatype=tensor.datatype, shape=signature.shape(tensor, inference.batch)
@@ -174,7 +174,6 @@ class GrpcApi:
                     entry.parameters["shared_memory_region"].string_param = place.region.name
                     entry.parameters["shared_memory_byte_size"].int64_param = place.nbytes
                     entry.parameters["shared_memory_offset"].int64_param = place.offset
-                del wanted
         return response
 
     async def _stream(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:

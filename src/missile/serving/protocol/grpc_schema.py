@@ -240,8 +240,8 @@ def _describe() -> Any:
     for path, fields in _MESSAGES.items():
         owner = made[path]
         for line in fields:
-            number, name, kind = line.split()
-            field = owner.field.add(name=name, number=int(number), label=_Field.LABEL_OPTIONAL)
+            place, name, kind = line.split()
+            field = owner.field.add(name=name, number=int(place), label=_Field.LABEL_OPTIONAL)
             if kind.startswith("map<"):
                 field.label = _Field.LABEL_REPEATED
                 field.type = _Field.TYPE_MESSAGE

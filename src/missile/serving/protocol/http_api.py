@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 import orjson
 
 from missile.serving.access import Access, Principal, Role
+from missile.serving.gateway import Result
 from missile.serving.metrics import Metrics
 from missile.serving.protocol.http1 import HttpRequest, HttpResponse
 from missile.serving.protocol.request import bind, invalid
@@ -22,6 +23,7 @@ from missile.serving.state import snapshot
 __all__ = ["HttpApi"]
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_PATHS = 4096
 _LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 _BODY_TYPES = {"", "application/json", "application/octet-stream", "application/x-www-form-urlencoded"}
 _VIEW_HEADERS = (
@@ -43,6 +45,8 @@ class HttpApi:
     def __init__(self, services: Services, metrics: Metrics) -> None:
         self._services = services
         self._metrics = metrics
+        self._loopback = services.config.loopback
+        self._paths: dict[bytes, list[str]] = {}  # targets seen, taken apart
         self._view = resources.files("missile.serving.static").joinpath("view.html").read_bytes()
 
     async def handle(self, request: HttpRequest) -> HttpResponse:
@@ -56,12 +60,13 @@ class HttpApi:
 
     async def _route(self, request: HttpRequest) -> HttpResponse:
         headers = request.headers
-        if self._services.config.loopback:
+        if self._loopback:
             self._check_local(headers)
-        path = request.target.partition(b"?")[0].decode("latin-1")
-        if not path.startswith("/"):
-            path = urlsplit(path).path
-        parts = [unquote(part) for part in path.split("/") if part]
+        parts = self._paths.get(request.target)
+        if parts is None:
+            parts = _split(request.target)
+            if len(self._paths) < _PATHS:
+                self._paths[request.target] = parts
         if parts[:1] == ["v2"]:
             return await self._v2(request, parts[1:])
         if parts in ([], ["view"]):
@@ -82,7 +87,7 @@ class HttpApi:
             _method(request, "POST")
             Access.require(principal, Role.ADMIN)
             return _json(await self._services.reload())
-        raise Refusal(Reason.NOT_FOUND, f"There is nothing at {path!r:.120}.")
+        raise Refusal(Reason.NOT_FOUND, f"There is nothing at {'/' + '/'.join(parts)!r:.120}.")
 
     def _check_local(self, headers: dict[str, str]) -> None:
         """Web pages must not reach a loopback server through the browser of whoever runs it."""
@@ -166,12 +171,13 @@ class HttpApi:
         services.check_open()
         tenant = services.registry.find(name, version)
         asked = decode_infer(self._body(request), request.headers.get(HEADER_LENGTH), services.config.limits.tensors)
-        inference, outputs = bind(asked, tenant, services.regions, principal, request.arrival_ns)
+        inference, outputs = bind(asked, tenant, services.regions, principal, request.arrival_ns, request.head_ns)
         headers = _trace_headers(request.headers)
         with await services.gateway.infer(inference) as result:
             signature = inference.deployment.signature
             parts, head = encode_infer(asked, name, tenant.config.version, signature, inference.batch, outputs, result)
             parts = [bytes(part) for part in parts]
+            headers.append(("server-timing", _server_timing(result)))
         if head is None:
             return HttpResponse(200, parts, headers=headers)
         headers.append((HEADER_LENGTH, str(head)))
@@ -218,6 +224,14 @@ class HttpApi:
         raise Refusal(Reason.NOT_FOUND, "There is no such shared memory request.")
 
 
+def _split(target: bytes) -> list[str]:
+    """The parts of a target's path, unquoted; empty ones are left out, so that `/v2` and `/v2/` are the same."""
+    path = target.partition(b"?")[0].decode("latin-1")
+    if not path.startswith("/"):
+        path = urlsplit(path).path
+    return [unquote(part) for part in path.split("/") if part]
+
+
 def _region(region: Region) -> dict[str, Any]:
     return {"name": region.name, "key": region.key, "offset": region.offset, "byte_size": region.nbytes}
 
@@ -225,6 +239,15 @@ def _region(region: Region) -> dict[str, Any]:
 def _method(request: HttpRequest, *allowed: str) -> None:
     if request.method not in allowed:
         raise Refusal(Reason.METHOD, f"This path takes {' and '.join(allowed)}, not {request.method:.20}.")
+
+
+def _server_timing(result: Result) -> str:
+    """Where the time went, ms, in the standard header's form."""
+    answer = result.answer
+    return (
+        f"front;dur={result.front_ns() / 1e6:.3f}, queue;dur={answer.queue_ns / 1e6:.3f}, "
+        f"copy;dur={(answer.copy_in_ns + answer.copy_out_ns) / 1e6:.3f}, execute;dur={answer.execute_ns / 1e6:.3f}"
+    )
 
 
 def _trace_headers(headers: dict[str, str]) -> list[tuple[str, str]]:

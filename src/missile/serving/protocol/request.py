@@ -56,7 +56,7 @@ def invalid(message: str) -> Refusal:
 
 
 def bind(
-    request: InferRequest, tenant: Tenant, regions: Regions, principal: Principal, arrival_ns: int
+    request: InferRequest, tenant: Tenant, regions: Regions, principal: Principal, arrival_ns: int, started_ns: int = 0
 ) -> tuple[Inference, list[tuple[int, WantedOutput, RegionSlice | None]]]:
     """The inference and which outputs to return, in order. Refusals are one sentence and name the tensor."""
     deployment = tenant.ready()
@@ -71,7 +71,7 @@ def bind(
     given = {one.name: one for one in request.inputs}
     batch = -1
     sources = []
-    for tensor in signature.inputs:
+    for index, tensor in enumerate(signature.inputs):
         one = given.get(tensor.name)
         if one is None:
             names = ", ".join(repr(t.name) for t in signature.inputs)
@@ -80,13 +80,15 @@ def bind(
         if batch not in (-1, items):
             raise invalid(f"Input {tensor.name!r} has a batch of {items}, the inputs before it of {batch}.")
         batch = items
-        sources.append(_source(one, tensor, tensor.item_nbytes * items, regions, principal))
+        nbytes = deployment.layout(items if signature.max_batch else 1).input_sizes[index]
+        sources.append(_source(one, tensor, nbytes, regions, principal))
     inference = Inference(
         tenant,
         deployment,
         batch if signature.max_batch else 1,
         sources,
         arrival_ns,
+        started_ns or arrival_ns,
         timeout_ns(request.parameters, tenant),
         _integer(request.parameters, "priority", 0, 0, 2**31 - 1),
     )
