@@ -9,16 +9,20 @@ OUT gets `packages/`, `recorded/` (plan and profile, for the simulated GPU), the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import IO
+
+from missile.compiler.tuning import TuningTable, table_path
 
 
 class _GpuLock(AbstractContextManager[object]):
@@ -53,7 +57,6 @@ def compile_one(model: str, batch: int | None, out: Path) -> dict[str, object]:
 
     from missile.compiler.build import compile_model
     from missile.compiler.library import write_recorded
-    from missile.compiler.tuning import TuningTable, table_path
     from missile.errors import MissileError
 
     start = time.monotonic()
@@ -62,6 +65,8 @@ def compile_one(model: str, batch: int | None, out: Path) -> dict[str, object]:
     table = TuningTable.load(table_path(gpu), gpu)
     lock = _GpuLock(out / "gpu.lock")
     row: dict[str, object] = {"model": model, "batch": batch}
+    kept = out / "tuning" / f"{model}-b{batch or 'default'}.json"
+    _keep_saving(table, kept)
     try:
         package = compile_model(
             model,
@@ -88,13 +93,25 @@ def compile_one(model: str, batch: int | None, out: Path) -> dict[str, object]:
             "ratio": package.solo_ns / package.eager_ns,
             "weight_mb": package.weight_bytes / 1e6,
         }
-    table.save(out / "tuning" / f"{model}-b{batch or 'default'}.json")
+    table.save(kept)
     return row | {
         "measured": table.measured,
         "waited_s": round(lock.waited, 1),
         "seconds": round(time.monotonic() - start, 1),
         "stages": stages,
     }
+
+
+def _keep_saving(table: TuningTable, path: Path) -> None:
+    """Save the table every few seconds, so that a run that is cut short loses no measurement."""
+
+    def loop() -> None:
+        while True:
+            time.sleep(5)
+            with contextlib.suppress(RuntimeError):  # it grew meanwhile: next time
+                table.save(path)
+
+    threading.Thread(target=loop, daemon=True).start()
 
 
 def main() -> int:
@@ -156,8 +173,6 @@ def _line(row: dict[str, object]) -> str:
 
 def _merge_tables(out: Path) -> None:
     """All processes' tables into one beside them, named as it is in the repository."""
-    from missile.compiler.tuning import TuningTable, table_path
-
     merged: TuningTable | None = None
     for path in sorted((out / "tuning").glob("*.json")):
         table = TuningTable.load(path, "")

@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from missile.compiler.package import BufferKind, ModelPackage, write_package
 from missile.compiler.profile import profile_package
 from missile.compiler.tuning import TuningTable, table_path
@@ -52,7 +50,8 @@ def compile_model(
     if table is None:
         table = TuningTable.load(table_path(gpu_name), gpu_name)
     progress("building the model")
-    with torch.cuda.device(device):
+    # A stream of its own: candidates are timed as CUDA graphs, which the default stream can't be captured into.
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
         model = build_model(name, batch, device=device)
         return _compile(model, directory, table, gpu_name, progress, measuring)
 
@@ -69,6 +68,7 @@ def _compile(
 
     from missile.compiler.capture import capture
     from missile.compiler.inductor import compile_triton_only
+    from missile.compiler.timing import graph_ns
 
     guard = measuring or nullcontext()
     _fill_state(model)
@@ -84,7 +84,7 @@ def _compile(
     plan = capture(run, dict(zip(model.input_names, model.inputs, strict=True)), model.state)
     with guard:
         progress("measuring the model as it is")
-        eager_ns = _graph_ns(model.run)
+        eager_ns = graph_ns(model.run)
     package = ModelPackage(
         name=model.name,
         batch=model.batch,
@@ -139,29 +139,6 @@ def _fill_state(model: BuiltModel) -> None:
 def _relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
     """||ours - expected|| / ||expected||."""
     return float((ours - expected).norm() / expected.norm())
-
-
-def _graph_ns(run: Callable[[], object], repeats: int = 30) -> float:
-    """Median duration of `run` as a CUDA graph, ns."""
-    import torch
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            run()
-        times = []
-        for _ in range(repeats + 3):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e6)
-    return float(np.median(times[3:]))
 
 
 def _write(package: ModelPackage, plan: CapturedPlan, directory: Path) -> None:

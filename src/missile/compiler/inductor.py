@@ -21,6 +21,8 @@ _SETTINGS: dict[str, Any] = {
     "max_autotune_gemm_backends": "TRITON",
     "max_autotune_conv_backends": "TRITON",
     "autotune_in_subproc": False,
+    "autotune_num_choices_displayed": 0,
+    "max_autotune_report_choices_stats": False,
     "benchmark_epilogue_fusion": False,  # else every fusion decision compiles and measures variants
     "triton.num_decompose_k_splits": 0,  # those go through a vendor's batched product
     "freezing": True,

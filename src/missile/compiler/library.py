@@ -74,7 +74,7 @@ def write_recorded(package: ModelPackage, root: Path = RECORDED) -> Path:
     """Keep `package`'s plan and profile (no kernels, no weights) under `root`; returns the file. Same input, same bytes."""
     path = root / _slug(package.gpu) / f"{_slug(package.name)}-b{package.batch}.json.gz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = package.model_copy(update={"recorded": True}).model_dump_json(exclude_defaults=True)
+    text = package.model_copy(update={"recorded": True}).model_dump_json()
     part = path.with_suffix(".part")
     part.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
     part.replace(path)

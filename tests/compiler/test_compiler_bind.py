@@ -1,0 +1,77 @@
+"""Packages bound to a GPU object; the simulated one stands for both where nothing is read back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+
+from missile.compiler.bind import bind
+from missile.compiler.package import ModelPackage, PointerArgument
+from missile.errors import MisuseError
+from missile.gpu import open_gpu
+from missile.gpu.interface import Fill, Gpu, Launch
+
+
+@pytest.fixture
+def gpu() -> Iterator[Gpu]:
+    with open_gpu("sim:h100") as opened:
+        yield opened
+
+
+def test_plan_runs_and_takes_its_time(gpu: Gpu, package: ModelPackage) -> None:
+    model = bind(package, None, gpu, tenant="toy")
+    stream, start, end = gpu.create_stream(), gpu.create_event(), gpu.create_event()
+    stream.record(start)
+    stream.launch_graph(model.graph)
+    stream.record(end)
+    stream.synchronize()
+    assert end.time_ns() - start.time_ns() >= 10_000
+    model.close()
+    model.close()
+
+
+def test_arguments_are_addresses_of_disjoint_buffers(gpu: Gpu, package: ModelPackage) -> None:
+    model = bind(package, None, gpu, tenant="toy")
+    assert len(model.operations) == len(package.steps)
+    for step, operation in zip(package.steps[1:], model.operations[1:], strict=True):
+        assert isinstance(operation, Launch)
+        assert operation.work is not None
+        for argument, value in zip(step.arguments, operation.params, strict=True):
+            if isinstance(argument, PointerArgument):
+                assert int.from_bytes(value, "little") == model.addresses[argument.buffer] + argument.offset
+            else:
+                assert value == bytes.fromhex(argument.value)
+    assert isinstance(model.operations[0], Fill)
+    assert model.operations[0].address == model.addresses["s0"]
+    shared = {"s0", "s1"}  # never alive together
+    spans = [(model.addresses[b.id], b.nbytes) for b in package.buffers if b.id not in shared]
+    spans.sort()
+    assert all(a + n <= b for (a, n), (b, _) in pairwise(spans))
+    assert (model.input_address, model.input_bytes) == (model.addresses["in"], 32)
+    assert (model.output_address, model.output_bytes) == (model.addresses["out"], 16)
+    model.close()
+
+
+def test_memory_is_given_back(gpu: Gpu, package: ModelPackage) -> None:
+    before = gpu.memory_free()
+    model = bind(package, None, gpu, tenant="toy")
+    assert model.nbytes > 0
+    assert gpu.memory_free() <= before - model.nbytes
+    model.close()
+    assert gpu.memory_free() == before
+
+
+def test_failing_bind_holds_nothing(gpu: Gpu, package: ModelPackage) -> None:
+    before = gpu.memory_free()
+    broken = package.model_copy(update={"kernels": package.kernels[:1]})
+    with pytest.raises(KeyError):
+        bind(broken, None, gpu, tenant="toy")
+    assert gpu.memory_free() == before
+
+
+def test_unprofiled_package_is_refused_on_the_simulator(gpu: Gpu, package: ModelPackage) -> None:
+    bare = tuple(s if s.kind == "fill" else s.model_copy(update={"profile": None}) for s in package.steps)
+    with pytest.raises(MisuseError, match="never profiled"):
+        bind(package.model_copy(update={"steps": bare}), None, gpu, tenant="toy")
