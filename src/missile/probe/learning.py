@@ -17,7 +17,7 @@ from missile.probe.layout import PageLayout
 from missile.probe.matching import Matcher, Metric, learn_page
 from missile.probe.pages import NO_PAGE, PageModel
 from missile.probe.relation import Related, relate
-from missile.probe.sampling import Fingerprints, Floats, Sampler, choose_sms
+from missile.probe.sampling import Fingerprints, Sampler, choose_sms
 from missile.probe.slices import Balls, find_balls
 
 __all__ = ["Reference", "classify", "learn_reference", "learn_relation", "settle_metric"]
@@ -70,7 +70,7 @@ def learn_reference(sampler: Sampler, address: int, page_bytes: int) -> Referenc
             # With the slices known, drift can be told from them: once more without it.
             expected = balls.centres[np.maximum(balls.labels, 0)]
             calm = prints.without_drift(expected)
-            return Reference(address, layout, flips, sms, prints, find_balls(calm.mean(), calm.noise()))
+            return Reference(address, layout, flips, sms, calm, balls.refined(calm.mean(), calm.noise()))
         except NoisyGpuError as error:
             refusal = error
     raise refusal
@@ -78,11 +78,8 @@ def learn_reference(sampler: Sampler, address: int, page_bytes: int) -> Referenc
 
 def learn_relation(sampler: Sampler, reference: Reference, pages: Sequence[int]) -> Related:
     """Slices and the pages' relation from whole measurements of `pages` beside the reference page."""
-    labels = [reference.balls.labels]
-    addresses = reference.layout.offsets()
-    for page in pages:
-        labels.append(_label_page(sampler, reference, page + addresses))
-    table = np.array(labels)
+    offsets = reference.layout.offsets()
+    table = np.array([reference.balls.labels, *(_label_page(sampler, reference, page + offsets) for page in pages)])
     if (table < 0).any():
         raise NoisyGpuError(
             f"{int((table < 0).sum())} of {table.size} granules can't be told to one slice even after "
@@ -91,10 +88,10 @@ def learn_relation(sampler: Sampler, reference: Reference, pages: Sequence[int])
     return relate(table)
 
 
-def settle_metric(reference: Reference, related: Related, count: int) -> Metric:
-    """The `count` SMs that tell most, and what one pass over them looks like."""
+def settle_metric(reference: Reference, ball: Ints, count: int) -> Metric:
+    """The `count` SMs that tell most, and what one pass over them looks like; ball: int64, shape (slices,)."""
     sms = choose_sms(reference.balls.centres, reference.sms, min(count, len(reference.sms)))
-    return Metric.calibrated(reference.balls, related.ball, sms, reference.sms, reference.prints.cycles)
+    return Metric.calibrated(reference.balls, ball, sms, reference.sms, reference.prints.cycles)
 
 
 def classify(
@@ -105,11 +102,12 @@ def classify(
     pages: Ints,
     *,
     samples: int,
+    learn: bool = True,
     progress: Progress = lambda _: None,
 ) -> Ints:
     """Constants of the pages at `pages`, shape (pages, 3), from `samples` granules of each; NO_PAGE where none are sure.
 
-    A page that doesn't match is sampled again at twice as many granules, then measured whole.
+    A page that doesn't match is sampled again at more granules; with `learn`, some are measured whole and `model` grows.
     """
     constants = np.full((len(pages), 3), NO_PAGE, np.int64)
     learnt = 0
@@ -128,7 +126,7 @@ def classify(
             progress(f"classified {int((constants[:, 2] >= 0).sum())} of {len(pages)} pages")
             # New permutations help the chunks to come: learn from the first page that fits none.
             for row in rows[constants[rows, 2] == NO_PAGE][:4]:
-                if learnt < _MAX_LEARNT:
+                if learn and learnt < _MAX_LEARNT:
                     learnt += 1
                     whole = sampler.in_order(pages[row] + offsets, metric.sms)
                     found = learn_page(model, metric, whole)

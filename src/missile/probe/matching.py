@@ -128,7 +128,7 @@ class Matcher:
         pages = len(fingerprints)
         constants = np.full((pages, 3), NO_PAGE, np.int64)
         scores = self.scores(fingerprints)
-        candidates = min(_CANDIDATES, scores.shape[1])
+        candidates = min(_CANDIDATES, len(self.origins))
         order = np.argpartition(-scores, candidates - 1, axis=1)[:, :candidates]
         costs = self.metric.costs(fingerprints)
         found: list[tuple[Ints, Ints, Ints, npt.NDArray[np.float64]]] = []

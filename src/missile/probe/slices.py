@@ -51,6 +51,10 @@ class Balls:
     def count(self) -> int:
         return len(self.centres)
 
+    def refined(self, fingerprints: Floats, noise: float) -> Balls:
+        """The same balls, described anew by better fingerprints of the same granules."""
+        return _describe(fingerprints, self.labels.copy(), self.gap, noise)
+
     def nearest(self, fingerprints: Floats) -> Ints:
         """Ball of each fingerprint, shape (n, SMs): -1 unless it is twice as far from the next ball as from its own."""
         origin = self.centres.mean(axis=0)

@@ -1,0 +1,98 @@
+"""What the holders of some slices do to those of others: measured, not guessed.
+
+Victim and aggressor never share a page. A working set far larger than the slices' L2 reaches VRAM, so what is shared
+behind the slices shows too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from missile.gpu.interface import Access, Gpu, Traffic
+from missile.probe.channel_map import ChannelMap, Interference
+
+__all__ = ["SliceMemory", "measure_interference", "slice_ratio"]
+
+Ints = npt.NDArray[np.int64]
+
+UNIT_BYTES = 256
+_VICTIM_UNITS = 1 << 15  # 8 MiB
+_AGGRESSOR_UNITS = 1 << 16  # 16 MiB: more than the L2 that an eighth of the slices has
+_VICTIM_SHARE = 0.25  # of the SMs
+
+
+class SliceMemory:
+    """Addresses by slice, out of classified pages: two disjoint sides of pages, for a victim and for an aggressor.
+
+    pages: int64, shape (n,), device addresses; constants: int64, shape (n, 3).
+    """
+
+    def __init__(self, channel_map: ChannelMap, pages: Ints, constants: Ints, rng: np.random.Generator) -> None:
+        known = constants[:, 2] >= 0
+        self._pages, self._rng = pages[known], rng
+        self._slices = channel_map.page_slices(constants[known]).astype(np.int16)
+        self._offsets = channel_map.layout.offsets()
+        self._units = _unit_offsets(channel_map)
+        self._cut = max(1, len(self._pages) // 4)
+
+    def units(self, slices: Sequence[int], most: int, *, victim: bool) -> Ints:
+        """At most `most` addresses of 256-byte units that lie on `slices`, from the side's pages, in address order."""
+        side = slice(0, self._cut) if victim else slice(self._cut, None)
+        page, granule = np.nonzero(np.isin(self._slices[side], slices))
+        if len(page) * len(self._units) > most:
+            chosen = self._rng.choice(len(page), max(1, most // len(self._units)), replace=False)
+            page, granule = page[chosen], granule[chosen]
+        starts = self._pages[side][page] + self._offsets[granule]
+        return np.sort((starts[:, None] + self._units).reshape(-1))[:most]
+
+
+def measure_interference(
+    gpu: Gpu, channel_map: ChannelMap, memory: SliceMemory, *, accesses: Sequence[Access] = (Access.READ, Access.WRITE)
+) -> Interference:
+    """Slowdown of a victim on each color beside an aggressor on each color (itself included), by the aggressor's access.
+
+    The victim reads. Colors are those of `channel_map`.
+    """
+    sms = gpu.info.sms
+    victim_sms = max(1, int(sms * _VICTIM_SHARE))
+    aggressor_sms = sms - victim_sms
+    colors = channel_map.colors
+    ours = [memory.units(color, _VICTIM_UNITS, victim=True) for color in colors]
+    theirs = [memory.units(color, _AGGRESSOR_UNITS, victim=False) for color in colors]
+    solo = [_duration(gpu, Traffic(units, victim_sms), None) for units in ours]
+    slowdown = {
+        str(access): np.array(
+            [
+                [
+                    _duration(gpu, Traffic(victim, victim_sms), Traffic(other, aggressor_sms, access)) / alone
+                    for other in theirs
+                ]
+                for victim, alone in zip(ours, solo, strict=True)
+            ]
+        )
+        for access in accesses
+    }
+    return Interference(slowdown, victim_sms, aggressor_sms, len(ours[0]) * UNIT_BYTES)
+
+
+def slice_ratio(gpu: Gpu, memory: SliceMemory, victim: int, aggressor: int, *, units: int, access: Access) -> float:
+    """Slowdown of a few SMs that read `units` units on slice `victim` beside many SMs on slice `aggressor`."""
+    few = max(1, gpu.info.sms // 32)
+    many = max(1, gpu.info.sms // 3)
+    ours = Traffic(memory.units([victim], units, victim=True), few)
+    theirs = Traffic(memory.units([aggressor], 4 * units, victim=False), many, access)
+    return _duration(gpu, ours, theirs, passes=4) / _duration(gpu, ours, None, passes=4)
+
+
+def _duration(gpu: Gpu, victim: Traffic, aggressor: Traffic | None, *, passes: int = 1) -> float:
+    return float(np.median(gpu.measure_contention(victim, aggressor, repeats=7, passes=passes).victim_ns))
+
+
+def _unit_offsets(channel_map: ChannelMap) -> Ints:
+    """Offsets of the 256-byte units within a granule (one where a granule is no longer than that)."""
+    layout = channel_map.layout
+    steps = np.arange(0, max(layout.piece_bytes, UNIT_BYTES), UNIT_BYTES)
+    return np.sort((layout.pieces()[:, None] + steps[None, :]).reshape(-1))

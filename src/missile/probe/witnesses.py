@@ -1,0 +1,95 @@
+"""Independent tests of a channel map on the GPU it was taken from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from missile.gpu.interface import Access, Gpu
+from missile.probe.channel_map import ChannelMap, Verdict, Witness
+from missile.probe.contention import SliceMemory, slice_ratio
+from missile.probe.sampling import Sampler
+from missile.probe.slices import Balls
+
+__all__ = ["MAX_WRONG", "contention_witness", "held_out_witness"]
+
+Ints = npt.NDArray[np.int64]
+
+MAX_WRONG = 0.001  # share of held-out granules that may be wrong
+_HELD_OUT = 8192
+_PASSES = 4
+_MAX_PASSES = 16
+_SECTOR = 32
+_TRIED_SLICES = 16
+_CLEAR = 1.3  # a slowdown on one slice over that on two
+
+
+def held_out_witness(
+    sampler: Sampler, channel_map: ChannelMap, balls: Balls, sms: Sequence[int], pages: Ints, constants: Ints
+) -> Witness:
+    """Predict random sectors of random pages that nothing was fitted to, then measure them from all SMs.
+
+    balls: of the reference page, from all `sms`. A sector counts as wrong when it answers like another slice.
+    """
+    known = np.flatnonzero(constants[:, 2] >= 0)
+    rng = sampler.rng
+    rows = rng.choice(known, _HELD_OUT)
+    offsets = rng.integers(0, channel_map.page_bytes // _SECTOR, _HELD_OUT) * _SECTOR
+    predicted = channel_map.model.labels(constants[rows], channel_map.layout.index_of(offsets)[:, None])[:, 0]
+    expected = channel_map.metric.ball[predicted]
+    seen = np.full(_HELD_OUT, -1, np.int64)
+    passes = _PASSES
+    while (seen < 0).any() and passes <= _MAX_PASSES:
+        open_ = np.flatnonzero(seen < 0)
+        seen[open_] = balls.nearest(
+            sampler.fingerprints(pages[rows[open_]] + offsets[open_], sms, passes=passes).mean()
+        )
+        passes *= 2
+    wrong, unsure = int(((seen >= 0) & (seen != expected)).sum()), int((seen < 0).sum())
+    right = 1.0 - (wrong + unsure) / _HELD_OUT
+    verdict = Verdict.DISAGREES if wrong > MAX_WRONG * _HELD_OUT else Verdict.AGREES
+    if unsure > MAX_WRONG * _HELD_OUT:
+        verdict = Verdict.UNSURE if verdict is Verdict.AGREES else verdict
+    return Witness(
+        "held-out granules",
+        verdict,
+        f"{_HELD_OUT - wrong - unsure} of {_HELD_OUT} sectors in {len(np.unique(rows))} pages answer as predicted, "
+        f"{wrong} like another slice, {unsure} like none for sure.",
+        {"right": right, "wrong": wrong, "unsure": unsure, "sectors": _HELD_OUT, "pages": len(np.unique(rows))},
+    )
+
+
+def contention_witness(
+    gpu: Gpu, channel_map: ChannelMap, memory: SliceMemory, rng: np.random.Generator, *, tries: int = _TRIED_SLICES
+) -> Witness:
+    """Two granules on one slice must disturb each other, two on different slices must not.
+
+    One granule each, so that a slice which in truth is two (that no latency tells apart) shows: pairs of its granules
+    then do not disturb each other half of the time.
+    """
+    count = min(tries, channel_map.slices)
+    chosen = rng.choice(channel_map.slices, count, replace=False)
+    units = max(1, channel_map.granule_bytes // 256)
+    others = [int((slice_ + rng.integers(1, channel_map.slices)) % channel_map.slices) for slice_ in chosen]
+    same = np.array([slice_ratio(gpu, memory, int(s), int(s), units=units, access=Access.READ) for s in chosen])
+    apart = np.array(
+        [
+            slice_ratio(gpu, memory, int(s), o, units=units, access=Access.READ)
+            for s, o in zip(chosen, others, strict=True)
+        ]
+    )
+    level = float(np.median(apart))
+    weakest, usual = float(same.min() / level), float(np.median(same) / level)
+    numbers = {"same_median": float(np.median(same)), "same_min": float(same.min()), "apart_median": level}
+    numbers |= {"apart_max": float(apart.max()), "slices": count}
+    says = (
+        f"A reader beside one on the same slice takes x{np.median(same):.2f} (least x{same.min():.2f}), beside one on "
+        f"another slice x{level:.2f}, over {count} slices."
+    )
+    if usual < _CLEAR:
+        return Witness("contention", Verdict.UNSURE, says, numbers)
+    # Disturbance as on one slice, but not everywhere: some slices are several.
+    verdict = Verdict.AGREES if weakest >= 1 + (usual - 1) / 3 else Verdict.DISAGREES
+    return Witness("contention", verdict, says, numbers)
