@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from missile.bench.results import Results, Run, TenantRun
 from missile.bench.summary import Summary, percentile, summarize
-from missile.bench.table import format_ms, format_share
+from missile.bench.table import three_digits, format_share
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=2000), st.sampled_from([50.0, 90.0, 95.0, 99.0, 99.9]))
@@ -122,4 +122,4 @@ def test_a_share_is_never_rounded_up_to_all(share: float | None, text: str) -> N
 
 
 def test_milliseconds_have_three_digits() -> None:
-    assert [format_ms(v) for v in (0.123, 1.005, 12.34, 123.4, None)] == ["0.12", "1.00", "12.3", "123", "–"]
+    assert [three_digits(v) for v in (0.123, 1.005, 12.34, 123.4, None)] == ["0.12", "1.00", "12.3", "123", "–"]

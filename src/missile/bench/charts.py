@@ -27,7 +27,7 @@ from missile.bench.svg import (
     text,
     thin,
 )
-from missile.bench.table import format_ms, format_share
+from missile.bench.table import three_digits, format_share
 
 __all__ = ["bars", "busiest_window", "distribution", "tenant_classes", "timeline", "tradeoff"]
 
@@ -64,7 +64,7 @@ def tradeoff(summary: Summary, policies: Sequence[str]) -> str:
         name = f"p{policies.index(p.policy)}"
         each = [y(row.over_solo) for row in p.ls if row.over_solo]
         parts.append(element("line", x1=at, x2=at, y1=min(each), y2=max(each), class_=f"whisker {name}"))
-        tip = f"{p.policy}: LS p99 {p.ls_over_solo:.2f} × solo, BE {format_share(p.be_share)} of solo"
+        tip = f"{p.policy}: LS p99 {three_digits(p.ls_over_solo)} × solo, BE {format_share(p.be_share)} of solo"
         parts.append(element("circle", element("title", tip), cx=at, cy=over, r=6, class_=f"dot {name}"))
         box = _free_box(at, over, 7.4 * len(p.policy) + 4, (x, y), taken)
         taken.append(box)
@@ -125,7 +125,9 @@ def _ls_bars(policy: PolicySummary, x: Axis, base: float, color: Mapping[str, st
         if row.over_solo is None or row.p99 is None:
             continue
         y, scale = base + _BAR * index, row.over_solo / row.p99.value
-        tip = f"{policy.policy}, {row.tenant}: p99 {format_ms(row.p99.value)} ms, {row.over_solo:.2f} × solo"
+        tip = (
+            f"{policy.policy}, {row.tenant}: p99 {three_digits(row.p99.value)} ms, {three_digits(row.over_solo)} × solo"
+        )
         parts.append(
             rectangle(
                 x.start,
@@ -142,7 +144,7 @@ def _ls_bars(policy: PolicySummary, x: Axis, base: float, color: Mapping[str, st
             text(
                 x(spread.high) + 5,
                 y + _BAR - 6,
-                f"{row.over_solo:.2f}×" if row.over_solo < 10 else f"{row.over_solo:.0f}×",
+                f"{three_digits(row.over_solo)}×",
             )
         )
     return parts
@@ -155,7 +157,9 @@ def _be_bar(policy: PolicySummary, z: Axis, base: float, height: float, color: M
         if row.share is None:
             continue
         share = row.share.value * 100
-        tip = f"{policy.policy}, {row.tenant}: {format_ms(row.rate.value)}/s, {format_share(row.share.value)} of solo"
+        tip = (
+            f"{policy.policy}, {row.tenant}: {three_digits(row.rate.value)}/s, {format_share(row.share.value)} of solo"
+        )
         parts.append(
             rectangle(
                 z(at), y, max(z(at + share) - z(at) - 1, 0.5), thick, class_=f"fill {color[row.tenant]}", title=tip
@@ -193,7 +197,7 @@ def distribution(results: Results, tenant: TenantInfo) -> str:
         at = x(tenant.slo_ms)
         parts.append(element("line", x1=at, x2=at, y1=y.start, y2=y.end, class_="slo"))
         parts.append(
-            text(at - 4, y.end + 10, f"SLO {format_ms(tenant.slo_ms)}", anchor="end", class_="label slo-label")
+            text(at - 4, y.end + 10, f"SLO {three_digits(tenant.slo_ms)}", anchor="end", class_="label slo-label")
         )
     for name, class_, samples in series:
         # The share of samples strictly below each one, so that the largest of n ends at 1 - 1/n: no claim beyond the data.
@@ -271,7 +275,7 @@ def _requests(
                 at = x(arrival)
                 parts.append(element("line", x1=at, x2=at, y1=above - 12, y2=above - 2, class_=f"tick {color}"))
         if begin <= end:
-            waited, ran = format_ms((begin - arrival) / 1e6), format_ms((finish - begin) / 1e6)
+            waited, ran = three_digits((begin - arrival) / 1e6), three_digits((finish - begin) / 1e6)
             tip = f"{tenant.name}: waited {waited} ms, ran {ran} ms"
             long = max(x(finish) - x(begin), 1.2)
             parts.append(rectangle(x(begin), y + 5, long, row - 10, class_=f"run {color}", title=tip))

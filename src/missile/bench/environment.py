@@ -61,16 +61,20 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """The checkout's commit, with "+" when files differ from it; "" when this is not a checkout."""
-    here = Path(__file__).parent
+    """The checkout's commit, with "+" when files differ from it. Where this is no checkout: $MISSILE_COMMIT, or ""."""
+    given = os.environ.get("MISSILE_COMMIT", "")
+    # An installed copy may lie inside somebody else's checkout: only ours tracks this very file.
+    if _git("ls-files", "--error-unmatch", __file__) is None:
+        return given
+    head = _git("rev-parse", "--short=12", "HEAD")
+    return given if head is None else head + ("+" if _git("status", "--porcelain", "-uno") else "")
+
+
+def _git(*arguments: str) -> str | None:
+    """What git answers about the folder that this file is in; None when it can't."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        git = ["git", "-C", str(here)]
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=5)
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=5)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    # An installed copy may lie inside somebody else's checkout: only ours holds this very file.
-    tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=5)
-    if head.returncode or tracked.returncode:
-        return ""
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -14,7 +14,7 @@ from missile.bench.results import Results, Run, read_results, write_results
 from missile.bench.run import Bench, Step, Testbed
 from missile.bench.scenario import Scenario
 from missile.bench.summary import PolicySummary, summarize
-from missile.bench.table import format_ms, format_share
+from missile.bench.table import three_digits, format_share
 from missile.errors import MissileError
 
 __all__ = ["Matrix", "Pair", "tabulate"]
@@ -116,7 +116,16 @@ def _verdict(policy: PolicySummary) -> str:
 
 def tabulate(results: Iterable[Results]) -> str:
     """A Markdown table: one row per pair and policy, with the pair's solo figures in a row before them."""
-    figures = ("n", "LS p50 ms", "LS p99 ms (repeats)", "p99 / solo", "service p99 ms", "SLO met", "BE /s", "BE of solo")
+    figures = (
+        "n",
+        "LS p50 ms",
+        "LS p99 ms (repeats)",
+        "p99 / solo",
+        "service p99 ms",
+        "SLO met",
+        "BE /s",
+        "BE of solo",
+    )
     lines = [f"| LS | BE | policy | {' | '.join(figures)} |", f"|{' --- |' * 3}{' ---: |' * len(figures)}"]
     for pair in results:
         summary = summarize(pair)
@@ -124,19 +133,19 @@ def tabulate(results: Iterable[Results]) -> str:
             p99 = (
                 "–"
                 if ls.p99 is None
-                else f"{format_ms(ls.p99.value)} ({format_ms(ls.p99.low)}–{format_ms(ls.p99.high)})"
+                else f"{three_digits(ls.p99.value)} ({three_digits(ls.p99.low)}–{three_digits(ls.p99.high)})"
             )
             cells = (
                 ls.tenant,
                 be.tenant,
                 policy,
                 str(ls.n),
-                format_ms(ls.p50),
+                three_digits(ls.p50),
                 p99,
-                f"{ls.over_solo:.2f}" if ls.over_solo else "",
-                format_ms(ls.service_p99),
+                three_digits(ls.over_solo) if ls.over_solo else "",
+                three_digits(ls.service_p99),
                 format_share(ls.attainment),
-                format_ms(be.rate.value),
+                three_digits(be.rate.value),
                 format_share(be.share.value) if be.share else "",
             )
             lines.append(f"| {' | '.join(cells)} |")

@@ -15,7 +15,7 @@ from missile.bench.results import Results, Run
 from missile.bench.scenario import format_scenario
 from missile.bench.summary import PolicySummary, Summary
 from missile.bench.svg import element
-from missile.bench.table import format_share
+from missile.bench.table import format_share, three_digits
 
 __all__ = ["render_report", "write_report"]
 
@@ -115,7 +115,7 @@ def _in_short(results: Results, summary: Summary) -> str:
 
 def _rating(policy: PolicySummary) -> str:
     return (
-        f"<strong>{escape(policy.policy)}</strong>, LS p99 {policy.ls_over_solo:.2f} × solo, "
+        f"<strong>{escape(policy.policy)}</strong>, LS p99 {three_digits(policy.ls_over_solo)} × solo, "
         f"BE {format_share(policy.be_share)} of solo"
     )
 

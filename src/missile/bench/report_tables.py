@@ -7,7 +7,7 @@ from html import escape
 
 from missile.bench.results import Results, TenantInfo
 from missile.bench.summary import ALONE, Spread, Summary
-from missile.bench.table import format_ms, format_share
+from missile.bench.table import three_digits, format_share
 
 __all__ = ["be_table", "ls_table", "tenant_table"]
 
@@ -15,10 +15,10 @@ __all__ = ["be_table", "ls_table", "tenant_table"]
 def tenant_table(results: Results, summary: Summary) -> str:
     """Who the tenants are, with what each does alone."""
     alone = {
-        row.tenant: f"p50 {format_ms(row.p50)}, p99 {format_ms(row.p99.value if row.p99 else None)} ms"
+        row.tenant: f"p50 {three_digits(row.p50)}, p99 {three_digits(row.p99.value if row.p99 else None)} ms"
         for row in summary.solo_ls
     }
-    alone |= {row.tenant: f"{format_ms(row.rate.value)} /s" for row in summary.solo_be}
+    alone |= {row.tenant: f"{three_digits(row.rate.value)} /s" for row in summary.solo_be}
     rows = [
         _row(
             _cell(tenant.name, "text strong"),
@@ -40,7 +40,7 @@ def tenant_table(results: Results, summary: Summary) -> str:
 def _objective(tenant: TenantInfo) -> str:
     if tenant.slo_ms is None:
         return "–"
-    return f"{tenant.slo_text} = {format_ms(tenant.slo_ms)} ms" if "solo" in tenant.slo_text else tenant.slo_text
+    return f"{tenant.slo_text} = {three_digits(tenant.slo_ms)} ms" if "solo" in tenant.slo_text else tenant.slo_text
 
 
 def ls_table(summary: Summary) -> str:
@@ -54,13 +54,13 @@ def ls_table(summary: Summary) -> str:
                 _cell(policy if index == 0 else "", "text strong"),
                 _cell(row.tenant, "text"),
                 _cell(str(row.n)),
-                _cell(format_ms(row.p50)),
-                _cell(format_ms(row.p95)),
-                _spread_cell(row.p99, format_ms),
-                _cell(format_ms(row.p999)),
-                _cell(f"{row.over_solo:.2f}" if row.over_solo else "", "strong"),
-                _cell(format_ms(row.queueing_p99)),
-                _cell(format_ms(row.service_p99)),
+                _cell(three_digits(row.p50)),
+                _cell(three_digits(row.p95)),
+                _spread_cell(row.p99, three_digits),
+                _cell(three_digits(row.p999)),
+                _cell(three_digits(row.over_solo) if row.over_solo else "", "strong"),
+                _cell(three_digits(row.queueing_p99)),
+                _cell(three_digits(row.service_p99)),
                 _cell(format_share(row.attainment), verdict),
                 _cell(str(row.lost) if row.lost else ""),
                 class_=_row_class(policy, index),
@@ -77,7 +77,7 @@ def be_table(summary: Summary) -> str:
         _row(
             _cell(policy if index == 0 else "", "text strong"),
             _cell(row.tenant, "text"),
-            _spread_cell(row.rate, format_ms),
+            _spread_cell(row.rate, three_digits),
             _spread_cell(row.share, format_share),
             _cell(format_share(total[policy]) if index == 0 and policy in total else "", "strong"),
             class_=_row_class(policy, index),

@@ -119,6 +119,10 @@ def percentile(samples: Samples, q: float) -> float | None:
     """The `q`-th percentile (0 to 100) by the nearest rank; None when no sample would lie beyond it."""
     if not len(samples) or len(samples) * (100 - q) < 100 * (1 - 1e-9):
         return None
+    return _nearest_rank(samples, q)
+
+
+def _nearest_rank(samples: Samples, q: float) -> float:
     return float(np.percentile(samples, q, method="inverted_cdf"))
 
 
@@ -179,8 +183,8 @@ def _policy(policy: str, runs: list[Run], ls: tuple[LsSummary, ...], be: tuple[B
 def _ls(tenant: TenantInfo, runs: list[Run], solo_p99: float | None) -> LsSummary:
     latency = latencies_ms(runs, tenant.name)
     p99 = percentile(latency, 99)
-    by_repeat = [percentile(latencies_ms([run], tenant.name), 99) for run in runs]
-    known = [value for value in by_repeat if value is not None] or [p99 or 0.0]
+    # One repeat may be too short for a p99 of its own; its largest latency then stands in the spread, which is no estimate.
+    each = [_nearest_rank(part, 99) for run in runs if len(part := latencies_ms([run], tenant.name))]
     records = [record for run in runs for record in run.tenants if record.name == tenant.name]
     lost = sum(record.rejected + record.unfinished for record in records)
     total = len(latency) + lost
@@ -189,7 +193,7 @@ def _ls(tenant: TenantInfo, runs: list[Run], solo_p99: float | None) -> LsSummar
         n=len(latency),
         p50=percentile(latency, 50),
         p95=percentile(latency, 95),
-        p99=None if p99 is None else Spread(p99, min(known), max(known)),
+        p99=None if p99 is None else Spread(p99, min(each), max(each)),
         p999=percentile(latency, 99.9),
         queueing_p99=percentile(_pooled(runs, tenant.name, "arrival", "start"), 99),
         service_p99=percentile(_pooled(runs, tenant.name, "start", "done"), 99),

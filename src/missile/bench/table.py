@@ -10,11 +10,11 @@ from rich.text import Text
 from missile.bench.results import Results
 from missile.bench.summary import Spread, Summary
 
-__all__ = ["format_ms", "format_share", "render_table"]
+__all__ = ["three_digits", "format_share", "render_table"]
 
 
-def format_ms(value: float | None) -> str:
-    """`value` (ms) to three significant digits; "–" where there are too few samples to say."""
+def three_digits(value: float | None) -> str:
+    """`value` to about three significant digits; "–" where there is none (too few samples to say)."""
     if value is None:
         return "–"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
@@ -55,11 +55,11 @@ def _ls_table(summary: Summary) -> Table:
         table.add_row(
             policy if index == 0 else "",
             row.tenant,
-            format_ms(row.p50),
-            format_ms(row.p95),
-            Text(format_ms(row.p99.value if row.p99 else None), "bold"),
+            three_digits(row.p50),
+            three_digits(row.p95),
+            Text(three_digits(row.p99.value if row.p99 else None), "bold"),
             _range(row.p99),
-            f"{row.over_solo:.2f}" if row.over_solo else "",
+            three_digits(row.over_solo) if row.over_solo else "",
             format_share(row.attainment),
         )
     return table
@@ -75,7 +75,7 @@ def _be_table(summary: Summary) -> Table:
         table.add_row(
             policy if index == 0 else "",
             row.tenant,
-            format_ms(row.rate.value),
+            three_digits(row.rate.value),
             _range(row.rate),
             Text(format_share(row.share.value), "bold") if row.share else "",
         )
@@ -92,7 +92,7 @@ def _table(title: str, *headings: str) -> Table:
 def _range(spread: Spread | None) -> str:
     if spread is None:
         return ""
-    return f"{format_ms(spread.low)}–{format_ms(spread.high)}"
+    return f"{three_digits(spread.low)}–{three_digits(spread.high)}"
 
 
 def _remarks(results: Results, summary: Summary) -> list[Text]:

@@ -51,7 +51,7 @@ def command(
     if report is not None:
         if scenario is not None:
             raise MisuseError("Give a scenario to run or --report with results to show, not both.")
-        _show(read_results(report), report.parent if out == _DEFAULT_OUT else out, as_json=json)
+        _show(read_results(report), report, report.parent if out == _DEFAULT_OUT else out, as_json=json)
         return
     chosen = read_scenario(scenario) if scenario else default_scenario()
     if duration is not None:
@@ -70,8 +70,9 @@ def command(
             results, stopped = run_all(
                 bench, lambda index, step: bar.update(task, completed=index, description=str(step))
             )
-    write_results(results, out / "results.json")
-    _show(results, out, as_json=json)
+    raw = out / "results.json"
+    write_results(results, raw)
+    _show(results, raw, out, as_json=json)
     if stopped is not None:
         raise stopped
 
@@ -89,8 +90,8 @@ def _policies(text: str | None) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def _show(results: Results, directory: Path, *, as_json: bool) -> None:
-    """Write the report into `directory` and say what came out."""
+def _show(results: Results, raw: Path, directory: Path, *, as_json: bool) -> None:
+    """Write the report into `directory` and say what came out; `raw` is where the results are."""
     summary = summarize(results)
     report = write_report(results, summary, directory / "report.html")
     if as_json:
@@ -102,11 +103,11 @@ def _show(results: Results, directory: Path, *, as_json: bool) -> None:
                 "interrupted": results.interrupted,
                 "notes": results.notes,
                 "summary": asdict(summary),
-                "results": str(directory / "results.json"),
+                "results": str(raw),
                 "report": str(report),
             }
         )
         return
     screen = console()
     screen.print(render_table(results, summary))
-    screen.print(f"\nRaw samples: {directory / 'results.json'}\nReport:      {report}", soft_wrap=True)
+    screen.print(f"\nRaw samples: {raw}\nReport:      {report}", soft_wrap=True)
