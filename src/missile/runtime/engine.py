@@ -26,7 +26,10 @@ Times = npt.NDArray[np.int64]
 
 NEVER = 1 << 62  # ns, later than any clock
 
-_LOOK_UP_NS = 50_000_000  # how often the loop looks up from waiting, for interruptions and progress
+# How often the loop looks up from waiting. Hardware may sleep in a wait of milliseconds, and waking takes longer than a
+# request may wait; a simulated clock only has to notice interruptions.
+_LOOK_UP_NS = 250_000
+_LOOK_UP_SIMULATED_NS = 50_000_000
 _SETTLE_NS = 10_000_000_000  # how long running kernels may take to end once the run is over
 _GAPS = 4096
 _GAP_FLOOR_NS = 20_000  # shorter passes are not worth recording
@@ -117,6 +120,7 @@ class Engine:
         gpu, clock, span = self._gpu, self._gpu.now_ns, self._span
         origin = self._origin = clock()
         report_at = progress_ns
+        step = _LOOK_UP_SIMULATED_NS if gpu.info.simulated else _LOOK_UP_NS
         while True:
             now = self.now_ns = clock() - origin
             changed = self._admit(now)
@@ -129,7 +133,7 @@ class Engine:
             if now >= report_at and progress is not None:
                 report_at = now + progress_ns
                 progress(now)
-            look_up = min(now + _LOOK_UP_NS, span.end if now < span.end else span.limit)
+            look_up = min(now + step, span.end if now < span.end else span.limit)
             deadline = min(self._next_arrival(), look_up)
             self._note_gap(clock() - origin - now)
             gpu.wait(self._heads(), origin + deadline)

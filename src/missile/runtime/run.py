@@ -82,7 +82,7 @@ def _run(
     name: str = "",
 ) -> RunRecord:
     if isinstance(policy, str):
-        policy = create_policy(policy)
+        name, policy = name or policy, create_policy(policy)
     if not 0 <= warmup_ns < duration_ns:
         raise MisuseError(
             f"A run's warm-up must be shorter than the run: {warmup_ns / 1e9:g} s of {duration_ns / 1e9:g} s."
@@ -90,6 +90,8 @@ def _run(
     grace = min((duration_ns - warmup_ns) // 4, _LONGEST_GRACE_NS)
     span = Span(warmup_ns, duration_ns, duration_ns + grace)
     ready = roster.ready
+    if not ready:
+        return _nothing_ran(gpu, roster, name or policy.name, seed, span)
     layout = policy.setup([loaded.tenant for loaded in ready], gpu.info)
     stage = Stage(gpu, ready, layout)
     try:
@@ -114,6 +116,14 @@ def _run(
         fault="" if fault is None else str(fault),
         notes=_notes(roster, measured, span, fault),
     )
+
+
+def _nothing_ran(gpu: Gpu, roster: Roster, policy: str, seed: int, span: Span) -> RunRecord:
+    """The record of tenants of which none could be loaded."""
+    info = gpu.info
+    tenants = tuple(RequestLog(t.tenant, 0).record(span.begin, span.end, error=t.error) for t in roster.tenants)
+    notes = _notes(roster, span, span, None)
+    return RunRecord(policy, info.device, info.simulated, span.end, span.begin, seed, tenants, notes=notes)
 
 
 def _engine(
