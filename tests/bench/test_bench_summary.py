@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from missile.bench.results import Results, Run, TenantRun
 from missile.bench.summary import Summary, percentile, summarize
-from missile.bench.table import three_digits, format_share
+from missile.bench.table import format_share, three_digits
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=2000), st.sampled_from([50.0, 90.0, 95.0, 99.0, 99.9]))

@@ -27,7 +27,7 @@ from missile.bench.svg import (
     text,
     thin,
 )
-from missile.bench.table import three_digits, format_share
+from missile.bench.table import format_share, three_digits
 
 __all__ = ["bars", "busiest_window", "distribution", "tenant_classes", "timeline", "tradeoff"]
 

@@ -14,7 +14,7 @@ from missile.bench.results import Results, Run, read_results, write_results
 from missile.bench.run import Bench, Step, Testbed
 from missile.bench.scenario import Scenario
 from missile.bench.summary import PolicySummary, summarize
-from missile.bench.table import three_digits, format_share
+from missile.bench.table import format_share, three_digits
 from missile.errors import MissileError
 
 __all__ = ["Matrix", "Pair", "tabulate"]

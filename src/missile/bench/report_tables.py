@@ -7,7 +7,7 @@ from html import escape
 
 from missile.bench.results import Results, TenantInfo
 from missile.bench.summary import ALONE, Spread, Summary
-from missile.bench.table import three_digits, format_share
+from missile.bench.table import format_share, three_digits
 
 __all__ = ["be_table", "ls_table", "tenant_table"]
 

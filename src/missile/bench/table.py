@@ -10,7 +10,7 @@ from rich.text import Text
 from missile.bench.results import Results
 from missile.bench.summary import Spread, Summary
 
-__all__ = ["three_digits", "format_share", "render_table"]
+__all__ = ["format_share", "render_table", "three_digits"]
 
 
 def three_digits(value: float | None) -> str:

@@ -1,0 +1,113 @@
+"""`missile bench` on the simulated GPU: what it prints and writes, what it refuses, and what Ctrl-C leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from missile.bench.results import read_results
+from missile.bench.run import Bench, Step, run_all
+from missile.cli.app import main
+
+ROOT = Path(__file__).parents[2]
+SCENARIO = str(ROOT / "examples" / "01_scenario.toml")
+SHORT = ["bench", SCENARIO, "--device", "sim:h100", "--duration", "0.15", "--repeats", "1"]
+
+
+def test_bench_from_scenario_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SHORT, "--policies", "streams, priority", "-o", str(tmp_path / "out")]) == 0
+    out, err = capsys.readouterr()
+    assert "simulated" in out
+    assert "priority" in out
+    assert "temporal" not in out
+    assert err == ""
+    results = read_results(tmp_path / "out" / "results.json")
+    assert results.scenario.policies == ("streams", "priority")
+    assert results.simulated
+    page = (tmp_path / "out" / "report.html").read_text()
+
+    assert main(["bench", "--report", str(tmp_path / "out" / "results.json"), "-o", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "report.html").read_text() == page
+
+
+def test_json_is_all_there_is_on_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SHORT, "--policies", "temporal", "--json", "-o", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    answer = json.loads(out)
+    assert err == ""
+    assert answer["simulated"] is True
+    (temporal,) = answer["summary"]["policies"]
+    assert temporal["ls"][0]["n"] > 0
+    assert Path(answer["results"]).is_file()
+    assert Path(answer["report"]).is_file()
+
+
+def test_the_same_seed_gives_the_same_simulated_results(tmp_path: Path) -> None:
+    runs = []
+    for name in ("a", "b"):
+        assert main([*SHORT, "--policies", "priority", "-o", str(tmp_path / name)]) == 0
+        runs.append(read_results(tmp_path / name / "results.json").runs)
+    arrivals = [[run.tenants[0].arrival_ns for run in kept] for kept in runs]
+    assert arrivals[0] == arrivals[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([SCENARIO, "--policies", "fair"], "'fair'"),
+        ([SCENARIO, "--policies", ""], "policies"),
+        ([SCENARIO, "--policies", "partition:size=3"], "'size'"),
+        ([SCENARIO, "--device", "sim:none"], "'sim:none'"),
+        ([SCENARIO, "--repeats", "0"], "repeats"),
+        ([SCENARIO, "--duration", "x"], "--duration"),
+        (["absent.toml"], "absent.toml"),
+        (["--report", "absent.json"], "absent.json"),
+        ([SCENARIO, "--report", "absent.json"], "--report"),
+    ],
+)
+def test_misuse_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
+) -> None:
+    assert main(["bench", *arguments, "-o", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert named in err.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_model_is_misuse_and_names_the_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scenario = tmp_path / "s.toml"
+    scenario.write_text(Path(SCENARIO).read_text().replace("synthetic-tiny", "resnet33"))
+    assert main(["bench", str(scenario), "--device", "sim:h100"]) == 2
+    err = capsys.readouterr().err
+    assert "'resnet33'" in err
+    assert "resnet34" in err
+
+
+def test_an_interrupted_bench_keeps_its_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_until_interrupted(bench: Bench, on_step: Callable[[int, Step], None]) -> Any:
+        def step(index: int, step: Step) -> None:
+            on_step(index, step)
+            if index == 1:  # the first run is whole; Ctrl-C comes while the second one's requests are served
+                threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+        return run_all(bench, step)
+
+    monkeypatch.setattr("missile.cli.bench.run_all", run_until_interrupted)
+    code = main(["bench", SCENARIO, "--device", "sim:h100", "--duration", "2", "-o", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert code == 130
+    assert err.strip().endswith("missile: Interrupted.")
+    assert "interrupted" in out
+    results = read_results(tmp_path / "results.json")
+    assert [run.interrupted for run in results.runs] == [False, True]
+    assert "Incomplete" in (tmp_path / "report.html").read_text()
