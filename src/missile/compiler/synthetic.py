@@ -63,12 +63,13 @@ def _step(
     read: int = 0,
     write: int = 0,
     operations: int = 0,
+    in_place: bool = False,
 ) -> KernelStep:
     profile = KernelProfile(
         solo_ns=0.0,
         read_bytes=read,
         write_bytes=write,
-        footprint_bytes=read + write,
+        footprint_bytes=read if in_place else read + write,
         operations=operations,
         blocks=blocks,
         threads=threads,
@@ -152,6 +153,7 @@ def _tiny(name: str, info: GpuInfo) -> ModelPackage:
         read=4 * count,
         write=4 * count,
         operations=count,
+        in_place=True,
     )
     return _package(name, info, "increment", {"values": 4 * count}, [step] * _TINY_STEPS)
 
