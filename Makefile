@@ -30,8 +30,8 @@ nightly: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto -m 'not gpu'
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 
 # On a machine with an NVIDIA GPU whose Python already has torch: no virtual environment is made.

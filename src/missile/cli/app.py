@@ -35,11 +35,13 @@ VERBS: dict[str, str] = {
 
 INTERRUPTED = 130
 
+_SERVE = ("grpc", "google", "httptools", "httpx", "orjson", "prometheus_client", "textual", "uvloop")
+
 # Which extra of this package brings a module that only some verbs need.
 _EXTRAS = {
     **dict.fromkeys(("torch", "torchvision", "timm", "transformers", "triton", "safetensors"), "torch"),
     **dict.fromkeys(("cuda", "pynvml"), "cuda"),
-    **dict.fromkeys(("starlette", "uvicorn", "grpc", "google", "prometheus_client", "textual", "httpx"), "serve"),
+    **dict.fromkeys(_SERVE, "serve"),
 }
 
 
