@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from missile.compiler.tiles import Problem
 
-__all__ = ["convolution_lowering", "is_depthwise"]
+__all__ = ["Window", "convolution_lowering", "depthwise_element", "is_depthwise"]
 
 aten = torch.ops.aten
+
+Load = Callable[[Sequence[Any]], Any]
 
 
 def is_depthwise(weight_shape: Sequence[int], in_channels: int, groups: int, *, transposed: bool = False) -> bool:
@@ -86,6 +89,45 @@ def _pair(values: Sequence[int]) -> tuple[int, int]:
     return first, others[0] if others else first
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A depthwise convolution's geometry: (vertical, horizontal) each. size: the input's."""
+
+    size: tuple[int, int]
+    taps: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @property
+    def out(self) -> tuple[int, int]:
+        """The output's size."""
+        vertical, horizontal = (
+            _out_size(*sides)
+            for sides in zip(self.size, self.taps, self.stride, self.padding, self.dilation, strict=True)
+        )
+        return vertical, horizontal
+
+
+def depthwise_element(load_x: Load, load_w: Load, window: Window, index: Sequence[Any]) -> Any:
+    """Output element `index` (batch, channel, row, column) in fp32, in Inductor's operations (`virtualized.ops`).
+
+    load_x takes such an index of the input (its channel is the output's), load_w takes (row tap, column tap, channel).
+    """
+    from torch._inductor.virtualized import ops
+
+    n, c, h, w = index
+    total = None
+    for i in range(window.taps[0]):
+        for j in range(window.taps[1]):
+            row = h * window.stride[0] + (i * window.dilation[0] - window.padding[0])
+            column = w * window.stride[1] + (j * window.dilation[1] - window.padding[1])
+            value = ops.to_dtype(_load_inside(load_x, (n, c, row, column), window), torch.float32)
+            term = ops.mul(value, ops.to_dtype(load_w([i, j, c]), torch.float32))
+            total = term if total is None else ops.add(total, term)
+    return total
+
+
 def _lower_depthwise(
     x: Any,
     weight: Any,
@@ -96,6 +138,7 @@ def _lower_depthwise(
 ) -> Any:
     from torch._inductor import ir
     from torch._inductor.virtualized import ops
+    from torch.utils._sympy.functions import FloorDiv
 
     # Realized, because every input element is read by many taps: what made it must not be recomputed in each.
     x = ir.ExternKernel.require_channels_last(x)
@@ -104,46 +147,33 @@ def _lower_depthwise(
     batch, in_channels, height, width = (int(s) for s in x.get_size())
     taps_h, taps_w, out_channels = (int(s) for s in weight.get_size())
     multiplier = out_channels // in_channels
-    out_h = _out_size(height, taps_h, stride[0], padding[0], dilation[0])
-    out_w = _out_size(width, taps_w, stride[1], padding[1], dilation[1])
-    load_x, load_w = x.make_loader(), weight.make_loader()
+    window = Window((height, width), (taps_h, taps_w), stride, padding, dilation)
+    load, load_w = x.make_loader(), weight.make_loader()
     load_bias = None if bias is None else bias.make_loader()
     dtype = x.get_dtype()
 
-    def inner(index: Sequence[Any]) -> Any:
+    def load_x(index: Sequence[Any]) -> Any:
         n, c, h, w = index
-        in_c = c if multiplier == 1 else c // multiplier
-        total = None
-        for i in range(taps_h):
-            for j in range(taps_w):
-                row = h * stride[0] + (i * dilation[0] - padding[0])
-                column = w * stride[1] + (j * dilation[1] - padding[1])
-                value = _load_inside(load_x, (n, in_c, row, column), (height, width), (padding[0] > 0, padding[1] > 0))
-                factor = ops.to_dtype(load_w([i, j, c]), torch.float32)
-                term = ops.mul(ops.to_dtype(value, torch.float32), factor)
-                total = term if total is None else ops.add(total, term)
+        return load((n, c if multiplier == 1 else FloorDiv(c, multiplier), h, w))
+
+    def inner(index: Sequence[Any]) -> Any:
+        total = depthwise_element(load_x, load_w, window, index)
         if load_bias is not None:
-            total = ops.add(total, ops.to_dtype(load_bias([c]), torch.float32))
+            total = ops.add(total, ops.to_dtype(load_bias([index[1]]), torch.float32))
         return ops.to_dtype(total, dtype)
 
-    out = ir.Pointwise.create(
-        device=x.get_device(), dtype=dtype, inner_fn=inner, ranges=[batch, out_channels, out_h, out_w]
-    )
+    ranges = [batch, out_channels, *window.out]
+    out = ir.Pointwise.create(device=x.get_device(), dtype=dtype, inner_fn=inner, ranges=ranges)
     return ir.ExternKernel.require_channels_last(out)
 
 
-def _load_inside(
-    load: Callable[[Sequence[Any]], Any],
-    index: tuple[Any, Any, Any, Any],
-    size: tuple[int, int],
-    padded: tuple[bool, bool],
-) -> Any:
+def _load_inside(load: Load, index: tuple[Any, Any, Any, Any], window: Window) -> Any:
     """Element `index` of the input, 0 outside of it. Unpadded dimensions need no check."""
     from torch._inductor.virtualized import ops
 
     inside = None
-    for position, limit, check in zip(index[2:], size, padded, strict=True):
-        if not check:
+    for position, limit, padding in zip(index[2:], window.size, window.padding, strict=True):
+        if not padding:
             continue
         at = ops.index_expr(position, torch.int64)
         low = ops.ge(at, ops.constant(0, torch.int64))

@@ -81,6 +81,9 @@ def _timm(name: str) -> Callable[[int], torch.nn.Module]:
 
 
 def _mobilebert(batch: int) -> torch.nn.Module:
+    from missile.workloads._torchvision import import_torchvision
+
+    import_torchvision()  # transformers imports it too
     from transformers import MobileBertConfig, MobileBertModel
 
     module: torch.nn.Module = MobileBertModel(MobileBertConfig(attn_implementation="sdpa"), add_pooling_layer=False)
@@ -88,6 +91,9 @@ def _mobilebert(batch: int) -> torch.nn.Module:
 
 
 def _bert_large(batch: int) -> torch.nn.Module:
+    from missile.workloads._torchvision import import_torchvision
+
+    import_torchvision()  # transformers imports it too
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
