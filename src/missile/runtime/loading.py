@@ -20,9 +20,12 @@ from missile.errors import GpuError, MisuseError, OutOfMemoryError
 from missile.gpu.interface import Gpu, Graph, HostBuffer
 from missile.runtime.tenant import Tenant
 
-__all__ = ["DEPTH", "LoadedTenant", "Roster", "RunnableModel", "load_tenants"]
+__all__ = ["BE_DEPTH", "LS_DEPTH", "LoadedTenant", "Roster", "RunnableModel", "load_tenants"]
 
-DEPTH = 2  # requests of one tenant in flight at once: the next is queued on the GPU before the current one ends
+# Requests of one tenant that may be in flight at once. BE: the next is on the GPU before the current one ends, no more, so
+# that a policy decides late. LS: a policy that starts requests as they come finds room but for the longest queues.
+BE_DEPTH = 2
+LS_DEPTH = 8
 
 
 class RunnableModel(Protocol):
@@ -51,7 +54,7 @@ class LoadedTenant:
     model: RunnableModel | None
     inputs: tuple[HostBuffer, ...] = ()
     outputs: tuple[HostBuffer, ...] = ()
-    depth: int = DEPTH
+    depth: int = BE_DEPTH
     error: str = ""
 
 
@@ -122,12 +125,13 @@ def _load(gpu: Gpu, tenant: Tenant, cache: Path | None, undo: ExitStack) -> Load
     with ExitStack() as own:
         model = _bind(gpu, tenant, cache)
         own.callback(model.close)
-        inputs = _host_buffers(gpu, tenant, model.input_bytes, own)
-        outputs = _host_buffers(gpu, tenant, model.output_bytes, own)
+        depth = LS_DEPTH if tenant.latency_sensitive else BE_DEPTH
+        inputs = _host_buffers(gpu, tenant, model.input_bytes, depth, own)
+        outputs = _host_buffers(gpu, tenant, model.output_bytes, depth, own)
         for buffer in inputs:
             _fill_inputs(model.package, buffer)
         undo.enter_context(own.pop_all())
-    return LoadedTenant(tenant, model, inputs, outputs)
+    return LoadedTenant(tenant, model, inputs, outputs, depth)
 
 
 def _bind(gpu: Gpu, tenant: Tenant, cache: Path | None) -> BoundModel:
@@ -157,11 +161,11 @@ def _check_limit(tenant: Tenant, package: ModelPackage) -> None:
         )
 
 
-def _host_buffers(gpu: Gpu, tenant: Tenant, nbytes: int, undo: ExitStack) -> tuple[HostBuffer, ...]:
+def _host_buffers(gpu: Gpu, tenant: Tenant, nbytes: int, count: int, undo: ExitStack) -> tuple[HostBuffer, ...]:
     if not nbytes:
         return ()
     buffers = []
-    for _ in range(DEPTH):
+    for _ in range(count):
         buffer = gpu.allocate_host(nbytes, tenant=tenant.name)
         undo.callback(buffer.free)
         buffers.append(buffer)
