@@ -134,7 +134,7 @@ def test_a_copy_can_wait_for_a_kernel_without_holding_up_others(gpu: Gpu, engine
 def _failing(engine: CopyEngine, error: GpuError, *, after: int) -> None:
     """After `after` copies, the H2D lane's stream refuses one with `error`."""
     lane = engine.lanes[Direction.H2D]
-    stream = lane._stream
+    stream = lane._streams[0]
     count = itertools.count()
 
     class Faulty:
@@ -146,7 +146,7 @@ def _failing(engine: CopyEngine, error: GpuError, *, after: int) -> None:
                 raise error
             stream.copy_to_device(*args, **kwargs)
 
-    lane._stream = Faulty()
+    lane._streams = (Faulty(), lane._streams[1])
 
 
 def test_a_failing_copy_fails_alone(gpu: Gpu, engine: CopyEngine) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from missile.errors import GpuError, InternalError, MisuseError
 from missile.gpu.interface import Event, Gpu, HostBuffer
-from missile.pcie.lane import ChunkRecord, Lane, LaneStats
+from missile.pcie.lane import ChunkRecord, Lane, LaneStats, LinkTiming
 from missile.pcie.policy import FairLink, Granularity
 from missile.pcie.request import Request
 from missile.pcie.staging import StagingRing
@@ -36,6 +36,10 @@ class Stop(enum.StrEnum):
 class EngineOptions:
     """h2d_rate, d2h_rate: measured rates of the link, bytes/s (`missile.pcie.link`).
     granularity: chunk sizes, from the same measurement. depth: chunks that the GPU has at once per direction.
+    copy_ns, start_ns: what a copy takes beyond its bytes, and what it takes more when the link was idle; with the rates
+    they say when to look for its end.
+    h2d_bypass, d2h_bypass: copies of latency-sensitive tenants of at most so many bytes overtake on a stream of their
+    own (0: none do, the default, since hardware that does not let them overtake may starve that stream).
     staging_slots: pinned buffers for pageable memory, each of one short chunk at most; 0 refuses pageable memory.
     """
 
@@ -43,6 +47,10 @@ class EngineOptions:
     d2h_rate: float
     granularity: Granularity = field(default_factory=Granularity)
     depth: int = 2
+    copy_ns: float = 2_500.0
+    start_ns: float = 8_000.0
+    h2d_bypass: int = 0
+    d2h_bypass: int = 0
     staging_slots: int = 12
     staging_slot_bytes: int = MIB
 
@@ -83,17 +91,21 @@ class CopyEngine:
         self._staging = StagingRing(
             gpu, slots=options.staging_slots, slot_bytes=slot, executor=executor, wake=lambda: self.wake()
         )
-        rates = {Direction.H2D: options.h2d_rate, Direction.D2H: options.d2h_rate}
+        rates = {
+            Direction.H2D: (options.h2d_rate, options.h2d_bypass),
+            Direction.D2H: (options.d2h_rate, options.d2h_bypass),
+        }
         self.lanes = {
             direction: Lane(
                 gpu,
                 direction,
                 FairLink(rate, options.granularity),
-                rate=rate,
+                self._staging,
+                LinkTiming(1e9 / rate, options.copy_ns, options.start_ns),
                 depth=options.depth,
-                staging=self._staging,
+                bypass=bypass,
             )
-            for direction, rate in rates.items()
+            for direction, (rate, bypass) in rates.items()
         }
 
     def __enter__(self) -> CopyEngine:

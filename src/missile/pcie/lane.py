@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from missile.errors import GpuError, MissileError
-from missile.gpu.interface import Event, Gpu, HostBuffer
+from missile.gpu.interface import Event, Gpu, HostBuffer, Stream
 from missile.pcie.policy import FairLink, Pick
 from missile.pcie.request import Chunk, Request
 from missile.pcie.staging import Piece, StagingRing
 from missile.pcie.ticket import CopyState, Direction
 from missile.pcie.weights import Share
 
-__all__ = ["ChunkRecord", "Lane", "LaneStats"]
+__all__ = ["ChunkRecord", "Lane", "LaneStats", "LinkTiming"]
 
 _POLL_NS = 20_000  # how often something is looked at that has no expected time: an event, a host copy
 _LATE_NS = 4_000  # how soon to look again at a chunk that is later than expected
@@ -43,15 +43,32 @@ class LaneStats:
     waiting_ns: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class LinkTiming:
+    """How long a copy should take: says when to look for its end, not when it ended. See `EngineOptions`."""
+
+    ns_per_byte: float
+    copy_ns: float
+    start_ns: float
+
+
 class Lane:
     """Driven by the engine's thread only.
 
-    rate: measured bytes/s of this direction; says when to look for a chunk's end, not when it ended.
-    window: bulk bytes that the GPU may have at once; a latency-sensitive tenant may add as much beyond it.
+    depth: chunks that the GPU may have at once; latency-sensitive tenants may add as many beyond them.
+    bypass: latency-sensitive copies of at most so many bytes go on a stream of their own.
     """
 
     def __init__(
-        self, gpu: Gpu, direction: Direction, fair: FairLink, *, rate: float, depth: int, staging: StagingRing
+        self,
+        gpu: Gpu,
+        direction: Direction,
+        fair: FairLink,
+        staging: StagingRing,
+        timing: LinkTiming,
+        *,
+        depth: int,
+        bypass: int,
     ) -> None:
         self.direction = direction
         self.fair = fair
@@ -59,11 +76,13 @@ class Lane:
         self.on_chunk: Callable[[ChunkRecord], None] | None = None
         self._gpu = gpu
         self._depth = depth
-        self._ns_per_byte = 1e9 / rate
+        self._timing = timing
         self._staging = staging
-        # One stream for all: copies of one stream keep their order, while the hardware may serve another stream much later.
-        self._stream = gpu.create_stream()
-        self._flying: deque[Chunk] = deque()
+        # One stream for all: hardware keeps the order within a stream, but may starve one stream while another is fed.
+        # The second is for copies so small that the hardware lets them overtake (docs/pcie.md).
+        self._streams = (gpu.create_stream(), gpu.create_stream())
+        self._bypass = bypass
+        self._flying: tuple[deque[Chunk], ...] = (deque(), deque())
         self._flying_bytes = 0
         self._busy_until = 0
         self._queues: dict[str, deque[Request]] = {}
@@ -122,7 +141,7 @@ class Lane:
 
     def events(self) -> list[Event]:
         """What the next step may be waiting for."""
-        heads = [self._flying[0].event] if self._flying else []
+        heads = [flying[0].event for flying in self._flying if flying]
         return heads + [
             queue[0].after for tenant in self._unready if (queue := self._queues[tenant]) and queue[0].after is not None
         ]
@@ -140,10 +159,11 @@ class Lane:
 
     def abandon(self, error: GpuError, now_ns: int) -> None:
         """The GPU is lost: end everything with `error`."""
-        flying = [chunk.request for chunk in self._flying]
+        flying = [chunk.request for chunks in self._flying for chunk in chunks]
         queued = [request for queue in self._queues.values() for request in queue]
         landing = [request for request, _ in self._landing]
-        self._flying.clear()
+        for chunks in self._flying:
+            chunks.clear()
         self._flying_bytes = 0
         self._landing.clear()
         for request in (*flying, *queued, *landing):
@@ -157,7 +177,8 @@ class Lane:
         self._unready.clear()
 
     def close(self) -> None:
-        self._stream.close()
+        for stream in self._streams:
+            stream.close()
         for event in self._events:
             event.close()
         self._events.clear()
@@ -165,16 +186,17 @@ class Lane:
     # --- arrivals
 
     def _reap(self, now_ns: int) -> None:
-        while self._flying:
-            failure = None
-            try:
-                if not self._flying[0].event.done():
-                    break
-            except MissileError as error:
-                if _lost(error):
-                    raise
-                failure = error
-            self._arrived(self._flying.popleft(), now_ns, failure)
+        for flying in self._flying:
+            while flying:
+                failure = None
+                try:
+                    if not flying[0].event.done():
+                        break
+                except MissileError as error:
+                    if _lost(error):
+                        raise
+                    failure = error
+                self._arrived(flying.popleft(), now_ns, failure)
         if not self._flying_bytes:
             self._busy_until = 0
 
@@ -319,10 +341,11 @@ class Lane:
                     self._refresh(pick.tenant, now_ns)
                     return
                 nbytes = piece.nbytes
+        pipe = int(pick.latency_sensitive and ticket.nbytes <= self._bypass)
         event = self._events.pop() if self._events else self._gpu.create_event(timing=False)
         try:
-            self._enqueue(request, nbytes, piece)
-            self._stream.record(event)
+            self._enqueue(self._streams[pipe], request, nbytes, piece)
+            self._streams[pipe].record(event)
         except MissileError as error:
             self._events.append(event)
             if piece is not None:
@@ -333,8 +356,14 @@ class Lane:
             self._refresh(pick.tenant, now_ns)
             return
         self.fair.charge(pick, nbytes)
-        self._busy_until = max(self._busy_until, now_ns) + int(nbytes * self._ns_per_byte)
-        self._flying.append(Chunk(request, nbytes, event, now_ns, self._busy_until, piece))
+        timing = self._timing
+        start = now_ns + timing.start_ns
+        if not pipe:
+            start = max(start, self._busy_until)
+        eta = int(start + timing.copy_ns + nbytes * timing.ns_per_byte)
+        if not pipe:
+            self._busy_until = eta
+        self._flying[pipe].append(Chunk(request, nbytes, event, now_ns, eta, piece))
         self._flying_bytes += nbytes
         request.flying += 1
         request.issued += nbytes
@@ -347,7 +376,7 @@ class Lane:
         if request.over or request.pageable is not None:
             self._refresh(pick.tenant, now_ns)
 
-    def _enqueue(self, request: Request, nbytes: int, piece: Piece | None) -> None:
+    def _enqueue(self, stream: Stream, request: Request, nbytes: int, piece: Piece | None) -> None:
         host: HostBuffer
         if piece is not None:
             host, offset = piece.buffer, 0
@@ -355,12 +384,12 @@ class Lane:
             assert request.pinned is not None
             host, offset = request.pinned, request.offset + request.issued
         if self.direction is Direction.H2D:
-            self._stream.copy_to_device(request.device + request.issued, host, offset=offset, nbytes=nbytes)
+            stream.copy_to_device(request.device + request.issued, host, offset=offset, nbytes=nbytes)
         else:
-            self._stream.copy_to_host(host, request.device + request.issued, offset=offset, nbytes=nbytes)
+            stream.copy_to_host(host, request.device + request.issued, offset=offset, nbytes=nbytes)
 
     def _deadline(self, now_ns: int) -> int | None:
-        times = [max(self._flying[0].eta_ns, now_ns + _LATE_NS)] if self._flying else []
+        times = [max(flying[0].eta_ns, now_ns + _LATE_NS) for flying in self._flying if flying]
         if self._unready or self._landing:
             times.append(now_ns + _POLL_NS)
         if (eligible := self.fair.next_eligible(now_ns)) is not None:

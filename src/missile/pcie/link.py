@@ -18,6 +18,10 @@ __all__ = ["CHUNKS", "LinkProfile", "choose_options", "measure_link"]
 
 CHUNKS: Final = tuple(1 << power for power in range(16, 27))  # 64 KiB to 64 MiB
 LATENCY_SIZES: Final = (4 << 10, 64 << 10, MIB)
+BYPASS_SIZES: Final = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10)
+
+_BYPASS_CHUNK: Final = 4 * MIB
+_BYPASS_TRIES: Final = 24
 
 _BYTES_PER_POINT: Final = 256 * MIB
 _COPIES_PER_POINT: Final = 128
@@ -28,7 +32,8 @@ class LinkProfile:
     """One GPU's link. Rates in bytes/s, medians of the repeats; latencies in ns of lone copies, host's call to seen done.
 
     chunk_rates: rate of back-to-back copies of a size on one stream. both: each direction's rate with the other at work.
-    latency: (p50, p99) by size.
+    latency: (p50, p99) by size. bypass: the largest size, of those tried, that overtakes copies queued on another stream
+    (0: none does).
     """
 
     gpu: str
@@ -37,6 +42,7 @@ class LinkProfile:
     chunk_rates: dict[Direction, dict[int, float]]
     both: dict[Direction, float]
     latency: dict[Direction, dict[int, tuple[float, float]]]
+    bypass: dict[Direction, int]
 
     def raw(self, direction: Direction) -> float:
         """The best rate of one direction alone, bytes/s."""
@@ -53,7 +59,7 @@ def measure_link(
     if not chunks or min(chunks) <= 0 or repeats < 1:
         raise MisuseError("Measuring the link needs at least one positive chunk size and one repeat.")
     say = progress or (lambda _: None)
-    size = max(*chunks, *LATENCY_SIZES)
+    size = max(*chunks, *LATENCY_SIZES, _BYPASS_CHUNK)
     ends: dict[Direction, _End] = {}
     try:
         for direction in Direction:
@@ -67,6 +73,8 @@ def measure_link(
                 say(f"{direction} {chunk >> 10} KiB")
                 rates[direction][chunk] = statistics.median(end.rate(chunk) for _ in range(repeats))
             latency[direction] = {nbytes: end.latency(nbytes, 40 * repeats) for nbytes in LATENCY_SIZES}
+        say("overtaking")
+        bypass = {direction: _bypass(gpu, end) for direction, end in ends.items()}
         say("both directions")
         runs = [_both(gpu, ends, min(size, 16 * MIB)) for _ in range(repeats)]
         both = {direction: statistics.median(run[direction] for run in runs) for direction in Direction}
@@ -74,7 +82,7 @@ def measure_link(
         for end in ends.values():
             end.close()
     info = gpu.info
-    return LinkProfile(info.name, info.device, info.simulated, rates, both, latency)
+    return LinkProfile(info.name, info.device, info.simulated, rates, both, latency, bypass)
 
 
 class _End:
@@ -89,11 +97,12 @@ class _End:
         self._host: HostBuffer = gpu.allocate_host(size)
         self._host.array[:] = 1  # every page is there before anything is timed
 
-    def copy(self, nbytes: int) -> None:
+    def copy(self, nbytes: int, stream: Stream | None = None) -> None:
+        stream = stream or self.stream
         if self._direction is Direction.H2D:
-            self.stream.copy_to_device(self._device.address, self._host, nbytes=nbytes)
+            stream.copy_to_device(self._device.address, self._host, nbytes=nbytes)
         else:
-            self.stream.copy_to_host(self._host, self._device.address, nbytes=nbytes)
+            stream.copy_to_host(self._host, self._device.address, nbytes=nbytes)
 
     def start(self, chunk: int, copies: int) -> None:
         begin, end = self._events
@@ -147,17 +156,43 @@ def _both(gpu: Gpu, ends: dict[Direction, _End], chunk: int) -> dict[Direction, 
     }
 
 
+def _bypass(gpu: Gpu, end: _End) -> int:
+    """The largest of BYPASS_SIZES such that it and all smaller ones always overtake two queued chunks on another stream."""
+    other, done = gpu.create_stream(), gpu.create_event(timing=False)
+    ahead = [gpu.create_event(timing=False) for _ in range(3)]
+    best = 0
+    try:
+        for size in BYPASS_SIZES:
+            for _ in range(_BYPASS_TRIES):
+                for event in ahead:
+                    end.copy(_BYPASS_CHUNK)
+                    end.stream.record(event)
+                end.copy(size, other)
+                other.record(done)
+                gpu.wait([done])
+                overtook = not ahead[1].done()
+                gpu.synchronize()
+                if not overtook:
+                    return best
+            best = size
+    finally:
+        other.close()
+        for event in (done, *ahead):
+            event.close()
+    return best
+
+
 def choose_options(
-    profile: LinkProfile, *, latency_ns: float = 120_000, small: int = MIB, depth: int = 2
+    profile: LinkProfile, *, latency_ns: float = 130_000, small: int = MIB, depth: int = 2
 ) -> EngineOptions:
     """Chunk sizes for a measured link.
 
-    Without latency-sensitive tenants: the smallest chunks that reach 98.5% (alone) and 97% (shared) of the raw rate and
+    Without latency-sensitive tenants: the smallest chunks that reach 98.5% (alone) and 96% (shared) of the raw rate and
     take long enough (150 and 75 us) for a scheduler that sleeps between them. With such tenants: the largest chunk with
     which `depth` of them and a copy of `small` bytes take at most `latency_ns`, lone-copy latency included.
     """
     solo = max(_smallest(profile, direction, 0.985, 150_000) for direction in Direction)
-    shared = max(_smallest(profile, direction, 0.97, 75_000) for direction in Direction)
+    shared = max(_smallest(profile, direction, 0.96, 75_000) for direction in Direction)
     short = min(_largest(profile, direction, latency_ns, small, depth) for direction in Direction)
     shared = min(shared, solo)
     return EngineOptions(
@@ -165,7 +200,17 @@ def choose_options(
         d2h_rate=profile.raw(Direction.D2H),
         granularity=Granularity(solo=solo, shared=shared, short=min(short, shared)),
         depth=depth,
+        copy_ns=min(_overhead(profile, direction) for direction in Direction),
+        start_ns=min(profile.latency[direction][min(LATENCY_SIZES)][0] for direction in Direction),
+        h2d_bypass=profile.bypass[Direction.H2D],
+        d2h_bypass=profile.bypass[Direction.D2H],
     )
+
+
+def _overhead(profile: LinkProfile, direction: Direction) -> float:
+    """What one of back-to-back copies takes beyond its bytes, ns."""
+    chunk = min(profile.chunk_rates[direction], key=lambda size: abs(size - 2 * MIB))
+    return max(0.0, chunk * 1e9 * (1 / profile.chunk_rates[direction][chunk] - 1 / profile.raw(direction)))
 
 
 def _smallest(profile: LinkProfile, direction: Direction, part: float, at_least_ns: float) -> int:
