@@ -15,13 +15,15 @@ from missile.probe.map_file import read_map
 
 __all__ = ["command"]
 
+_REFERENCE = ",".join(map(str, REFERENCE_PAGE))
+
 
 def command(
     channel_map: Annotated[Path, typer.Argument(help="A channel map.", metavar="MAP.json")],
     addresses: Annotated[list[str], typer.Argument(help="In-page addresses, decimal or 0x...", metavar="ADDRESS...")],
     constants: Annotated[
         str, typer.Option(help="The page's constants: pattern,xor,permutation.", metavar="P,X,K")
-    ] = ",".join(str(value) for value in REFERENCE_PAGE),
+    ] = _REFERENCE,
     json: JsonOption = False,
 ) -> None:
     """Slice and color of in-page addresses: those of the map's reference page unless another page's constants are given."""

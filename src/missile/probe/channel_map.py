@@ -136,7 +136,10 @@ class ChannelMap:
         """
         where = np.asarray(addresses, np.int64)
         index = self.layout.index_of(where)
-        return self.model.labels(self._constants(constants)[None, :], index.reshape(1, -1))[0].reshape(where.shape)
+        return np.asarray(
+            self.model.labels(self._constants(constants)[None, :], index.reshape(1, -1))[0].reshape(where.shape),
+            np.int64,
+        )
 
     def color_of(self, addresses: npt.ArrayLike, constants: npt.ArrayLike = REFERENCE_PAGE) -> Ints:
         """Color of in-page `addresses` of the page with `constants`; as `slice_of`."""

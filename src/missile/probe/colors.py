@@ -36,4 +36,4 @@ def choose_colors(model: PageModel, layout: PageLayout, centres: Floats) -> tupl
     if model.slices > 2:
         order = np.asarray(leaves_list(linkage(centres, "average", optimal_ordering=True)), np.int64)
     parts = np.array_split(order, count)
-    return tuple(tuple(sorted(int(slice_) for slice_ in part)) for part in parts), layout.granule_bytes
+    return tuple(sorted(tuple(sorted(part.tolist())) for part in parts)), layout.granule_bytes

@@ -21,6 +21,7 @@ Ints = npt.NDArray[np.int64]
 UNIT_BYTES = 256
 _VICTIM_UNITS = 1 << 15  # 8 MiB
 _AGGRESSOR_UNITS = 1 << 16  # 16 MiB: more than the L2 that an eighth of the slices has
+_REPEATED = 1024  # times that one unit stands in a list, so that every warp has work
 _VICTIM_SHARE = 0.25  # of the SMs
 
 
@@ -39,14 +40,15 @@ class SliceMemory:
         self._cut = max(1, len(self._pages) // 4)
 
     def units(self, slices: Sequence[int], most: int, *, victim: bool) -> Ints:
-        """At most `most` addresses of 256-byte units that lie on `slices`, from the side's pages, in address order."""
+        """At most `most` random addresses of 256-byte units that lie on `slices`, from the side's pages, ascending."""
         side = slice(0, self._cut) if victim else slice(self._cut, None)
         page, granule = np.nonzero(np.isin(self._slices[side], slices))
         if len(page) * len(self._units) > most:
-            chosen = self._rng.choice(len(page), max(1, most // len(self._units)), replace=False)
+            chosen = self._rng.choice(len(page), -(-most // len(self._units)), replace=False)
             page, granule = page[chosen], granule[chosen]
         starts = self._pages[side][page] + self._offsets[granule]
-        return np.sort((starts[:, None] + self._units).reshape(-1))[:most]
+        units = (starts[:, None] + self._units).reshape(-1)
+        return np.sort(self._rng.permutation(units)[:most])
 
 
 def measure_interference(
@@ -78,12 +80,12 @@ def measure_interference(
     return Interference(slowdown, victim_sms, aggressor_sms, len(ours[0]) * UNIT_BYTES)
 
 
-def slice_ratio(gpu: Gpu, memory: SliceMemory, victim: int, aggressor: int, *, units: int, access: Access) -> float:
-    """Slowdown of a few SMs that read `units` units on slice `victim` beside many SMs on slice `aggressor`."""
+def slice_ratio(gpu: Gpu, memory: SliceMemory, victim: int, aggressor: int, access: Access = Access.READ) -> float:
+    """Slowdown of a few SMs that read one unit on slice `victim` beside many SMs on one unit on slice `aggressor`."""
     few = max(1, gpu.info.sms // 32)
     many = max(1, gpu.info.sms // 3)
-    ours = Traffic(memory.units([victim], units, victim=True), few)
-    theirs = Traffic(memory.units([aggressor], 4 * units, victim=False), many, access)
+    ours = Traffic(np.repeat(memory.units([victim], 1, victim=True), _REPEATED), few)
+    theirs = Traffic(np.repeat(memory.units([aggressor], 1, victim=False), _REPEATED), many, access)
     return _duration(gpu, ours, theirs, passes=4) / _duration(gpu, ours, None, passes=4)
 
 

@@ -19,15 +19,18 @@ Ints = npt.NDArray[np.int64]
 SECTOR_BITS = 5  # a sector of 32 bytes is what memory moves at least: no hash splits it
 FRAME_BITS = 12  # bits that don't matter above this one are no granule's: its pieces would be too far apart to use
 _BASES = 64
-_APART = 3.0  # times the distance between two measurements of one address
+_APART = 2.5  # times the distance between two measurements of one address
 
 
 @dataclass(frozen=True, slots=True)
 class BitFlips:
-    """moved: share of the tried addresses that a flip of each address bit moved to another slice, by bit."""
+    """moved: share of the tried addresses that a flip of each address bit moved to another slice, by bit.
+
+    disturbed: see `Fingerprints.disturbed`.
+    """
 
     moved: dict[int, float]
-    sigma: float
+    disturbed: float
 
 
 def measure_flips(sampler: Sampler, page: int, page_bytes: int, sms: Sequence[int]) -> BitFlips:
@@ -36,9 +39,8 @@ def measure_flips(sampler: Sampler, page: int, page_bytes: int, sms: Sequence[in
     bases = sampler.rng.integers(0, page_bytes >> SECTOR_BITS, _BASES) << SECTOR_BITS
     flipped = np.concatenate([bases, *(bases ^ (1 << bit) for bit in bits)])
     prints = sampler.fingerprints(page + flipped, sms, passes=4)
-    halves = np.median(prints.cycles[::2], axis=0), np.median(prints.cycles[1::2], axis=0)
-    same = np.linalg.norm(halves[0] - halves[1], axis=1)
-    limit = _APART * float(np.percentile(same, 90))
+    # What the difference of two measurements of one address comes to, over all SMs.
+    limit = _APART * max(prints.noise(), 0.05) * (2 * len(sms)) ** 0.5
     apart = _distance(prints.mean(), len(bits))
     suspects = apart > limit
     rare = suspects & (suspects.mean(axis=1, keepdims=True) < 0.1)
@@ -47,7 +49,7 @@ def measure_flips(sampler: Sampler, page: int, page_bytes: int, sms: Sequence[in
         again = sampler.fingerprints(page + flipped, sms, passes=5)
         suspects &= ~rare | (_distance(again.mean(), len(bits)) > limit)
     moved = {bit: float(share) for bit, share in zip(bits, suspects.mean(axis=1), strict=True)}
-    return BitFlips(moved, float(np.median(same)) / (2 * len(sms)) ** 0.5)
+    return BitFlips(moved, prints.disturbed())
 
 
 def find_layout(flips: BitFlips, page_bytes: int) -> PageLayout:

@@ -53,6 +53,7 @@ def learn_reference(sampler: Sampler, address: int, page_bytes: int) -> Referenc
     sms = sampler.gpu.sm_ids()
     few = sms[:: max(1, len(sms) // 24)]
     flips = measure_flips(sampler, address, page_bytes, few)
+    _check_quiet(flips.disturbed)
     layout = find_layout(flips, page_bytes)
     addresses = address + layout.offsets()
     prints: Fingerprints | None = None
@@ -60,11 +61,7 @@ def learn_reference(sampler: Sampler, address: int, page_bytes: int) -> Referenc
     for passes in _PASSES:
         more = sampler.fingerprints(addresses, sms, passes=passes)
         prints = more if prints is None else prints.joined(more)
-        if prints.disturbed() > MAX_DISTURBED:
-            raise NoisyGpuError(
-                f"{prints.disturbed():.0%} of repeated latency measurements differ far more than noise does: something "
-                "else runs on this GPU; probe again while nothing does."
-            )
+        _check_quiet(prints.disturbed())
         try:
             balls = find_balls(prints.mean(), prints.noise())
             # With the slices known, drift can be told from them: once more without it.
@@ -135,14 +132,21 @@ def classify(
     return constants
 
 
-def _label_page(sampler: Sampler, reference: Reference, addresses: Ints) -> Ints:
-    """Ball of every granule at `addresses`, -1 where it stays open; only what is open is measured again."""
-    labels = np.full(len(addresses), -1, np.int64)
-    passes = _PAGE_PASSES
-    while (labels < 0).any() and passes <= _MAX_PAGE_PASSES:
-        open_ = np.flatnonzero(labels < 0)
-        labels[open_] = reference.balls.nearest(
-            sampler.fingerprints(addresses[open_], reference.sms, passes=passes).mean()
+def _check_quiet(disturbed: float) -> None:
+    if disturbed > MAX_DISTURBED:
+        raise NoisyGpuError(
+            f"{disturbed:.0%} of repeated latency measurements differ far more than noise does: something else runs on "
+            "this GPU; probe again while nothing does."
         )
-        passes *= 2
-    return labels
+
+
+def _label_page(sampler: Sampler, reference: Reference, addresses: Ints) -> Ints:
+    """Ball of every granule at `addresses`, -1 where it stays open after `_MAX_PAGE_PASSES`."""
+    prints = sampler.fingerprints(addresses, reference.sms, passes=_PAGE_PASSES)
+    while True:
+        # Drift is what is left after the slices; which those are is clear enough for that before it is for good.
+        calm = prints.without_drift(reference.balls.expected(prints.mean()))
+        labels = reference.balls.nearest(calm.mean())
+        if (labels >= 0).all() or prints.passes >= _MAX_PAGE_PASSES:
+            return labels
+        prints = prints.joined(sampler.fingerprints(addresses, reference.sms, passes=prints.passes))

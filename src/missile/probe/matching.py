@@ -166,21 +166,22 @@ class Matcher:
         patterns, permutations = np.array(self.model.patterns), self.metric.ball[np.array(self.model.permutations)]
         origin = self.origins[choice]
         base = patterns[origin[:, 0, None], self.indices[None, :] ^ origin[:, 1, None]]
-        rows = np.arange(len(costs))[:, None]
+        every = np.arange(len(costs))
+        rows = every[:, None]
         short = np.broadcast_to(np.arange(len(permutations)), (len(costs), len(permutations)))
         if len(permutations) > _SHORTLIST:
             first = np.zeros((len(costs), len(permutations)), np.float32)
             for sample in range(min(_FIRST, len(self.indices))):
                 first += costs[rows, sample, permutations[:, base[:, sample]].T]
             short = np.argpartition(first, _SHORTLIST - 1, axis=1)[:, :_SHORTLIST]
-        total = np.zeros(short.shape, np.float64)
+        total = np.zeros_like(short, np.float64)
         for sample in range(len(self.indices)):
             total += costs[rows, sample, permutations[short, base[:, sample, None]]]
-        if total.shape[1] == 1:
+        if len(permutations) == 1:
             return short[:, 0].copy(), np.stack([total[:, 0], np.full(len(total), np.inf)], axis=1)
         two = np.argpartition(total, 1, axis=1)[:, :2]
         two = np.take_along_axis(two, np.take_along_axis(total, two, 1).argsort(axis=1), 1)
-        return short[rows[:, 0], two[:, 0]], np.take_along_axis(total, two, 1)
+        return short[every, two[:, 0]], np.take_along_axis(total, two, 1)
 
 
 def learn_page(model: PageModel, metric: Metric, fingerprints: Floats) -> Ints | None:

@@ -57,12 +57,17 @@ class Balls:
 
     def nearest(self, fingerprints: Floats) -> Ints:
         """Ball of each fingerprint, shape (n, SMs): -1 unless it is twice as far from the next ball as from its own."""
-        origin = self.centres.mean(axis=0)
-        distance = cdist((fingerprints - origin) @ self.axes, (self.centres - origin) @ self.axes)
-        if self.count == 1:
-            return np.zeros(len(distance), np.int64)
+        distance = self._distances(fingerprints)
         two = np.partition(distance, 1, axis=1)
         return np.where(two[:, 1] >= 2 * two[:, 0], distance.argmin(axis=1), -1)
+
+    def expected(self, fingerprints: Floats) -> Floats:
+        """Centre of the ball nearest to each fingerprint, shape (n, SMs)."""
+        return np.asarray(self.centres[self._distances(fingerprints).argmin(axis=1)], np.float32)
+
+    def _distances(self, fingerprints: Floats) -> Doubles:
+        origin = self.centres.mean(axis=0)
+        return np.asarray(cdist((fingerprints - origin) @ self.axes, (self.centres - origin) @ self.axes), np.float64)
 
 
 def find_balls(fingerprints: Floats, noise: float) -> Balls:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from missile.gpu.interface import Access, Gpu
+from missile.gpu.interface import Gpu
 from missile.probe.channel_map import ChannelMap, Verdict, Witness
 from missile.probe.contention import SliceMemory, slice_ratio
 from missile.probe.sampling import Sampler
@@ -22,7 +22,7 @@ _HELD_OUT = 8192
 _PASSES = 4
 _MAX_PASSES = 16
 _SECTOR = 32
-_TRIED_SLICES = 16
+_TRIES = 24
 _CLEAR = 1.3  # a slowdown on one slice over that on two
 
 
@@ -62,31 +62,24 @@ def held_out_witness(
 
 
 def contention_witness(
-    gpu: Gpu, channel_map: ChannelMap, memory: SliceMemory, rng: np.random.Generator, *, tries: int = _TRIED_SLICES
+    gpu: Gpu, channel_map: ChannelMap, memory: SliceMemory, rng: np.random.Generator, *, tries: int = _TRIES
 ) -> Witness:
     """Two granules on one slice must disturb each other, two on different slices must not.
 
-    One granule each, so that a slice which in truth is two (that no latency tells apart) shows: pairs of its granules
-    then do not disturb each other half of the time.
+    One unit each, so that a slice which in truth is two (that no latency tells apart) shows: pairs of its granules
+    then do not disturb each other half of the time. Pairs on different slices are random.
     """
-    count = min(tries, channel_map.slices)
-    chosen = rng.choice(channel_map.slices, count, replace=False)
-    units = max(1, channel_map.granule_bytes // 256)
+    chosen = np.resize(rng.permutation(channel_map.slices), tries)
     others = [int((slice_ + rng.integers(1, channel_map.slices)) % channel_map.slices) for slice_ in chosen]
-    same = np.array([slice_ratio(gpu, memory, int(s), int(s), units=units, access=Access.READ) for s in chosen])
-    apart = np.array(
-        [
-            slice_ratio(gpu, memory, int(s), o, units=units, access=Access.READ)
-            for s, o in zip(chosen, others, strict=True)
-        ]
-    )
+    same = np.array([slice_ratio(gpu, memory, int(s), int(s)) for s in chosen])
+    apart = np.array([slice_ratio(gpu, memory, int(s), o) for s, o in zip(chosen, others, strict=True)])
     level = float(np.median(apart))
     weakest, usual = float(same.min() / level), float(np.median(same) / level)
     numbers = {"same_median": float(np.median(same)), "same_min": float(same.min()), "apart_median": level}
-    numbers |= {"apart_max": float(apart.max()), "slices": count}
+    numbers |= {"apart_max": float(apart.max()), "pairs": tries}
     says = (
         f"A reader beside one on the same slice takes x{np.median(same):.2f} (least x{same.min():.2f}), beside one on "
-        f"another slice x{level:.2f}, over {count} slices."
+        f"another slice x{level:.2f}, in {tries} pairs each."
     )
     if usual < _CLEAR:
         return Witness("contention", Verdict.UNSURE, says, numbers)
