@@ -47,7 +47,7 @@ def _title(results: Results) -> str:
 
 def _ls_table(summary: Summary) -> Table:
     table = _table("LS: arrival to output, ms", "Policy", "Tenant")
-    for heading in ("p50", "p95", "p99", "lowest–highest", "× solo", "SLO met"):
+    for heading in ("p50", "p95", "p99", "p99 range", "× solo", "SLO met"):
         table.add_column(heading, justify="right", no_wrap=True)
     for policy, index, row in summary.ls_rows():
         if index == 0:
@@ -67,7 +67,7 @@ def _ls_table(summary: Summary) -> Table:
 
 def _be_table(summary: Summary) -> Table:
     table = _table("BE: finished requests", "Policy", "Tenant")
-    for heading in ("per s", "lowest–highest", "of solo"):
+    for heading in ("per s", "range", "of solo"):
         table.add_column(heading, justify="right", no_wrap=True)
     for policy, index, row in summary.be_rows():
         if index == 0:
