@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
-http = pytest.importorskip("tritonclient.http")
-grpc = pytest.importorskip("tritonclient.grpc")
-
 import serving_models
+import torch
+import tritonclient.grpc as grpc
 import tritonclient.grpc.aio as grpc_aio
+import tritonclient.http as http
 import tritonclient.http.aio as http_aio
 import tritonclient.utils.shared_memory as shm
 from tritonclient.utils import InferenceServerException
@@ -198,8 +197,6 @@ def test_system_shared_memory_both_ways(client: Any) -> None:
 
 
 def test_a_region_that_was_cut_short_is_an_error_not_a_crash(served: Any) -> None:
-    import os
-
     size = 153600 * 4
     handle = shm.create_shared_memory_region("cut", "missile-test-cut", size)
     with http.InferenceServerClient(served.http) as client:

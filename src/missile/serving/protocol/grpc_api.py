@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 from google.protobuf import json_format
+from google.protobuf.message import DecodeError
 
 from missile.errors import MisuseError
 from missile.serving.access import Access, Principal, Role
@@ -42,6 +43,7 @@ _CONTENTS = {
 _PIPELINED = 16  # requests of one stream that run at once
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
+_InferRequest = message("ModelInferRequest")
 _InferResponse = message("ModelInferResponse")
 _StreamResponse = message("ModelStreamInferResponse")
 
@@ -111,24 +113,23 @@ class GrpcApi:
         found = {}
         for name, (request, response, stream) in METHODS.items():
             make = grpc.stream_stream_rpc_method_handler if stream else grpc.unary_unary_rpc_method_handler
+            # Bytes come in unparsed: what can't be parsed is the client's mistake, and gRPC would call it UNKNOWN.
             found[name] = make(
-                self._stream if stream else self._unary(getattr(self, name)),
-                request_deserializer=message(request).FromString,
+                self._stream if stream else self._unary(getattr(self, name), message(request)),
                 response_serializer=message(response).SerializeToString,
             )
         return grpc.method_handlers_generic_handler(SERVICE, found)
 
     def _unary(
-        self, method: Callable[[Any, Principal, int, Any], Awaitable[Any]]
-    ) -> Callable[[Any, Any], Awaitable[Any]]:
+        self, method: Callable[[Any, Principal, int, Any], Awaitable[Any]], kind: Any
+    ) -> Callable[[bytes, Any], Awaitable[Any]]:
         open_to_all = method.__name__ in ("ServerLive", "ServerReady")
 
-        async def answer(request: Any, context: Any) -> Any:
+        async def answer(raw: bytes, context: Any) -> Any:
             arrival = time.monotonic_ns()
             try:
-                return await method(
-                    request, Principal("", Role.READ) if open_to_all else self._who(context), arrival, context
-                )
+                who = Principal("", Role.READ) if open_to_all else self._who(context)
+                return await method(_parsed(kind, raw), who, arrival, context)
             except Refusal as refusal:
                 self._metrics.count_refusal(refusal.reason.label)
                 await context.abort(grpc.StatusCode[refusal.reason.grpc], str(refusal))
@@ -202,8 +203,10 @@ class GrpcApi:
                 if (task := running.get_nowait()) is not None:
                     task.cancel()
 
-    async def _streamed(self, request: Any, who: Principal, context: Any) -> Any:
+    async def _streamed(self, raw: bytes, who: Principal, context: Any) -> Any:
+        request = _InferRequest()
         try:
+            request = _parsed(_InferRequest, raw)
             return _StreamResponse(infer_response=await self.ModelInfer(request, who, time.monotonic_ns(), context))
         except Refusal as refusal:
             self._metrics.count_refusal(refusal.reason.label)
@@ -274,6 +277,13 @@ class GrpcApi:
 
     async def CudaSharedMemoryStatus(self, *_: Any) -> Any:  # noqa: N802
         return message("CudaSharedMemoryStatusResponse")()
+
+
+def _parsed(kind: Any, raw: bytes) -> Any:
+    try:
+        return kind.FromString(raw)
+    except DecodeError:
+        raise invalid(f"The request is not a valid {kind.DESCRIPTOR.name} message.") from None
 
 
 def _filled(name: str, values: dict[str, Any]) -> Any:

@@ -199,6 +199,10 @@ def from_numbers(numbers: Any, datatype: Datatype, nbytes: int, name: str) -> me
         result = float_to_bf16(wide) if datatype.name == "BF16" else wide
     else:
         info = np.iinfo(datatype.numpy)
+        if kind == "f" and datatype.name == "UINT64":  # what NumPy makes of values on both sides of 2^63
+            exact = np.asarray(numbers, dtype=object)
+            if all(type(value) is int for value in exact.flat):
+                array, kind = exact, "u"
         if kind not in "iu" or int(array.min()) < info.min or int(array.max()) > info.max:
             raise invalid(f"The data of input {name!r} must be whole numbers from {info.min} to {info.max}.")
         result = array.astype(datatype.numpy)

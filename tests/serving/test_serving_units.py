@@ -1,0 +1,274 @@
+"""The pure parts: who holds which bytes, what runs next, how tensors are laid out and how numbers become bytes."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from missile.errors import InternalError
+from missile.serving.arena import MINIMUM_BLOCK, Arena
+from missile.serving.engine.queues import BatchLimits, Scheduler
+from missile.serving.link import Call, CallKind
+from missile.serving.measures import Measures
+from missile.serving.protocol.request import from_numbers, to_numbers
+from missile.serving.refusal import Refusal
+from missile.serving.ring import Ring
+from missile.serving.tensors import (
+    DATATYPES,
+    BlockLayout,
+    ModelSignature,
+    TensorSignature,
+    bf16_to_float,
+    float_to_bf16,
+)
+
+# --- arena
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 40 * MINIMUM_BLOCK)), max_size=80))
+def test_arena_blocks_never_overlap_and_all_comes_back(steps: list[tuple[bool, int]]) -> None:
+    arena = Arena(64 * MINIMUM_BLOCK)
+    held: dict[int, int] = {}
+    for take, number in steps:
+        if take:
+            offset = arena.allocate(number)
+            if offset is None:
+                assert arena.used + Arena.block_bytes(number) > arena.nbytes // 2 or held
+                continue
+            size = Arena.block_bytes(number)
+            assert size >= max(1, number)
+            assert offset + size <= arena.nbytes
+            assert all(offset + size <= start or start + length <= offset for start, length in held.items())
+            held[offset] = size
+        elif held:
+            offset = sorted(held)[number % len(held)]
+            arena.free(offset)
+            del held[offset]
+        assert arena.used == sum(held.values())
+    for offset in held:
+        arena.free(offset)
+    assert arena.allocate(arena.nbytes) == 0
+
+
+def test_arena_refuses_to_free_what_it_has_not_given() -> None:
+    arena = Arena(1 << 20)
+    offset = arena.allocate(100)
+    assert offset is not None
+    arena.free(offset)
+    with pytest.raises(InternalError, match="no block"):
+        arena.free(offset)
+
+
+# --- ring
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 6), max_size=60))
+def test_ring_keeps_order_and_loses_nothing(bursts: list[int]) -> None:
+    record = struct.Struct("<QQ")
+    ring = Ring(memoryview(bytearray(Ring.nbytes(record, 4))), record, 4)
+    sent = received = 0
+    for index, burst in enumerate(bursts):
+        for _ in range(burst):
+            if index % 2 == 0:
+                fits = len(ring) < 4
+                assert ring.push(sent, sent * 7) is fits
+                sent += fits
+            elif (fields := ring.pop()) is not None:
+                assert fields == (received, received * 7)
+                received += 1
+    while (fields := ring.pop()) is not None:
+        assert fields[0] == received
+        received += 1
+    assert received == sent
+
+
+# --- scheduler
+
+
+def _call(number: int, slot: int, arrival: int = 0, *, batch: int = 1, priority: int = 0, deadline: int = 0) -> Call:
+    return Call(CallKind.INFER, slot, number, batch, 0, priority, arrival, deadline)
+
+
+LS = BatchLimits(latency_sensitive=True, slo_ns=1000)
+BE = BatchLimits(latency_sensitive=False)
+
+
+def test_ls_goes_by_the_end_of_its_slo() -> None:
+    scheduler = Scheduler()
+    scheduler.add(1, BatchLimits(latency_sensitive=True, slo_ns=5000))
+    scheduler.add(2, BatchLimits(latency_sensitive=True, slo_ns=1000))
+    scheduler.push(_call(1, 1, arrival=0))
+    scheduler.push(_call(2, 2, arrival=3000))
+    assert scheduler.ready(True, 3000) == 2
+    assert scheduler.ready(False, 3000) is None
+
+
+def test_be_shares_by_weight() -> None:
+    scheduler = Scheduler()
+    scheduler.add(1, BatchLimits(latency_sensitive=False, weight=3.0))
+    scheduler.add(2, BatchLimits(latency_sensitive=False, weight=1.0))
+    served = {1: 0, 2: 0}
+    for number in range(400):
+        for slot in (1, 2):
+            scheduler.push(_call(2 * number + slot, slot))
+        slot = scheduler.ready(False, 0)
+        assert slot is not None
+        scheduler.take(slot, 0)
+        scheduler.done(slot, 100)
+        served[slot] += 1
+    assert served[1] / served[2] == pytest.approx(3.0, rel=0.02)
+
+
+def test_a_be_tenant_that_was_away_gets_no_credit() -> None:
+    scheduler = Scheduler()
+    scheduler.add(1, BE)
+    scheduler.add(2, BE)
+    for number in range(100):
+        scheduler.push(_call(number, 1))
+    for _ in range(50):
+        scheduler.take(1, 0)
+        scheduler.done(1, 1000)
+    order = []
+    for number in range(20):
+        scheduler.push(_call(1000 + number, 2))
+    for _ in range(10):
+        slot = scheduler.ready(False, 0)
+        assert slot is not None
+        scheduler.take(slot, 0)
+        scheduler.done(slot, 1000)
+        order.append(slot)
+    assert order.count(1) == 5
+
+
+def test_batches_wait_for_others_but_no_longer_than_their_rule() -> None:
+    scheduler = Scheduler()
+    scheduler.add(1, BatchLimits(latency_sensitive=False, max_items=4, delay_ns=100))
+    scheduler.push(_call(1, 1, arrival=1000))
+    assert scheduler.ready(False, 1099) is None
+    assert scheduler.next_due_ns() == 1100
+    assert scheduler.ready(False, 1100) == 1
+    scheduler.push(_call(2, 1, arrival=1010, batch=3))
+    assert scheduler.ready(False, 1020) == 1  # full before its time
+    scheduler.push(_call(3, 1, arrival=1015))
+    run, _, _ = scheduler.take(1, 1020)
+    assert [call.id for call in run] == [1, 2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2), st.sampled_from([0, 0, 5, 50])), max_size=40), st.data()
+)
+def test_every_call_comes_out_once(calls: list[tuple[int, int, int]], data: st.DataObject) -> None:
+    scheduler = Scheduler()
+    scheduler.add(1, BatchLimits(latency_sensitive=False, max_items=6))
+    for number, (batch, priority, deadline) in enumerate(calls):
+        scheduler.push(_call(number, 1, batch=batch, priority=priority, deadline=deadline))
+    cancelled = {n for n in range(len(calls)) if data.draw(st.booleans()) and scheduler.cancel(n)}
+    out: list[int] = []
+    while (slot := scheduler.ready(False, 10)) is not None:
+        run, expired, dropped = scheduler.take(slot, 10)
+        assert sum(call.batch for call in run) <= 6
+        assert all(call.deadline_ns == 5 for call in expired)
+        assert {call.id for call in dropped} <= cancelled
+        assert not {call.id for call in run} & cancelled
+        out += [call.id for call in (*run, *expired, *dropped)]
+        if run:
+            scheduler.done(slot, 1)
+    assert sorted(out) == list(range(len(calls)))
+    assert scheduler.waiting(1) == 0
+
+
+# --- tensors
+
+SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+TENSORS = st.lists(st.tuples(st.sampled_from(sorted(DATATYPES)), SHAPES), min_size=0, max_size=4)
+
+
+@given(TENSORS, TENSORS, st.integers(0, 8))
+def test_layout_places_everything_apart(
+    ins: list[tuple[str, tuple[int, ...]]], outs: list[tuple[str, tuple[int, ...]]], batch: int
+) -> None:
+    def tensors(those: list[tuple[str, tuple[int, ...]]]) -> tuple[TensorSignature, ...]:
+        return tuple(TensorSignature(f"t{i}", d, s) for i, (d, s) in enumerate(those))
+
+    signature = ModelSignature(tensors(ins), tensors(outs), batch)
+    layout = BlockLayout.of(signature, max(1, batch))
+    places = sorted(zip((*layout.inputs, *layout.outputs), (*layout.input_sizes, *layout.output_sizes), strict=True))
+    end = 0
+    for start, size in places:
+        assert start >= end
+        assert start % 64 == 0
+        end = start + size
+    assert end <= layout.nbytes
+    assert layout.error + 1024 <= layout.nbytes
+    assert all(start + size <= layout.error for start, size in zip(layout.inputs, layout.input_sizes, strict=True))
+    assert ModelSignature.from_json(signature.as_json()) == signature
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=20))
+def test_bf16_rounds_to_nearest(values: list[float]) -> None:
+    array = np.array(values, np.float32)
+    back = bf16_to_float(float_to_bf16(array))
+    finite = np.isfinite(back)
+    assert np.all(np.abs(back - array)[finite] <= np.maximum(np.abs(array[finite]) * 2.0**-8, 2.0**-133))
+    np.testing.assert_array_equal(float_to_bf16(back[finite]), float_to_bf16(array)[finite])
+
+
+@given(st.sampled_from([n for n in DATATYPES if n not in ("BOOL", "BF16", "FP16")]), st.data())
+def test_numbers_survive_the_way_through_json(name: str, data: st.DataObject) -> None:
+    datatype = DATATYPES[name]
+    if datatype.floating:
+        numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
+    else:
+        info = np.iinfo(datatype.numpy)
+        numbers = st.integers(int(info.min), int(info.max))
+    values = data.draw(st.lists(numbers, max_size=12))
+    raw = from_numbers(values, datatype, len(values) * datatype.nbytes, "x")
+    assert to_numbers(raw, datatype) == values
+
+
+@pytest.mark.parametrize(
+    ("numbers", "datatype", "message"),
+    [
+        ([256], "UINT8", "whole numbers from 0 to 255"),
+        ([-1], "UINT64", "whole numbers from 0"),
+        ([1.5], "INT32", "whole numbers"),
+        (["a"], "FP32", "must be numbers"),
+        ([True], "INT8", "whole numbers"),
+        ([2], "BOOL", "booleans"),
+        ([1e39], "FP32", "beyond FP32"),
+        ([70000], "FP16", "beyond FP16"),
+        ([[1], [1, 2]], "FP32", "ragged"),
+        ([None], "FP32", "must be numbers"),
+        ([2**70], "INT64", "whole numbers"),
+        ([1, 2], "FP32", "needs 1 values"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(numbers: list[object], datatype: str, message: str) -> None:
+    with pytest.raises(Refusal, match=message):
+        from_numbers(numbers, DATATYPES[datatype], DATATYPES[datatype].nbytes, "x")
+
+
+# --- measures
+
+
+def test_attainment_and_burn() -> None:
+    measures = Measures(slo_ns=1000, objective=0.9)
+    for second in range(10):
+        for index in range(10):
+            measures.record(2000 if index == 0 and second < 5 else 500, 1, 2, 3, 4, items=1, batch=1, first=1)
+        if second == 0:
+            measures.refuse("overloaded", owed=True)
+            measures.refuse("invalid", owed=False)
+        measures.tick(second)
+    assert measures.attainment(300) == pytest.approx(95 / 101)
+    assert measures.attainment(5) == 1.0
+    assert measures.burn(300) == pytest.approx((6 / 101) / 0.1)
+    assert measures.rate() == 10.0
+    assert Measures().attainment(10) is None
