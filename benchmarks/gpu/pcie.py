@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from missile.gpu import open_gpu
-from missile.gpu.interface import Gpu
+from missile.gpu.interface import Copy, Gpu
 from missile.pcie.engine import CopyEngine
 from missile.pcie.load import Bulk, run_load
 from missile.pcie.plot import plot_report
 from missile.pcie.report import Plan, Report, measure
-from missile.pcie.runner import CopyThread
+from missile.pcie.runner import CopyThread, Sleeper
 from missile.pcie.summary import windows
-from missile.pcie.ticket import Direction
-from missile.pcie.weights import Share
+from missile.pcie.swap import HostModel, Swapper, WeightSlice, segments
+from missile.pcie.ticket import CopyState, CopyTicket, Direction
+from missile.pcie.weights import MIB, Share
 
 BOTH = (Direction.H2D, Direction.D2H)
 
@@ -76,6 +77,68 @@ def minimums(gpu: Gpu, report: Report, seconds: float) -> dict[str, Any]:
     }
 
 
+def cold_start(gpu: Gpu, report: Report, repeats: int) -> dict[str, Any]:
+    """Cold starts of a model with BERT-large's bytes in fp16, alone and beside two bulk tenants of the same weight.
+
+    A stand-in: 24 layers of 28 MB, each executed as one device copy that reads all its weights. Two of them share a budget
+    for one, so that every start is cold.
+    """
+    layers, layer = 24, 28_000_256
+    total = layers * layer
+    ideal = report.link.raw(Direction.H2D)
+    out: dict[str, Any] = {"bytes": total, "synthetic": True}
+    images = [gpu.allocate_host(total) for _ in range(2)]
+    for image in images:
+        image.array[:] = 1
+    output = gpu.allocate(layer)
+    flood_host, flood_device = gpu.allocate_host(64 * MIB), gpu.allocate(64 * MIB)
+
+    def plan(base: int) -> list[Copy]:
+        return [Copy(output.address, base + index * layer, layer) for index in range(layers)]
+
+    parts = segments([WeightSlice(index * layer, layer, index) for index in range(layers)])
+    for case, floods, share in (("alone", 0, 1.0), ("beside two bulk tenants", 2, 1 / 3)):
+        with CopyEngine(gpu, report.options) as engine:
+            swapper = Swapper(gpu, engine, total)
+            for index, image in enumerate(images):
+                engine.admit(f"model {index}")
+                swapper.add(HostModel(f"model {index}", image, total, parts, plan), gpu.create_stream())
+            flood = {"on": bool(floods)}
+
+            def again(ticket: CopyTicket, engine: CopyEngine = engine, flood: dict[str, bool] = flood) -> None:
+                if flood["on"] and ticket.state is CopyState.DONE:
+                    engine.to_device(ticket.tenant, flood_device, flood_host).add_done_callback(again)
+
+            for index in range(floods):
+                engine.admit(f"bulk {index}")
+                for _ in range(2):
+                    engine.to_device(f"bulk {index}", flood_device, flood_host).add_done_callback(again)
+            sleeper = Sleeper(gpu)
+            ratios = []
+            for index in range(repeats):
+                run = swapper.start(f"model {index % 2}")
+                while not run.done:
+                    due = engine.step()
+                    swapper.poll()
+                    if not run.done:
+                        soon = gpu.now_ns() + 20_000
+                        sleeper.wait([*engine.events(), *swapper.events()], soon if due is None else min(due, soon))
+                if run.error is not None:
+                    raise run.error
+                ratios.append(run.slowdown(ideal * share))
+            flood["on"] = False
+            engine.run_until_idle()
+            swapper.close()
+        ratios.sort()
+        out[case] = {
+            "starts": repeats,
+            "median": ratios[len(ratios) // 2],
+            "worst": ratios[-1],
+            "ideal_ms": total / ideal / share * 1e3,
+        }
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True)
@@ -94,6 +157,7 @@ def main() -> None:
             "throughput": lambda: throughput(gpu, report, 1.5 * scale),
             "idle": lambda: idle_cpu(gpu, report, 1.0 * scale),
             "minimums": lambda: minimums(gpu, report, 1.0 * scale),
+            "cold start": lambda: cold_start(gpu, report, 4 if options.quick else 20),
         }
         for name, part in parts.items():
             try:

@@ -28,7 +28,7 @@ def latency_summary(times_ns: npt.NDArray[np.int64]) -> dict[str, float | int | 
     count = len(times_ns)
 
     def percentile(q: float) -> float | None:
-        return round(float(np.percentile(times_ns, q)) / 1e3, 2) if count * (100 - q) >= 100 else None
+        return round(float(np.percentile(times_ns, q)) / 1e3, 2) if count * (100 - q) >= 99.99 else None
 
     return {
         "copies": count,
