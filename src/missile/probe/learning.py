@@ -80,7 +80,7 @@ def learn_relation(sampler: Sampler, reference: Reference, pages: Sequence[int])
     if (table < 0).any():
         raise NoisyGpuError(
             f"{int((table < 0).sum())} of {table.size} granules can't be told to one slice even after "
-            f"{_MAX_PAGE_PASSES} passes: the GPU is too noisy."
+            f"{_MAX_PAGE_PASSES} passes: probe again while nothing else runs on the GPU."
         )
     return relate(table)
 

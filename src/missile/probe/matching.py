@@ -149,7 +149,10 @@ class Matcher:
             constants[won, 2] = names[better]
         ideal = costs.min(axis=2).sum(axis=1)
         count = len(self.indices)
-        sure = (best[:, 1] - best[:, 0] >= MARGIN) & (best[:, 0] - ideal <= _MISFIT * count) & np.isfinite(best[:, 0])
+        # Infinite where no origin was a candidate at all.
+        some = np.isfinite(best[:, 0])
+        sure = some & (best[:, 0] - ideal <= _MISFIT * count)
+        sure[some] &= best[some, 1] - best[some, 0] >= MARGIN
         constants[~sure] = NO_PAGE
         return constants
 

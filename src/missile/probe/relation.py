@@ -24,6 +24,7 @@ _EVEN = 1.5  # largest slice over smallest, in granules
 _PROBE = 512
 _MAX_SHIFTS = 24  # index XORs of one page that are used to refine
 _MAX_NAMINGS = 4096
+_CLEARLY = 2  # times as many permutations as the right naming generates, any other must
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ def name_page(model: PageModel, ball: Ints, images: Ints) -> int:
     """The permutation that takes each slice of a pattern to a slice in ball `images[slice]`; NO_PAGE where none is sure.
 
     Where a ball holds several slices their order is open. The right one is that with which the permutations stay a
-    small group: they come from a hash, and a wrong guess generates nearly every permutation there is.
+    small group: they come from a hash, and a wrong guess generates many more. (With few slices that is no proof: the
+    contention witness tests such twins on the GPU.)
     """
     known = [place for place, item in enumerate(model.permutations) if np.array_equal(ball[item], images)]
     if known:
@@ -95,7 +97,7 @@ def name_page(model: PageModel, ball: Ints, images: Ints) -> int:
         if group is not None:
             ranked.append((len(group), permutation.tobytes()))
     ranked.sort()
-    if not ranked or (len(ranked) > 1 and ranked[0][0] == ranked[1][0]):
+    if not ranked or (len(ranked) > 1 and ranked[1][0] < _CLEARLY * ranked[0][0]):
         return NO_PAGE
     return model.add_permutation(np.frombuffer(ranked[0][1], np.int64).copy())
 
