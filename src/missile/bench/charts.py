@@ -226,7 +226,7 @@ def timeline(run: Run, tenants: Sequence[TenantInfo], window: tuple[int, int]) -
     A thin line before an LS request's bar is its wait; a tick above the rows is an LS arrival.
     """
     start, end = window
-    width, left, row, top = 1040, 210, 26, 26
+    width, left, row, top = 1040, 236, 26, 26
     x = Axis(start, end, left, width - 12, ())
     used = sorted({lane for tenant in run.tenants for lane in tenant.lane})
     top_of = {lane: top + row * index for index, lane in enumerate(used)}
@@ -239,7 +239,7 @@ def timeline(run: Run, tenants: Sequence[TenantInfo], window: tuple[int, int]) -
         parts.append(text(at, bottom + 16, f"{tick} ms", anchor="middle"))
     for lane in used:
         label = run.lanes[lane] if lane < len(run.lanes) else f"lane {lane}"
-        label = label if len(label) <= 34 else label[:33] + "…"
+        label = label if len(label) <= 37 else label[:36] + "…"
         parts.append(text(left - 10, top_of[lane] + 17, label, anchor="end"))
         parts.append(rectangle(left, top_of[lane] + 2, width - 12 - left, row - 4, class_="lane"))
     latency_sensitive = {tenant.name for tenant in tenants if tenant.tenant_class == "LS"}

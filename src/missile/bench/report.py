@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -233,7 +232,7 @@ def _environment(results: Results) -> str:
     rows = []
     for key, value in results.environment.items():
         if isinstance(value, dict):
-            parts = [f"{name} {_plain(item)}" for name, item in value.items() if item not in ("", [], None, 0)]
+            parts = [_plain(name, item) for name, item in value.items() if item not in ("", [], None, 0)]
             rows.append((key, ", ".join(parts)))
         elif value:
             rows.append((key, str(value)))
@@ -293,11 +292,12 @@ def _count(number: int, noun: str, *, start: bool = False) -> str:
     return f"{word.capitalize() if start else word} {noun}{'' if number == 1 else 's'}"
 
 
-def _plain(value: object) -> str:
-    return (
-        value
-        if isinstance(value, str)
-        else ", ".join(map(str, value))
-        if isinstance(value, Sequence)
-        else json.dumps(value)
-    )
+def _plain(name: str, value: object) -> str:
+    """One fact of the environment: "sms 132", "l2 50 MiB"."""
+    if isinstance(value, int | float) and name.endswith("_bytes"):
+        return f"{name.removesuffix('_bytes').replace('_', ' ')} {value / 2**20:.0f} MiB"
+    if isinstance(value, int | float) and name.endswith("_hz"):
+        return f"{name.removesuffix('_hz').replace('_', ' ')} {value / 1e6:.0f} MHz"
+    if isinstance(value, list):
+        value = "; ".join(map(str, value))
+    return f"{name.replace('_', ' ')} {str(value).lower() if isinstance(value, bool) else value}"
