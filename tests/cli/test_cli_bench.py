@@ -37,6 +37,13 @@ def test_bench_from_scenario_to_report(tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "again" / "report.html").read_text() == page
 
 
+def test_the_default_scenario_runs_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--device", "sim:h100", "--duration", "0.1", "--repeats", "1", "--policies", "partition"]
+    assert main(["bench", *arguments, "-o", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("detect", "classify", "rank", "reindex", "decode", "partition"))
+
+
 def test_json_is_all_there_is_on_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SHORT, "--policies", "temporal", "--json", "-o", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
