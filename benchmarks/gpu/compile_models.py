@@ -132,7 +132,7 @@ def main() -> int:
     waiting = list(options.models or reversed(model_names()))  # the large ones take longest and go first
     running: dict[subprocess.Popen[str], str] = {}
     rows: list[dict[str, object]] = []
-    threads = max(2, (os.cpu_count() or 2) // options.processes)
+    threads = max(2, 2 * (os.cpu_count() or 2) // options.processes)  # compiling comes in bursts
     while waiting or running:
         while waiting and len(running) < options.processes:
             model = waiting.pop(0)

@@ -22,8 +22,8 @@ from missile.gpu.interface import Event, Gpu, GpuInfo, Stream
 __all__ = ["Limits", "classify", "profile_package", "share_total"]
 
 _SHORTEST_NS = 400.0
-_CHUNK = 120  # steps timed at once: their launches and events must fit into a stream's queue behind the work before
-_HOLD_NS = 4_000_000  # how long the stream is kept busy while that chunk is enqueued
+_CHUNK = 60  # steps timed at once: their launches and events must fit into a stream's queue behind the work before
+_HOLD_NS = 15_000_000  # how long the stream is kept busy while that chunk is enqueued
 
 Times = npt.NDArray[np.float64]
 
@@ -119,7 +119,7 @@ def _whole(model: BoundModel, stream: Stream, events: Sequence[Event], runs: int
 def _pass(model: BoundModel, gpu: Gpu, stream: Stream, events: Sequence[Event], total: float) -> Times:
     """Time between the events around each step, ns."""
     out: list[float] = []
-    hold = max(1, min(200, int(_HOLD_NS / max(total, 1.0))))
+    hold = max(1, min(300, int(_HOLD_NS / max(total, 1.0))))
     operations = model.operations
     for start in range(0, len(operations), _CHUNK):
         chunk = operations[start : start + _CHUNK]
