@@ -96,7 +96,7 @@ def bars(summary: Summary, tenants: Sequence[TenantInfo]) -> str:
     """For each policy, left: each LS tenant's p99 against solo; right: BE throughput, tenants stacked."""
     ls = [tenant.name for tenant in tenants if tenant.tenant_class == "LS"]
     color = tenant_classes(tenants)
-    row, top, width, left, middle = _BAR * max(1, len(ls)) + 18, 34, 480, 70, 290
+    row, top, width, left, middle = _BAR * max(1, len(ls)) + 18, 34, 490, 80, 300
     height = top + row * len(summary.policies) + 26
     worst = max([r.over_solo for p in summary.policies for r in p.ls if r.over_solo] or [2.0])
     share = max([p.be_share for p in summary.policies if p.be_share] or [1.0])

@@ -64,7 +64,7 @@ def command(
         task = bar.add_task("starting", total=None)
         with open_testbed(chosen, lambda tenant: bar.update(task, description=f"loading {tenant}")) as testbed:
             if testbed.why and not json:
-                bar.console.print(f"Device: {testbed.info.device} ({testbed.why}).", soft_wrap=True)
+                bar.console.print(f"Device: {testbed.info.device} ({testbed.why}).", soft_wrap=True, markup=False)
             bench = Bench(chosen, testbed)
             bar.update(task, total=len(bench.steps))
             results, stopped = run_all(
@@ -110,4 +110,4 @@ def _show(results: Results, raw: Path, directory: Path, *, as_json: bool) -> Non
         return
     screen = console()
     screen.print(render_table(results, summary))
-    screen.print(f"\nRaw samples: {raw}\nReport:      {report}", soft_wrap=True)
+    screen.print(f"\nRaw samples: {raw}\nReport:      {report}", soft_wrap=True, markup=False)
