@@ -9,7 +9,7 @@ import pytest
 
 from missile.compiler.bind import bind
 from missile.compiler.package import ModelPackage, PointerArgument
-from missile.errors import MisuseError
+from missile.errors import MisuseError, OutOfMemoryError
 from missile.gpu import open_gpu
 from missile.gpu.interface import Fill, Gpu, Launch
 
@@ -65,9 +65,18 @@ def test_memory_is_given_back(gpu: Gpu, package: ModelPackage) -> None:
 
 def test_failing_bind_holds_nothing(gpu: Gpu, package: ModelPackage) -> None:
     before = gpu.memory_free()
-    broken = package.model_copy(update={"kernels": package.kernels[:1]})
-    with pytest.raises(KeyError):
-        bind(broken, None, gpu, tenant="toy")
+    with pytest.raises(MisuseError, match="step 2 names '001_b'"):
+        bind(package.model_copy(update={"kernels": package.kernels[:1]}), None, gpu, tenant="toy")
+    with pytest.raises(MisuseError, match="step 3 names 's1'"):
+        bind(package.model_copy(update={"buffers": package.buffers[:-1]}), None, gpu, tenant="toy")
+    huge = package.buffers[2].model_copy(update={"nbytes": 1 << 50})
+    with pytest.raises(OutOfMemoryError, match="toy"):
+        bind(
+            package.model_copy(update={"buffers": (*package.buffers[:2], huge, *package.buffers[3:])}),
+            None,
+            gpu,
+            tenant="toy",
+        )
     assert gpu.memory_free() == before
 
 

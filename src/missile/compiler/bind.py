@@ -90,6 +90,14 @@ def bind(package: ModelPackage, directory: Path | None, gpu: Gpu, *, tenant: str
 
 
 def _check(package: ModelPackage, directory: Path | None, gpu: Gpu) -> None:
+    kernels, buffers = {image.id for image in package.kernels}, {buffer.id for buffer in package.buffers}
+    for index, step in enumerate(package.steps):
+        named = {step.buffer} if isinstance(step, FillStep) else _named_buffers(step)
+        missing = named - buffers or (set() if isinstance(step, FillStep) else {step.kernel} - kernels)
+        if missing:
+            raise MisuseError(
+                f"Package {package.name!r} is broken: step {index} names {min(missing)!r}, which it lacks."
+            )
     if gpu.info.simulated:
         return
     if package.recorded or directory is None:
@@ -103,6 +111,10 @@ def _check(package: ModelPackage, directory: Path | None, gpu: Gpu) -> None:
             f"Package {package.name!r} was compiled for {package.gpu} ({package.arch}) and this GPU is "
             f"{gpu.info.name} ({arch}); compile it again here."
         )
+
+
+def _named_buffers(step: KernelStep) -> set[str]:
+    return {argument.buffer for argument in step.arguments if isinstance(argument, PointerArgument)}
 
 
 def _arch(gpu: Gpu) -> str:

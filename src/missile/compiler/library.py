@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,12 +31,18 @@ RECORDED = Path(__file__).parent / "recorded"
 
 
 def find_package(
-    model: str, batch: int | None, gpu: GpuInfo, cache: Path | None = None
+    model: str,
+    batch: int | None,
+    gpu: GpuInfo,
+    cache: Path | None = None,
+    *,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[ModelPackage, Path | None]:
     """The package of `model` at `batch` (None: the model's default) for `gpu`, and the directory it lies in.
 
     A simulated GPU gets the recorded package (directory None). Hardware gets the compiled one from `cache` (None:
-    `default_cache()`), and where there is none it is compiled now, which takes minutes when shapes have to be tuned.
+    `default_cache()`), and where there is none it is compiled now, which takes minutes when shapes have to be tuned
+    (`progress` is told what is being done).
     `model` may also be a package directory, which is taken as it is. MisuseError naming what is known otherwise.
     """
     directory = Path(model)
@@ -49,7 +56,7 @@ def find_package(
         return read_package(directory), directory
     from missile.compiler.build import compile_model
 
-    return compile_model(model, directory, batch=batch, device=gpu.device), directory
+    return compile_model(model, directory, batch=batch, device=gpu.device, progress=progress), directory
 
 
 def default_cache() -> Path:
