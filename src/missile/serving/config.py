@@ -76,6 +76,8 @@ class ServerConfig(_Strict):
     http_port: Port = 8000
     grpc_port: Annotated[int, Field(ge=-1, le=65535)] = 8001
     device: str = "auto"
+    policy: Literal["priority", "partition"] = "priority"  # how a GPU is shared; the CPU device has none
+    ls_share: float = Field(default=0.25, gt=0, lt=1)  # of the SMs, for all LS tenants, under `partition`
     tls_certificate: str | None = None
     tls_key: str | None = None
     tokens: list[Token] = Field(default_factory=list)

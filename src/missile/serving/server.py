@@ -57,7 +57,12 @@ class Server:
         self._gateway = Gateway()
         self._supervisor = Supervisor(
             self._folder,
-            {"device": server.device, "cpu_threads": server.cpu_threads},
+            {
+                "device": server.device,
+                "policy": server.policy,
+                "ls_share": server.ls_share,
+                "cpu_threads": server.cpu_threads,
+            },
             arena_bytes=server.limits.arena_mib << 20,
             watchdog_s=server.watchdog_seconds,
             on_answer=self._gateway.take_answer,

@@ -30,7 +30,12 @@ def open_executor(link: Link, hello: dict[str, Any]) -> Executor:
         from missile.serving.engine.cpu import CpuExecutor
 
         return CpuExecutor(link.arena, threads=hello["cpu_threads"])
-    raise UnsupportedError(f"Device {device!r} can't serve: known are auto, cpu and cuda:N.")
+    if device.startswith("sim:"):
+        raise UnsupportedError("A simulated GPU computes nothing, so it can't serve; known are auto, cpu and cuda:N.")
+    from missile.gpu.registry import open_gpu
+    from missile.serving.engine.gpu import GpuExecutor
+
+    return GpuExecutor(link.arena, open_gpu(device), policy=hello["policy"], ls_share=hello["ls_share"])
 
 
 def main() -> int:

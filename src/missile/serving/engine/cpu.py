@@ -65,13 +65,17 @@ class CpuExecutor:
     def bell(self) -> int:
         return self._bell
 
-    def load(self, slot: int, tenant: TenantConfig, folder: Path) -> Loaded:
+    @property
+    def polling(self) -> bool:
+        return False
+
+    def prepare(self, tenant: TenantConfig, folder: Path) -> _Model:
         torch = self._torch
         opened = open_model(tenant, folder)
         outputs = self._try_out(tenant, opened)
         signature = model_signature(tenant, opened, outputs)
         memory = sum(t.numel() * t.element_size() for t in (*opened.module.parameters(), *opened.module.buffers()))
-        self._models[slot] = _Model(
+        return _Model(
             tenant,
             opened.module,
             signature,
@@ -79,10 +83,13 @@ class CpuExecutor:
             tuple(getattr(torch, DATATYPES[t.datatype].torch) for t in signature.inputs),
             tuple(getattr(torch, DATATYPES[t.datatype].torch) for t in signature.outputs),
         )
+
+    def install(self, slot: int, tenant: TenantConfig, prepared: _Model) -> Loaded:
+        self._models[slot] = prepared
         notes: tuple[str, ...] = ("served on the CPU: real outputs, no isolation",)
         if tenant.residency == "host":
             notes += ("residency = host has no meaning on the CPU device",)
-        return Loaded(signature, memory, notes)
+        return Loaded(prepared.signature, prepared.memory_bytes, notes)
 
     def _try_out(self, tenant: TenantConfig, opened: OpenedModel) -> Any:
         """Run once on zeros: it warms the model up and shows its outputs."""

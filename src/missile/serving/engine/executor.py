@@ -76,7 +76,7 @@ class Batch:
 
 
 class Executor(Protocol):
-    """Called by the engine's thread only, but for `load`, which runs on a thread of its own."""
+    """Called by the engine's thread only, but for `prepare`, which runs on a thread of its own."""
 
     @property
     def facts(self) -> DeviceFacts: ...
@@ -84,8 +84,15 @@ class Executor(Protocol):
     def bell(self) -> int:
         """An event fd that rings when a batch has ended, for an engine that waits."""
 
-    def load(self, slot: int, tenant: TenantConfig, folder: Path) -> Loaded:
-        """Load a model while others run. MissileError when it can't be; nothing is held then."""
+    @property
+    def polling(self) -> bool:
+        """Whether batches run now whose end rings no bell: the engine then polls without sleeping."""
+
+    def prepare(self, tenant: TenantConfig, folder: Path) -> Any:
+        """Do what takes long (reading, building, compiling) while others run. MissileError when it can't be done."""
+
+    def install(self, slot: int, tenant: TenantConfig, prepared: Any) -> Loaded:
+        """Take what `prepare` gave. MissileError when it does not fit; nothing is held then."""
 
     def unload(self, slot: int) -> None:
         """Give back what `slot` holds. None of its batches runs."""

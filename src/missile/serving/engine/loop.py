@@ -11,7 +11,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from missile.errors import MissileError
+from missile.errors import GpuError, MissileError
 from missile.serving.config import TenantConfig
 from missile.serving.engine.executor import Batch, Executor
 from missile.serving.engine.queues import BatchLimits, Scheduler
@@ -84,6 +84,8 @@ class EngineLoop:
         """How long the loop may sleep: until the next facts, or until a waiting batch is due and could start."""
         if self._backlog:
             return 1.0  # the front end has to make room first
+        if self._executor.polling:
+            return 0.0
         now = time.monotonic_ns()
         until = next_facts
         for latency_sensitive in (True, False):
@@ -200,7 +202,7 @@ class EngineLoop:
     def _load(self, slot: int, tenant: TenantConfig) -> None:
         """On a thread of its own: loading takes seconds and the others go on."""
         try:
-            result: Any = self._executor.load(slot, tenant, self._folder)
+            result: Any = self._executor.prepare(tenant, self._folder)
         except MissileError as error:
             result = error
         except Exception as error:  # whatever a user's factory raises must not end the engine
@@ -212,12 +214,17 @@ class EngineLoop:
     def _finish_loads(self) -> None:
         while self._loaded:
             slot, tenant, result = self._loaded.popleft()
-            if isinstance(result, MissileError):
-                self._link.control.send({"op": "failed", "slot": slot, "error": str(result)})
-                continue
             if slot in self._unloading:  # unloaded while it was being loaded
-                self._executor.unload(slot)
                 self._unloading.discard(slot)
+                continue
+            try:
+                if isinstance(result, MissileError):
+                    raise result
+                result = self._executor.install(slot, tenant, result)
+            except MissileError as error:
+                if isinstance(error, GpuError) and error.usable == "nothing":
+                    raise
+                self._link.control.send({"op": "failed", "slot": slot, "error": str(error)})
                 continue
             self._limits[slot] = batch_limits(tenant)
             self._signatures[slot] = result.signature

@@ -1,0 +1,182 @@
+"""The GPU executor: its layout and order on a simulated GPU, its outputs on a real one."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from missile.compiler.package import ModelPackage, TensorSpec
+from missile.errors import UnsupportedError
+from missile.gpu import open_gpu
+from missile.serving.config import parse_config
+from missile.serving.engine.gpu import GpuExecutor, package_signature, tensor_view
+from missile.serving.engine.loop import EngineLoop
+from missile.serving.link import CallKind, Link, Outcome
+from missile.serving.tensors import BlockLayout, ModelSignature
+
+
+class _Host:
+    """Pinned memory's stand-in."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.array = np.zeros(nbytes, np.uint8)
+        self.nbytes = nbytes
+
+
+def test_channels_last_inputs_land_where_the_plan_reads_them() -> None:
+    spec = TensorSpec(name="image", buffer="in", dtype="float16", shape=(2, 3, 4, 5), strides=(60, 1, 15, 3))
+    host = _Host(16 + 2 * 120)
+    view = tensor_view(host, spec, 16)  # type: ignore[arg-type]
+    image = np.arange(120, dtype=np.float16).reshape(2, 3, 4, 5)
+    view[...] = image
+    assert host.array[:16].sum() == 0
+    np.testing.assert_array_equal(host.array[16:].view(np.float16), image.transpose(0, 2, 3, 1).ravel())
+
+
+def _package(**changes: Any) -> ModelPackage:
+    spec = TensorSpec(name="x", buffer="b", dtype="float16", shape=(4, 3), strides=(3, 1))
+    values: dict[str, Any] = {
+        "name": "m", "batch": 4, "gpu": "g", "arch": "sm_90", "inputs": (spec,), "outputs": (spec,), "buffers": (),
+        "kernels": (), "steps": (),
+    }  # fmt: skip
+    return ModelPackage(**{**values, **changes})
+
+
+def test_signatures_come_from_packages() -> None:
+    signature = package_signature(_package())
+    assert (signature.max_batch, signature.inputs[0].datatype, signature.inputs[0].shape) == (4, "FP16", (3,))
+    with pytest.raises(UnsupportedError, match="no batch in dimension 0"):
+        package_signature(_package(batch=2))
+
+
+TENANTS = """
+[[tenant]]
+name = "front"
+model = "{ls}"
+class = "LS"
+slo_ms = 20
+
+[[tenant]]
+name = "back"
+model = "{be}"
+class = "BE"
+batch = {{max = {batch}}}
+"""
+
+
+class _Client:
+    """The front end's side of a link whose engine runs on a thread of this process."""
+
+    def __init__(self, executor_of: Any, folder: Path) -> None:
+        self.link, theirs = Link.create(64 << 20)
+        descriptors = (self.link.memory_fd, self.link.call_bell.descriptor, self.link.answer_bell.descriptor)
+        self.engine_link = Link.attach(*(os.dup(d) for d in descriptors), theirs.detach())
+        self.failure: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                EngineLoop(self.engine_link, executor_of(self.engine_link.arena), folder).run()
+            except BaseException as error:
+                self.failure.append(error)
+
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
+
+    def load(self, slot: int, tenant: Any, seconds: float = 400.0) -> dict[str, Any]:
+        self.link.control.send({"op": "load", "slot": slot, "tenant": tenant.model_dump(by_alias=True)})
+        give_up = time.monotonic() + seconds
+        while time.monotonic() < give_up and not self.failure:
+            if self.link.control.pending():
+                message = self.link.control.receive()
+                assert message is not None
+                if message["op"] != "facts":
+                    return message
+            time.sleep(0.005)
+        raise AssertionError(self.failure or "it did not load in time")
+
+    def call(self, number: int, slot: int, batch: int, offset: int) -> None:
+        assert self.link.calls.push(CallKind.INFER, slot, number, batch, offset, 0, time.monotonic_ns(), 0)
+        self.link.call_bell.ring()
+
+    def answer(self, seconds: float = 30.0) -> tuple[int, ...]:
+        give_up = time.monotonic() + seconds
+        while time.monotonic() < give_up and not self.failure:
+            if (fields := self.link.answers.pop()) is not None:
+                return fields
+            time.sleep(0)
+        raise AssertionError(self.failure or "no answer")
+
+    def stop(self) -> None:
+        self.link.control.send({"op": "stop"})
+        self.thread.join(30)
+        assert not self.failure
+
+
+def test_both_classes_are_answered_on_a_simulated_gpu(tmp_path: Path) -> None:
+    """Order, padding and bookkeeping; a simulated GPU computes nothing."""
+    from missile.compiler.library import recorded_packages
+
+    recorded = dict(recorded_packages())
+    if not recorded:
+        pytest.skip("no recorded packages ship yet")
+    model, batch = next(iter(recorded.items()))
+    config = parse_config(
+        TENANTS.format(ls=model, be=model, batch=batch).replace(
+            "slo_ms = 20", f"slo_ms = 20\nbatch = {{max = {batch}}}"
+        )
+    )
+    for policy in ("priority", "partition"):
+        client = _Client(lambda arena, p=policy: GpuExecutor(arena, open_gpu("sim:h100"), policy=p), tmp_path)
+        for slot, tenant in enumerate(config.tenants, start=1):
+            reply = client.load(slot, tenant)
+            assert reply["op"] == "loaded", reply
+        for number in range(6):
+            client.call(number, 1 + number % 2, 1, (8 << 20) * number)
+        answers = [client.answer() for _ in range(6)]
+        assert sorted(fields[0] for fields in answers) == list(range(6))
+        assert {fields[1] for fields in answers} == {Outcome.DONE}
+        client.stop()
+
+
+def test_what_a_gpu_cannot_serve_is_refused(tmp_path: Path) -> None:
+    executor = GpuExecutor(memoryview(bytearray(4096)), open_gpu("sim:h100"), policy="priority")
+    for line in ('model = "net.pt2"', 'model = "resnet34"\nresidency = "host"', 'model = "resnet34"\nbatched = false'):
+        (tenant,) = parse_config(f'[[tenant]]\nname = "a"\nclass = "BE"\n{line}\n').tenants
+        with pytest.raises(UnsupportedError, match="Tenant 'a'"):
+            executor.prepare(tenant, tmp_path)
+    executor.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["priority", "partition"])
+def test_outputs_on_a_gpu_equal_eager(policy: str, tmp_path: Path) -> None:
+    import torch
+
+    from missile.workloads.models import build_model
+
+    config = parse_config(TENANTS.format(ls="resnet34", be="resnet34", batch=4))
+    client = _Client(lambda arena: GpuExecutor(arena, open_gpu("cuda:0"), policy=policy), tmp_path)
+    rng = np.random.default_rng(0)
+    module = build_model("resnet34", 1, device="cuda").module
+    for slot, tenant in enumerate(config.tenants, start=1):
+        reply = client.load(slot, tenant)
+        assert reply["op"] == "loaded", reply
+    for slot, batch in ((1, 1), (2, 1), (2, 3), (2, 4)):
+        layout = BlockLayout.of(ModelSignature.from_json(reply["signature"]), batch)
+        image = rng.standard_normal((batch, 3, 224, 224)).astype(np.float16)
+        client.link.arena[layout.inputs[0] : layout.inputs[0] + image.nbytes] = image.tobytes()
+        client.call(100 * slot + batch, slot, batch, 0)
+        fields = client.answer()
+        assert fields[1] == Outcome.DONE
+        raw = bytes(client.link.arena[layout.outputs[0] : layout.outputs[0] + layout.output_sizes[0]])
+        ours = np.frombuffer(raw, np.float16).reshape(batch, -1).astype(np.float32)
+        with torch.inference_mode():
+            eager = module(torch.from_numpy(image).cuda()).float().cpu().numpy()
+        assert np.linalg.norm(ours - eager) / np.linalg.norm(eager) < 1e-2
+    client.stop()
