@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import threading
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,8 +19,6 @@ import numpy as np
 
 from missile.gpu import open_gpu
 from missile.serving.config import parse_config
-from missile.serving.engine.gpu import GpuExecutor
-from missile.serving.engine.loop import EngineLoop
 from missile.serving.link import Answer, CallKind, Link, Outcome
 from missile.serving.tensors import BlockLayout, ModelSignature
 
@@ -40,24 +38,27 @@ batch = {{max = {batch}}}
 
 
 class Bench:
-    """The front end's side of a link; the engine runs on a thread of this process, as it does in a process of its own."""
+    """The front end's side of a link to an engine process."""
 
     def __init__(self, device: str, policy: str, tenants: str) -> None:
         self.link, theirs = Link.create(512 << 20)
         bells = (self.link.call_bell.descriptor, self.link.answer_bell.descriptor)
-        engine = Link.attach(os.dup(self.link.memory_fd), *(os.dup(d) for d in bells), theirs.detach())
-
-        def run() -> None:
-            EngineLoop(engine, GpuExecutor(engine.arena, open_gpu(device), policy=policy), Path.cwd()).run()
-
-        self.thread = threading.Thread(target=run, daemon=True)
-        self.thread.start()
+        descriptors = (self.link.memory_fd, *bells, theirs.fileno())
+        command = [sys.executable, "-m", "missile.serving.engine", *map(str, descriptors)]
+        with theirs:
+            self.process = subprocess.Popen(command, pass_fds=descriptors)
+        hello = {"device": device, "policy": policy, "ls_share": 0.25, "cpu_threads": 1, "folder": str(Path.cwd())}
+        self.link.control.send(hello)
+        ready = self.link.control.receive()
+        if ready is None or ready["op"] != "ready":
+            raise SystemExit((ready or {"error": "the engine ended"})["error"])
         self.signatures: dict[int, ModelSignature] = {}
         for slot, tenant in enumerate(parse_config(tenants).tenants, start=1):
             self.link.control.send({"op": "load", "slot": slot, "tenant": tenant.model_dump(by_alias=True)})
             while (message := self.link.control.receive() or {"op": "failed", "error": "gone"})["op"] == "facts":
                 pass
             if message["op"] != "loaded":
+                self.process.kill()
                 raise SystemExit(message["error"])
             self.signatures[slot] = ModelSignature.from_json(message["signature"])
         self.sent = 0
@@ -82,7 +83,7 @@ class Bench:
 
     def stop(self) -> None:
         self.link.control.send({"op": "stop"})
-        self.thread.join(30)
+        self.process.wait(30)
 
 
 def check(bench: Bench, slot: int, model: str, batch: int) -> float:
@@ -124,6 +125,8 @@ def drive(bench: Bench, rate: float, seconds: float, be_batch: int) -> dict[str,
     start = time.monotonic_ns()
     due = 0
     while due < len(arrivals) or outstanding:
+        if not due % 64 and bench.process.poll() is not None:
+            raise SystemExit("the engine ended")
         now = time.monotonic_ns() - start
         while due < len(arrivals) and arrivals[due] <= now:
             outstanding[bench.call(1, 1, ls_offset + (due % 32) * (1 << 20))] = int(arrivals[due])
