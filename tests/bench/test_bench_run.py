@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from missile.bench.run import Bench, run_all
 from missile.bench.scenario import Scenario
+from missile.bench.summary import summarize
 from missile.errors import KernelFaultError, MisuseError, UnsupportedError
 
 
@@ -62,6 +64,22 @@ def test_a_fault_keeps_the_runs_before_it(scenario: Scenario, toy_testbed: Any) 
     assert stopped is fault
     assert len(results.runs) == 12 + 1
     assert "decode" in results.notes[-1]
+
+
+def test_a_run_that_a_fault_ended_is_kept_and_not_averaged_in(
+    scenario: Scenario, toy_testbed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = toy_testbed.shared
+
+    def faulty(self: Any, tenants: Any, policy: str, **more: Any) -> Any:
+        record = whole(self, tenants, policy, **more)
+        return dataclasses.replace(record, fault="Tenant decode's kernel faulted.") if policy == "priority" else record
+
+    monkeypatch.setattr(toy_testbed, "shared", faulty)
+    results, stopped = _run(scenario, toy_testbed())
+    assert str(stopped) == "Tenant decode's kernel faulted."
+    assert [run.policy for run in results.runs if run.kind == "policy"] == ["temporal", "streams", "priority"]
+    assert [policy.policy for policy in summarize(results).policies] == ["temporal", "streams"]
 
 
 def test_a_policy_that_this_gpu_cannot_do_is_left_out(scenario: Scenario, toy_testbed: Any) -> None:

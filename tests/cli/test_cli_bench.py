@@ -89,6 +89,22 @@ def test_misuse_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tenant_that_does_not_fit_leaves_the_others_running(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenario = tmp_path / "s.toml"
+    text = Path(SCENARIO).read_text()
+    scenario.write_text(text.replace('model = "synthetic-copy"', 'model = "synthetic-copy"\nmemory_limit_mb = 10'))
+    assert main(["bench", str(scenario), *SHORT[2:], "--policies", "streams", "-o", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert "Tenant 'copy' did not run" in err
+    assert "10 MiB" in err
+    assert "10 MiB" in out
+    tiny, copy = read_results(tmp_path / "results.json").runs[-1].tenants
+    assert tiny.done_ns
+    assert not copy.done_ns
+
+
 def test_an_unknown_model_is_misuse_and_names_the_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scenario = tmp_path / "s.toml"
     scenario.write_text(Path(SCENARIO).read_text().replace("synthetic-tiny", "resnet33"))

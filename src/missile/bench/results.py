@@ -86,6 +86,7 @@ class Run(_Strict):
     tenants: list[TenantRun]
     jitter_ns: list[int] = Field(default_factory=list)
     interrupted: bool = False
+    fault: str = ""
     notes: list[str] = Field(default_factory=list)
 
     @classmethod
@@ -101,8 +102,14 @@ class Run(_Strict):
             tenants=[TenantRun.from_record(tenant) for tenant in record.tenants],
             jitter_ns=record.jitter_ns.tolist(),
             interrupted=record.interrupted,
+            fault=record.fault,
             notes=list(record.notes),
         )
+
+    @property
+    def whole(self) -> bool:
+        """Whether it ran to its planned end; else it has samples, but no full span to judge rates and losses by."""
+        return not self.interrupted and not self.fault
 
     @property
     def span_s(self) -> float:
@@ -137,6 +144,11 @@ class Results(_Strict):
     tenants: list[TenantInfo]
     runs: list[Run]
     notes: list[str] = Field(default_factory=list)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Tenants that never started or stopped early in some run, and why."""
+        return {tenant.name: tenant.error for run in reversed(self.runs) for tenant in run.tenants if tenant.error}
 
 
 def write_results(results: Results, path: Path) -> None:

@@ -82,7 +82,10 @@ class Bench:
         return (*solo, *shared)
 
     def execute(self, step: Step) -> None:
-        """Run one step. A policy that this GPU can't run is noted and left out; other errors are the caller's."""
+        """Run one step and keep what it measured, also when a fault or Ctrl-C ended it early, which then raises.
+
+        A policy that this GPU can't run is noted and left out; other errors are the caller's.
+        """
         if step.what in self._skipped and step.kind == "policy":
             return
         scenario = self.scenario
@@ -103,8 +106,11 @@ class Bench:
                 self.notes.append(f"Policy {policy} was left out: {error}")
                 return
         self.runs.append(Run.from_record(record, kind=step.kind, policy=policy, repeat=step.repeat))
+        if record.fault:
+            raise MissileError(record.fault)
         if record.interrupted:
             raise KeyboardInterrupt
+        self.notes += [note for note in record.notes if note not in self.notes]
 
     def results(self, *, interrupted: bool = False) -> Results:
         info = self.testbed.info
@@ -127,7 +133,7 @@ class Bench:
         slo_ms, slo_text = tenant.slo_ms, f"{tenant.slo_ms:g} ms" if tenant.slo_ms else ""
         if tenant.slo_factor:
             slo_text = f"{tenant.slo_factor:g} × solo p99"
-            alone = [run for run in self.runs if run.kind == "solo" and not run.interrupted]
+            alone = [run for run in self.runs if run.kind == "solo" and run.whole]
             solo_p99 = percentile(latencies_ms(alone, tenant.name), 99)
             slo_ms = tenant.slo_factor * solo_p99 if solo_p99 is not None else None
         return TenantInfo(

@@ -63,7 +63,6 @@ class LsSummary:
     over_solo: float | None
     attainment: float | None
     lost: int  # rejected or unfinished
-    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,6 @@ class BeSummary:
     tenant: str
     rate: Spread
     share: Spread | None
-    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +88,6 @@ class PolicySummary:
     be: tuple[BeSummary, ...]
     ls_over_solo: float | None
     be_share: float | None
-
-    @property
-    def rows(self) -> tuple[LsSummary | BeSummary, ...]:
-        return (*self.ls, *self.be)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +150,8 @@ def summarize(results: Results) -> Summary:
 
 
 def _runs(results: Results, kind: str, what: str) -> list[Run]:
-    """Complete runs only: an interrupted one has samples, but no full span to judge rates and losses by."""
-    whole = [run for run in results.runs if run.kind == kind and not run.interrupted]
+    """The whole runs of a kind, of one tenant (solo) or policy."""
+    whole = [run for run in results.runs if run.kind == kind and run.whole]
     if kind == "solo":
         return [run for run in whole if run.tenants and run.tenants[0].name == what]
     return [run for run in whole if run.policy == what]
@@ -200,7 +194,6 @@ def _ls(tenant: TenantInfo, runs: list[Run], solo_p99: float | None) -> LsSummar
         over_solo=p99 / solo_p99 if p99 is not None and solo_p99 else None,
         attainment=float(np.count_nonzero(latency <= tenant.slo_ms)) / total if tenant.slo_ms and total else None,
         lost=lost,
-        error=next((record.error for record in records if record.error), ""),
     )
 
 
@@ -209,7 +202,7 @@ def _be(tenant: TenantInfo, runs: list[Run], solo_rate: float | None) -> BeSumma
     rates = [len(record.done_ns) / run.span_s for run, record in records] or [0.0]
     rate = Spread(float(np.mean(rates)), min(rates), max(rates))
     share = Spread(rate.value / solo_rate, rate.low / solo_rate, rate.high / solo_rate) if solo_rate else None
-    return BeSummary(tenant.name, rate, share, next((record.error for _, record in records if record.error), ""))
+    return BeSummary(tenant.name, rate, share)
 
 
 def _pooled(runs: Sequence[Run], tenant: str, since: str, until: str) -> Samples:

@@ -36,7 +36,7 @@ def render_table(results: Results, summary: Summary) -> RenderableType:
         _ls_table(summary),
         Text(""),
         _be_table(summary),
-        *_remarks(results, summary),
+        *_remarks(results),
     )
 
 
@@ -95,11 +95,12 @@ def _range(spread: Spread | None) -> str:
     return f"{three_digits(spread.low)}–{three_digits(spread.high)}"
 
 
-def _remarks(results: Results, summary: Summary) -> list[Text]:
+def _remarks(results: Results) -> list[Text]:
     """What a reader must know before believing the numbers, one line each."""
     lines = [Text(note, "yellow") for note in results.notes]
     if results.simulated:
         lines.append(Text("Simulated: a model of this GPU ran, not the GPU.", "yellow"))
-    rows = [(p.policy, row.tenant, row.error) for p in summary.policies for row in p.rows if row.error]
-    lines += [Text(f"{policy}: tenant {tenant} stopped early: {error}", "red") for policy, tenant, error in rows]
+    told = " ".join(results.notes)
+    failures = {name: error for name, error in results.failures.items() if error not in told}
+    lines += [Text(f"Tenant {name} stopped early: {error}", "red") for name, error in failures.items()]
     return [Text(""), *lines] if lines else []

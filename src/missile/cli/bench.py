@@ -15,7 +15,7 @@ from missile.bench.scenario import default_scenario, read_scenario
 from missile.bench.summary import summarize
 from missile.bench.table import render_table
 from missile.cli.output import JsonOption, console, print_json, progress_bar
-from missile.errors import MisuseError
+from missile.errors import MissileError, MisuseError
 
 __all__ = ["command"]
 
@@ -75,6 +75,8 @@ def command(
     _show(results, raw, out, as_json=json)
     if stopped is not None:
         raise stopped
+    for tenant, error in results.failures.items():
+        raise MissileError(f"Tenant {tenant!r} did not run to the end, the others did: {error}")
 
 
 def _policies(text: str | None) -> tuple[str, ...] | None:
