@@ -76,7 +76,7 @@ def test_chosen_chunks_reach_the_rate_and_keep_the_latency(raw: float, overhead_
     best = max(rates.values())
     assert g.short <= g.shared <= g.solo
     assert rates[g.solo] >= 0.985 * best or g.solo == max(rates)
-    assert options.depth * g.short / rates[g.short] + MIB / best + 20e-6 <= 130e-6 or g.short == min(rates)
+    assert options.depth * g.short / rates[g.short] + MIB / best + 20e-6 <= 130e-6 + 1e-9 or g.short == min(rates)
 
 
 def test_the_link_of_the_simulated_gpu_is_measured_as_specified() -> None:

@@ -17,7 +17,9 @@ from missile.pcie.weights import Share
 __all__ = ["ChunkRecord", "Lane", "LaneStats", "LinkTiming"]
 
 _POLL_NS = 20_000  # how often something is looked at that has no expected time: an event, a host copy
-_LATE_NS = 4_000  # how soon to look again at a chunk that is later than expected
+_SOON_NS = 1_000  # too short to sleep: look again at once
+_SPIN_NS = 40_000  # a latency-sensitive copy that should end within this is not slept for: waking up takes too long
+_NEVER = 1 << 62
 _PIECES_AHEAD = 3  # pinned pieces that one copy may hold before their turn
 
 
@@ -84,6 +86,7 @@ class Lane:
         self._bypass = bypass
         self._flying: tuple[deque[Chunk], ...] = (deque(), deque())
         self._flying_bytes = 0
+        self._urgent_flying = 0  # chunks of latency-sensitive tenants
         self._busy_until = 0
         self._queues: dict[str, deque[Request]] = {}
         self._unready: set[str] = set()  # tenants whose next copy waits for an event or for the host
@@ -130,13 +133,17 @@ class Lane:
 
     def step(self, now_ns: int) -> int | None:
         """See what arrived, give the GPU what it should have next. Returns when to step again; None when idle."""
-        self._reap(now_ns)
+        if self._flying_bytes:
+            self._reap(now_ns)
         if self._landing:
             self._collect(now_ns)
         if self._unready:
             for tenant in tuple(self._unready):
                 self._refresh(tenant, now_ns)
-        self._fill(now_ns)
+        if self.fair.awake_count:
+            self._fill(now_ns)
+        elif not (self._flying_bytes or self._landing or self._unready):
+            return None
         return self._deadline(now_ns)
 
     def events(self) -> list[Event]:
@@ -164,7 +171,7 @@ class Lane:
         landing = [request for request, _ in self._landing]
         for chunks in self._flying:
             chunks.clear()
-        self._flying_bytes = 0
+        self._flying_bytes = self._urgent_flying = 0
         self._landing.clear()
         for request in (*flying, *queued, *landing):
             request.flying = request.landing = 0
@@ -204,6 +211,7 @@ class Lane:
         request, nbytes = chunk.request, chunk.nbytes
         ticket = request.ticket
         self._flying_bytes -= nbytes
+        self._urgent_flying -= chunk.urgent
         self._events.append(chunk.event)
         request.flying -= 1
         if failure is not None:
@@ -363,8 +371,9 @@ class Lane:
         eta = int(start + timing.copy_ns + nbytes * timing.ns_per_byte)
         if not pipe:
             self._busy_until = eta
-        self._flying[pipe].append(Chunk(request, nbytes, event, now_ns, eta, piece))
+        self._flying[pipe].append(Chunk(request, nbytes, event, now_ns, eta, piece, pick.latency_sensitive))
         self._flying_bytes += nbytes
+        self._urgent_flying += pick.latency_sensitive
         request.flying += 1
         request.issued += nbytes
         if ticket.state is CopyState.QUEUED:
@@ -389,12 +398,24 @@ class Lane:
             stream.copy_to_host(host, request.device + request.issued, offset=offset, nbytes=nbytes)
 
     def _deadline(self, now_ns: int) -> int | None:
-        times = [max(flying[0].eta_ns, now_ns + _LATE_NS) for flying in self._flying if flying]
+        deadline = None
+        bulk, overtaking = self._flying
+        if bulk:
+            head = bulk[0]
+            deadline = head.eta_ns
+            if deadline <= now_ns:
+                # Late. With another chunk behind it the link is not waiting for us, and looking often costs CPU.
+                calm = len(bulk) > 1 and not self._urgent_flying
+                deadline = now_ns + (int(head.nbytes * self._timing.ns_per_byte / 8) if calm else _SOON_NS)
+        if overtaking:
+            deadline = min(deadline or _NEVER, max(overtaking[0].eta_ns, now_ns + _SOON_NS))
+        if self._urgent_flying and deadline is not None and deadline - now_ns < _SPIN_NS:
+            deadline = now_ns + _SOON_NS
         if self._unready or self._landing:
-            times.append(now_ns + _POLL_NS)
+            deadline = min(deadline or _NEVER, now_ns + _POLL_NS)
         if (eligible := self.fair.next_eligible(now_ns)) is not None:
-            times.append(max(eligible, now_ns + 1))
-        return min(times, default=None)
+            deadline = min(deadline or _NEVER, max(eligible, now_ns + 1))
+        return deadline
 
 
 def _lost(error: MissileError) -> bool:

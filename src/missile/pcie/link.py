@@ -20,6 +20,7 @@ CHUNKS: Final = tuple(1 << power for power in range(16, 27))  # 64 KiB to 64 MiB
 LATENCY_SIZES: Final = (4 << 10, 64 << 10, MIB)
 BYPASS_SIZES: Final = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10)
 
+_HOST_NS: Final = 10_000  # between a copy's arrival and the scheduler's next step
 _BYPASS_CHUNK: Final = 4 * MIB
 _BYPASS_TRIES: Final = 24
 
@@ -223,7 +224,7 @@ def _smallest(profile: LinkProfile, direction: Direction, part: float, at_least_
 def _largest(profile: LinkProfile, direction: Direction, latency_ns: float, small: int, depth: int) -> int:
     rates = profile.chunk_rates[direction]
     raw = profile.raw(direction)
-    overhead = profile.latency[direction][min(LATENCY_SIZES)][1]
+    overhead = profile.latency[direction][min(LATENCY_SIZES)][0] + _HOST_NS
     left = latency_ns - overhead - small / raw * 1e9
     fit = [chunk for chunk, rate in rates.items() if depth * chunk / rate * 1e9 <= left]
     return max(fit, default=min(rates))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +23,7 @@ from missile.pcie.weights import MIB, Share
 __all__ = ["Bulk", "LoadResult", "Requests", "run_load"]
 
 _FOREVER = 1 << 62
+_EARLY_NS = 100_000  # the load is awake when a copy arrives, as an engine is that has just received a request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +97,7 @@ class _Run:
         self._device = gpu.allocate(size)
         self._latency: dict[str, list[int]] = {tenant.name: [] for tenant in requests}
         self._issued = dict.fromkeys(self._latency, 0)
-        self._chunks: dict[str, list[tuple[int, int]]] = {}
+        self._chunks: dict[str, array[int]] = {}  # time, bytes, time, bytes ...
         self._start = self._end = 0
         rng = np.random.default_rng(seed)
         self._arrivals: list[tuple[int, Requests]] = []
@@ -116,6 +119,9 @@ class _Run:
             self._start = gpu.now_ns()
             self._end = self._start + self._duration
             sleeper = Sleeper(gpu)
+            early = 0 if gpu.info.simulated else _EARLY_NS
+            gc.collect()
+            gc.disable()  # a collection stops the loop for milliseconds
             cpu = time.thread_time()
             for loop in self._bulk:
                 for direction in loop.directions:
@@ -127,9 +133,12 @@ class _Run:
                 due = copier.step()
                 steps += 1
                 coming = self._start + self._arrivals[-1][0] if self._arrivals else _FOREVER
-                sleeper.wait(copier.events(), min(due or _FOREVER, coming, self._end))
+                soon = gpu.now_ns() + 1_000
+                until = min(_FOREVER if due is None else due, coming - early, self._end)
+                sleeper.wait(copier.events(), max(until, soon))
             cpu = time.thread_time() - cpu
         finally:
+            gc.enable()
             copier.close()
             gpu.synchronize()
             self._host.free()
@@ -172,11 +181,16 @@ class _Run:
 
     def _arrived(self, chunk: ChunkRecord) -> None:
         if chunk.done_ns <= self._end:
-            rows = self._chunks.setdefault(f"{chunk.tenant} {chunk.direction}", [])
-            rows.append((chunk.done_ns - self._start, chunk.nbytes))
+            self._note(chunk.tenant, chunk.direction, chunk.done_ns, chunk.nbytes)
 
     def _completed(self, ticket: CopyTicket) -> None:
         """Without the scheduler there are no chunks: a copy counts whole, when it ends."""
         if not isinstance(self._copier, CopyEngine) and ticket.finished_ns <= self._end:
-            rows = self._chunks.setdefault(f"{ticket.tenant} {ticket.direction}", [])
-            rows.append((ticket.finished_ns - self._start, ticket.nbytes))
+            self._note(ticket.tenant, ticket.direction, ticket.finished_ns, ticket.nbytes)
+
+    def _note(self, tenant: str, direction: Direction, at_ns: int, nbytes: int) -> None:
+        rows = self._chunks.get(key := f"{tenant} {direction}")
+        if rows is None:
+            rows = self._chunks[key] = array("q")
+        rows.append(at_ns - self._start)
+        rows.append(nbytes)

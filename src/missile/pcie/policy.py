@@ -102,7 +102,9 @@ class FairLink:
         self.min_vruntime = 0
         self._flows: dict[str, _Flow] = {}
         self._awake: list[_Flow] = []
-        self._latency_sensitive = 0
+        self._latency_sensitive = 0  # registered
+        self._urgent = 0  # of them, awake
+        self._limited = 0  # awake tenants with a rate limit
 
     # --- tenants
 
@@ -125,7 +127,7 @@ class FairLink:
     def remove(self, tenant: str) -> None:
         flow = self._flow(tenant)
         if flow.awake:
-            self._awake.remove(flow)
+            self._leave(flow)
         self._latency_sensitive -= flow.share.latency_sensitive
         del self._flows[tenant]
 
@@ -154,6 +156,8 @@ class FairLink:
         flow.throttled = False
         self._place(flow)
         self._awake.append(flow)
+        self._urgent += flow.share.latency_sensitive
+        self._limited += flow.limit is not None
         if flow.limit is not None:
             flow.limit.resume(now_ns)  # a limit's tokens also gather while its tenant sleeps: never paused
         if flow.floor is not None:
@@ -165,9 +169,14 @@ class FairLink:
         if not flow.awake:
             return
         flow.awake = False
-        self._awake.remove(flow)
+        self._leave(flow)
         if flow.floor is not None:
             flow.floor.pause(now_ns)
+
+    def _leave(self, flow: _Flow) -> None:
+        self._awake.remove(flow)
+        self._urgent -= flow.share.latency_sensitive
+        self._limited -= flow.limit is not None
 
     @property
     def awake_count(self) -> int:
@@ -179,7 +188,7 @@ class FairLink:
 
     @property
     def latency_sensitive_awake(self) -> bool:
-        return any(flow.share.latency_sensitive for flow in self._awake)
+        return self._urgent > 0
 
     # --- deciding
 
@@ -231,6 +240,8 @@ class FairLink:
 
     def next_eligible(self, now_ns: int) -> int | None:
         """When the first tenant that a rate limit holds back may go on, ns; None when none is held back."""
+        if not self._limited:
+            return None
         times = [
             flow.limit.time_of(self._quantum(flow), now_ns)
             for flow in self._awake

@@ -78,10 +78,17 @@ class Request:
 class Chunk:
     """A part of a request that the GPU has. `eta_ns`: when it should have arrived, by the measured rate."""
 
-    __slots__ = ("eta_ns", "event", "issued_ns", "nbytes", "piece", "request")
+    __slots__ = ("eta_ns", "event", "issued_ns", "nbytes", "piece", "request", "urgent")
 
     def __init__(
-        self, request: Request, nbytes: int, event: Event, issued_ns: int, eta_ns: int, piece: Piece | None
+        self,
+        request: Request,
+        nbytes: int,
+        event: Event,
+        issued_ns: int,
+        eta_ns: int,
+        piece: Piece | None,
+        urgent: bool,
     ) -> None:
         self.request = request
         self.nbytes = nbytes
@@ -89,3 +96,4 @@ class Chunk:
         self.issued_ns = issued_ns
         self.eta_ns = eta_ns
         self.piece = piece
+        self.urgent = urgent
