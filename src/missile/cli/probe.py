@@ -29,7 +29,7 @@ def command(
     pages: Annotated[
         int | None, typer.Option(help="Pages to classify; 64 GiB of them on hardware unless less is free.", min=2)
     ] = None,
-    samples: Annotated[int, typer.Option(help="Granules measured in each page.", min=16)] = 64,
+    samples: Annotated[int, typer.Option(help="Granules measured in each page.", min=16)] = 48,
     interference: Annotated[bool, typer.Option(help="Measure what colors do to each other.")] = True,
     counters: Annotated[bool, typer.Option(help="Count sectors per slice with ncu, too (takes a minute).")] = False,
     seed: Annotated[int, typer.Option(help="Of the choice of samples, and of the simulator's noise.")] = 0,
@@ -85,6 +85,7 @@ def _print(found: ChannelMap, output: Path | None) -> None:
         ("page", f"{found.page_bytes} B"),
         ("linear masks", " ".join(f"{mask:#x}" for mask in found.linear_masks) or "none"),
         ("non-linear digits", f"bases {bases}" if found.digits else "none"),
+        ("channels", f"{len(found.channels)} groups of slices that share one" if found.channels else "not established"),
         ("colors", f"{len(found.colors)}, in frames of {found.frame_bytes} B"),
         ("SMs", f"{len(topology.sms)} in {len(topology.groups)} groups, {'2 halves' if topology.step else '1 half'}"),
         ("confidence", f"{found.confidence:.4%}"),

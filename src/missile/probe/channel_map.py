@@ -150,7 +150,7 @@ class ChannelMap:
         first = self.model.labels(np.atleast_2d(self._constants(constants)), np.zeros(1, np.int64))[:, 0]
         return np.stack([(first >> bit) & 1 for bit in range(len(self.linear_masks))], axis=1)
 
-    def classify(self, gpu: Gpu, pages: npt.ArrayLike, *, samples: int = 64, seed: int = 0) -> Ints:
+    def classify(self, gpu: Gpu, pages: npt.ArrayLike, *, samples: int = 48, seed: int = 0) -> Ints:
         """Constants of the pages at device addresses `pages`, shape (pages, 3), measured now on `gpu`, otherwise idle.
 
         Rows of -1 are pages that no constants fit for sure; don't use them. MisuseError when the map is another GPU's.

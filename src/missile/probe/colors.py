@@ -16,14 +16,17 @@ Floats = npt.NDArray[np.float32]
 
 COLORS = 8  # a tenant's least share is an eighth of the memory
 _LARGEST_FRAME = 64 << 10
+_FEWEST, _MOST = 4, 32
+
+Groups = tuple[tuple[int, ...], ...]
 
 
-def choose_colors(model: PageModel, layout: PageLayout, centres: Floats) -> tuple[tuple[tuple[int, ...], ...], int]:
+def choose_colors(model: PageModel, layout: PageLayout, centres: Floats, channels: Groups) -> tuple[Groups, int]:
     """Colors and the size of the aligned frames that lie wholly in one, bytes.
 
     The largest frames with `COLORS` colors are best: the larger a frame, the cheaper its translation. Where no frame
-    above a granule has as many, the slices are dealt out in `COLORS` parts, neighbours (by `centres`, shape (slices,
-    SMs)) together, and a granule is the frame.
+    above a granule has as many, a granule is the frame and `channels` are the colors, if slices were found to share some;
+    else the slices are dealt out in `COLORS` parts, neighbours (by `centres`, shape (slices, SMs)) together.
     """
     frame = _LARGEST_FRAME
     while frame > layout.granule_bytes:
@@ -31,6 +34,8 @@ def choose_colors(model: PageModel, layout: PageLayout, centres: Floats) -> tupl
         if len(colors) >= COLORS:
             return colors, frame
         frame //= 2
+    if _FEWEST <= len(channels) <= _MOST and len(channels) < model.slices:
+        return channels, layout.granule_bytes
     count = min(COLORS, model.slices)
     order = np.arange(model.slices, dtype=np.int64)
     if model.slices > 2:

@@ -14,13 +14,16 @@ import numpy.typing as npt
 from missile.gpu.interface import Access, Gpu, Traffic
 from missile.probe.channel_map import ChannelMap, Interference
 
-__all__ = ["SliceMemory", "measure_interference", "slice_ratio"]
+__all__ = ["SliceMemory", "find_channels", "measure_interference", "slice_ratio"]
 
 Ints = npt.NDArray[np.int64]
 
 UNIT_BYTES = 256
 _VICTIM_UNITS = 1 << 15  # 8 MiB
 _AGGRESSOR_UNITS = 1 << 16  # 16 MiB: more than the L2 that an eighth of the slices has
+_GROUP_UNITS = 128
+_GROUP_TRIES = 8
+_SHARED = 1.5  # slowdown from which two slices share something
 _REPEATED = 1024  # times that one unit stands in a list, so that every warp has work
 _VICTIM_SHARE = 0.25  # of the SMs
 
@@ -33,20 +36,22 @@ class SliceMemory:
 
     def __init__(self, channel_map: ChannelMap, pages: Ints, constants: Ints, rng: np.random.Generator) -> None:
         known = constants[:, 2] >= 0
-        self._pages, self._rng = pages[known], rng
-        self._slices = channel_map.page_slices(constants[known]).astype(np.int16)
-        self._offsets = channel_map.layout.offsets()
+        slices = channel_map.page_slices(constants[known]).astype(np.int16)
+        starts = pages[known][:, None] + channel_map.layout.offsets()
+        self._rng = rng
         self._units = _unit_offsets(channel_map)
-        self._cut = max(1, len(self._pages) // 4)
+        cut = max(1, len(slices) // 4)
+        self._sides = tuple(
+            _by_slice(starts[side], slices[side], channel_map.slices) for side in (slice(0, cut), slice(cut, None))
+        )
 
     def units(self, slices: Sequence[int], most: int, *, victim: bool) -> Ints:
         """At most `most` random addresses of 256-byte units that lie on `slices`, from the side's pages, ascending."""
-        side = slice(0, self._cut) if victim else slice(self._cut, None)
-        page, granule = np.nonzero(np.isin(self._slices[side], slices))
-        if len(page) * len(self._units) > most:
-            chosen = self._rng.choice(len(page), -(-most // len(self._units)), replace=False)
-            page, granule = page[chosen], granule[chosen]
-        starts = self._pages[side][page] + self._offsets[granule]
+        side = self._sides[0 if victim else 1]
+        starts = np.concatenate([side[slice_] for slice_ in slices])
+        wanted = -(-most // len(self._units))
+        if len(starts) > wanted:
+            starts = starts[self._rng.choice(len(starts), wanted, replace=False)]
         units = (starts[:, None] + self._units).reshape(-1)
         return np.sort(self._rng.permutation(units)[:most])
 
@@ -80,6 +85,29 @@ def measure_interference(
     return Interference(slowdown, victim_sms, aggressor_sms, len(ours[0]) * UNIT_BYTES)
 
 
+def find_channels(gpu: Gpu, channel_map: ChannelMap, memory: SliceMemory) -> tuple[tuple[int, ...], ...]:
+    """Slices grouped by what they share: a reader of one is slowed by a writer to any other of its group.
+
+    Each slice is tried against one slice of every group so far, those that stand nearest first; working sets stay in L2.
+    """
+    centres = channel_map.metric.centres[channel_map.metric.ball]
+    few, many = max(1, gpu.info.sms // 32), max(1, gpu.info.sms // 3)
+    groups: list[list[int]] = []
+    for slice_ in range(channel_map.slices):
+        ours = Traffic(memory.units([slice_], _GROUP_UNITS, victim=True), few)
+        alone = _duration(gpu, ours, None, passes=4)
+        leaders = np.array([group[0] for group in groups], np.int64)
+        near = np.argsort(np.linalg.norm(centres[leaders] - centres[slice_], axis=1))[:_GROUP_TRIES]
+        for place in near:
+            other = memory.units([groups[int(place)][0]], 4 * _GROUP_UNITS, victim=False)
+            if _duration(gpu, ours, Traffic(other, many, Access.WRITE), passes=4) >= _SHARED * alone:
+                groups[int(place)].append(slice_)
+                break
+        else:
+            groups.append([slice_])
+    return tuple(tuple(group) for group in groups)
+
+
 def slice_ratio(gpu: Gpu, memory: SliceMemory, victim: int, aggressor: int, access: Access = Access.READ) -> float:
     """Slowdown of a few SMs that read one unit on slice `victim` beside many SMs on one unit on slice `aggressor`."""
     few = max(1, gpu.info.sms // 32)
@@ -98,3 +126,9 @@ def _unit_offsets(channel_map: ChannelMap) -> Ints:
     layout = channel_map.layout
     steps = np.arange(0, max(layout.piece_bytes, UNIT_BYTES), UNIT_BYTES)
     return np.sort((layout.pieces()[:, None] + steps[None, :]).reshape(-1))
+
+
+def _by_slice(starts: Ints, slices: npt.NDArray[np.int16], count: int) -> list[Ints]:
+    """Addresses of the granules on each slice."""
+    order = np.argsort(slices, axis=None, kind="stable")
+    return np.split(starts.reshape(-1)[order], np.cumsum(np.bincount(slices.reshape(-1), minlength=count))[:-1])

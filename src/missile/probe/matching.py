@@ -27,7 +27,8 @@ MARGIN = 25.0  # least difference in squared distance over variance to the next 
 _CLIP = 60.0  # most that one disturbed sample may count
 _NEAR_SHARE = 0.8  # of the pairs that an index XOR puts on one slice, those that must look it
 _MISFIT = 4.0  # most by which a sample may on average fit worse than its nearest centre
-_MIN_PAIRS = 6
+_MIN_PAIRS = 4
+_DRAWS = 8
 _CANDIDATES = 4
 _SHORTLIST = 16
 _FIRST = 12
@@ -86,17 +87,20 @@ def _axes(centres: Floats) -> Floats:
 class Matcher:
     """Finds constants of pages from samples at granules `indices`, the same in every page.
 
-    The granules are chosen at random, again until each index XOR puts enough pairs of them on one slice.
+    The granules are chosen at random, at least `samples`, until each index XOR puts enough pairs of them on one slice.
     """
 
     def __init__(self, model: PageModel, metric: Metric, samples: int, rng: np.random.Generator) -> None:
         self.model = model
         self.metric = metric
-        for _ in range(20):
-            self.indices = np.sort(rng.choice(model.granules, min(samples, model.granules), replace=False))
-            if self._prepare():
-                return
-        raise UnsupportedError(f"{samples} samples can't tell the constants of a page here; ask for more a page.")
+        while True:
+            for _ in range(_DRAWS):
+                self.indices = np.sort(rng.choice(model.granules, min(samples, model.granules), replace=False))
+                if self._prepare():
+                    return
+            if samples >= model.granules:
+                raise UnsupportedError("Not even all granules of a page tell its constants on this GPU.")
+            samples += samples // 4
 
     def match(self, fingerprints: Floats) -> Ints:
         """Constants from fingerprints of shape (pages, samples, SMs); NO_PAGE in rows where none are sure.

@@ -82,8 +82,8 @@ class PageModel:
                 self._append(item)
         return self._place[permutation.tobytes()]
 
-    def closure(self, permutation: Ints) -> list[Ints] | None:
-        """The group that the permutations here and `permutation` generate; None where it is over `MAX_PERMUTATIONS`."""
+    def closure(self, permutation: Ints, limit: int = MAX_PERMUTATIONS) -> list[Ints] | None:
+        """The group that the permutations here and `permutation` generate; None where it has more than `limit`."""
         generators = [*self._generators, np.asarray(permutation, np.int64)]
         members = {np.arange(self.slices, dtype=np.int64).tobytes()}
         group = fresh = [np.arange(self.slices, dtype=np.int64)]
@@ -95,7 +95,7 @@ class PageModel:
                     members.add(item.tobytes())
                     fresh.append(item)
             group = group + fresh
-            if len(group) > MAX_PERMUTATIONS:
+            if len(group) > limit:
                 return None
         return group
 

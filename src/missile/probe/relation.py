@@ -24,6 +24,7 @@ _EVEN = 1.5  # largest slice over smallest, in granules
 _PROBE = 512
 _MAX_SHIFTS = 24  # index XORs of one page that are used to refine
 _MAX_NAMINGS = 4096
+_GROUP_LIMITS = (32, 128, 512, 1024)  # small groups are sought first: large ones take long to generate
 _CLEARLY = 2  # times as many permutations as the right naming generates, any other must
 
 
@@ -89,17 +90,19 @@ def name_page(model: PageModel, ball: Ints, images: Ints) -> int:
         permutation[classes] = slices
     if namings == 1:
         return model.add_permutation(permutation)
-    ranked: list[tuple[int, bytes]] = []
+    candidates = []
     for orders in itertools.product(*(itertools.permutations(slices) for _, slices in open_)):
         for (classes, _), order in zip(open_, orders, strict=True):
             permutation[classes] = order
-        group = model.closure(permutation)
-        if group is not None:
-            ranked.append((len(group), permutation.tobytes()))
-    ranked.sort()
-    if not ranked or (len(ranked) > 1 and ranked[1][0] < _CLEARLY * ranked[0][0]):
-        return NO_PAGE
-    return model.add_permutation(np.frombuffer(ranked[0][1], np.int64).copy())
+        candidates.append(permutation.copy())
+    for limit in _GROUP_LIMITS:
+        sizes = [(len(model.closure(candidate, limit) or ()), place) for place, candidate in enumerate(candidates)]
+        small = sorted(pair for pair in sizes if pair[0])
+        if small:
+            size, place = small[0]
+            rivals = sum(model.closure(candidate, _CLEARLY * size - 1) is not None for candidate in candidates)
+            return model.add_permutation(candidates[place]) if rivals == 1 else NO_PAGE
+    return NO_PAGE
 
 
 def _place(model: PageModel, ball: Ints, page: Ints) -> Ints:

@@ -14,7 +14,7 @@ from missile.gpu import open_gpu
 from missile.gpu.interface import Gpu
 from missile.probe.channel_map import ChannelMap, Verdict, Witness
 from missile.probe.colors import choose_colors
-from missile.probe.contention import SliceMemory, measure_interference
+from missile.probe.contention import SliceMemory, find_channels, measure_interference
 from missile.probe.learning import Reference, classify, learn_reference, learn_relation, settle_metric
 from missile.probe.pool import PagePool
 from missile.probe.sampling import Sampler
@@ -32,7 +32,7 @@ SIMULATED_PAGES = 512
 RELATED_PAGES = 6  # measured whole, beside the reference page
 MEMORY_SHARE = 0.9  # of what is free, that is looked at at most
 _MAX_UNMATCHED = 0.01
-_LAB_PAGES = 1024  # pages whose granules serve contention measurements
+_LAB_PAGES = 384  # pages whose granules serve contention measurements
 
 
 def probe(device: str | Gpu = "auto", **options: object) -> ChannelMap:
@@ -53,7 +53,7 @@ def probe_gpu(
     gpu: Gpu,
     *,
     pages: int | None = None,
-    samples: int = 64,
+    samples: int = 48,
     sms: int = 16,
     interference: bool = True,
     seed: int = 0,
@@ -97,7 +97,6 @@ def probe_gpu(
                 "again while nothing else runs on the GPU."
             )
         clock.lap("classification")
-        colors, frame_bytes = choose_colors(model, reference.layout, centres[order])
         draft = ChannelMap(
             gpu=gpu.info.name,
             uuid=gpu.info.uuid,
@@ -108,8 +107,8 @@ def probe_gpu(
             metric=metric,
             linear_masks=tuple(reference.layout.mask_to_address(mask) for mask in structure.masks),
             digits=structure.digits,
-            colors=colors,
-            frame_bytes=frame_bytes,
+            colors=tuple((slice_,) for slice_ in range(model.slices)),
+            frame_bytes=reference.layout.granule_bytes,
             topology=find_topology(centres[order], reference.sms),
             confidence=0.0,
             seconds=0.0,
@@ -139,6 +138,11 @@ def _verified(
     for witness in (held_out, contention):
         if witness.verdict is Verdict.DISAGREES:
             raise NoisyGpuError(f"The map is refused by an independent test ({witness.name}): {witness.says}")
+    channels = find_channels(gpu, draft, memory) if contention.verdict is Verdict.AGREES else ()
+    centres = draft.metric.centres[draft.metric.ball]
+    colors, frame_bytes = choose_colors(draft.model, draft.layout, centres, channels)
+    draft = replace(draft, channels=channels, colors=colors, frame_bytes=frame_bytes)
+    clock.lap("channels")
     matrix = None
     if interference:
         progress("measuring what colors do to each other")

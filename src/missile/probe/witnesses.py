@@ -18,7 +18,7 @@ __all__ = ["MAX_WRONG", "contention_witness", "held_out_witness"]
 Ints = npt.NDArray[np.int64]
 
 MAX_WRONG = 0.001  # share of held-out granules that may be wrong
-_HELD_OUT = 8192
+_HELD_OUT = 4096
 _PASSES = 4
 _MAX_PASSES = 16
 _SECTOR = 32
