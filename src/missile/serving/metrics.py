@@ -162,7 +162,7 @@ class Metrics(Collector):
 
     def _facts(self, tenant: Tenant) -> dict[str, Any]:
         deployment = tenant.deployment
-        return self._services.supervisor.tenant_facts.get(deployment.slot, {}) if deployment is not None else {}
+        return self._services.granted(deployment) if deployment is not None else {}
 
     def _fact(self, tenant: Tenant, name: str) -> float | None:
         value = self._facts(tenant).get(name)

@@ -16,7 +16,7 @@ from missile.serving.refusal import Reason, Refusal
 from missile.serving.regions import Regions
 from missile.serving.registry import Registry
 from missile.serving.supervisor import Supervisor
-from missile.serving.tenant import State, Tenant
+from missile.serving.tenant import Deployment, State, Tenant
 from missile.serving.tensors import DATATYPES, TensorSignature
 
 __all__ = ["EXTENSIONS", "Services"]
@@ -54,6 +54,10 @@ class Services:
 
     def model_ready(self, name: str, version: str) -> bool:
         return self.registry.find(name, version).state is State.READY
+
+    def granted(self, deployment: Deployment) -> dict[str, Any]:
+        """What the engine last said of a deployment (`TenantFacts`); until then, what its load told."""
+        return {"memory_bytes": deployment.memory_bytes, **self.supervisor.tenant_facts.get(deployment.slot, {})}
 
     def check_open(self) -> None:
         """NOT_READY while the server drains."""

@@ -44,7 +44,7 @@ def _tenant(services: Services, tenant: Tenant) -> dict[str, Any]:
     measures, config = tenant.measures, tenant.config
     recent = measures.recent_ms()
     deployment = tenant.deployment
-    granted = services.supervisor.tenant_facts.get(deployment.slot, {}) if deployment is not None else {}
+    granted = services.granted(deployment) if deployment is not None else {}
     return {
         "name": tenant.name,
         "model": config.model.rpartition("/")[2],
