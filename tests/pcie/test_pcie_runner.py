@@ -84,7 +84,7 @@ def test_a_lost_gpu_ends_the_thread_and_its_tickets() -> None:
             def close(self) -> None: ...
 
         lane = next(iter(engine.lanes.values()))
-        real, lane._streams = lane._streams, (Broken(), Broken())
+        real, lane._flight._streams = lane._flight._streams, (Broken(), Broken())
         with CopyThread(engine) as runner, pytest.raises(GpuError, match="ECC"):
             engine.to_device("a", device, host).future().result(20)
         assert runner.error is lost

@@ -220,7 +220,7 @@ def test_a_failing_weight_copy_fails_its_run_and_the_next_one_works(gpu: Gpu) ->
     rig.add("a")
     rig.add("b")
     lane = next(iter(rig.engine.lanes.values()))
-    stream, seen = lane._streams[0], []
+    stream, seen = lane._flight._streams[0], []
 
     class Faulty:
         def __getattr__(self, attribute: str):
@@ -232,7 +232,7 @@ def test_a_failing_weight_copy_fails_its_run_and_the_next_one_works(gpu: Gpu) ->
                 raise GpuError("cuMemcpyHtoDAsync", "CUDA_ERROR_INVALID_VALUE")
             stream.copy_to_device(*args, **kwargs)
 
-    lane._streams = (Faulty(), lane._streams[1])
+    lane._flight._streams = (Faulty(), lane._flight._streams[1])
     broken = rig.swapper.start("a")
     rig.finish()
     assert isinstance(broken.error, GpuError)

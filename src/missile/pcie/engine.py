@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from missile.errors import GpuError, InternalError, MisuseError
 from missile.gpu.interface import Event, Gpu, HostBuffer
-from missile.pcie.lane import ChunkRecord, Lane, LaneStats, LinkTiming
+from missile.pcie.flight import LinkTiming
+from missile.pcie.lane import ChunkRecord, Lane, LaneStats
 from missile.pcie.policy import FairLink, Granularity
 from missile.pcie.request import Request
 from missile.pcie.staging import StagingRing

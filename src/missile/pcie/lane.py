@@ -8,17 +8,16 @@ from dataclasses import dataclass
 
 from missile.errors import GpuError, MissileError
 from missile.gpu.interface import Event, Gpu, HostBuffer, Stream
+from missile.pcie.flight import Flight, LinkTiming, is_lost
 from missile.pcie.policy import FairLink, Pick
 from missile.pcie.request import Chunk, Request
 from missile.pcie.staging import Piece, StagingRing
 from missile.pcie.ticket import CopyState, Direction
 from missile.pcie.weights import Share
 
-__all__ = ["ChunkRecord", "Lane", "LaneStats", "LinkTiming"]
+__all__ = ["ChunkRecord", "Lane", "LaneStats"]
 
 _POLL_NS = 20_000  # how often something is looked at that has no expected time: an event, a host copy
-_SOON_NS = 1_000  # too short to sleep: look again at once
-_SPIN_NS = 40_000  # a latency-sensitive copy that should end within this is not slept for: waking up takes too long
 _NEVER = 1 << 62
 _PIECES_AHEAD = 3  # pinned pieces that one copy may hold before their turn
 
@@ -45,15 +44,6 @@ class LaneStats:
     waiting_ns: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class LinkTiming:
-    """How long a copy should take: says when to look for its end, not when it ended. See `EngineOptions`."""
-
-    ns_per_byte: float
-    copy_ns: float
-    start_ns: float
-
-
 class Lane:
     """Driven by the engine's thread only.
 
@@ -76,22 +66,13 @@ class Lane:
         self.fair = fair
         self.stats: dict[str, LaneStats] = {}
         self.on_chunk: Callable[[ChunkRecord], None] | None = None
-        self._gpu = gpu
         self._depth = depth
-        self._timing = timing
-        self._staging = staging
-        # One stream for all: hardware keeps the order within a stream, but may starve one stream while another is fed.
-        # The second is for copies so small that the hardware lets them overtake (docs/pcie.md).
-        self._streams = (gpu.create_stream(), gpu.create_stream())
         self._bypass = bypass
-        self._flying: tuple[deque[Chunk], ...] = (deque(), deque())
-        self._flying_bytes = 0
-        self._urgent_flying = 0  # chunks of latency-sensitive tenants
-        self._busy_until = 0
+        self._staging = staging
+        self._flight = Flight(gpu, timing)
         self._queues: dict[str, deque[Request]] = {}
         self._unready: set[str] = set()  # tenants whose next copy waits for an event or for the host
         self._landing: list[tuple[Request, Piece]] = []  # host copies on their way, of pieces that the GPU is done with
-        self._events: list[Event] = []
 
     # --- tenants and copies
 
@@ -127,14 +108,15 @@ class Lane:
 
     @property
     def busy(self) -> bool:
-        return bool(self._flying_bytes or self._landing or any(self._queues.values()))
+        return bool(self._flight.nbytes or self._landing or any(self._queues.values()))
 
     # --- the reactor's part
 
     def step(self, now_ns: int) -> int | None:
         """See what arrived, give the GPU what it should have next. Returns when to step again; None when idle."""
-        if self._flying_bytes:
-            self._reap(now_ns)
+        if self._flight.nbytes:
+            for chunk, failure in self._flight.arrivals():
+                self._arrived(chunk, now_ns, failure)
         if self._landing:
             self._collect(now_ns)
         if self._unready:
@@ -142,14 +124,13 @@ class Lane:
                 self._refresh(tenant, now_ns)
         if self.fair.awake_count:
             self._fill(now_ns)
-        elif not (self._flying_bytes or self._landing or self._unready):
+        elif not (self._flight.nbytes or self._landing or self._unready):
             return None
         return self._deadline(now_ns)
 
     def events(self) -> list[Event]:
         """What the next step may be waiting for."""
-        heads = [flying[0].event for flying in self._flying if flying]
-        return heads + [
+        return self._flight.heads() + [
             queue[0].after for tenant in self._unready if (queue := self._queues[tenant]) and queue[0].after is not None
         ]
 
@@ -166,12 +147,9 @@ class Lane:
 
     def abandon(self, error: GpuError, now_ns: int) -> None:
         """The GPU is lost: end everything with `error`."""
-        flying = [chunk.request for chunks in self._flying for chunk in chunks]
+        flying = self._flight.abandon()
         queued = [request for queue in self._queues.values() for request in queue]
         landing = [request for request, _ in self._landing]
-        for chunks in self._flying:
-            chunks.clear()
-        self._flying_bytes = self._urgent_flying = 0
         self._landing.clear()
         for request in (*flying, *queued, *landing):
             request.flying = request.landing = 0
@@ -184,35 +162,13 @@ class Lane:
         self._unready.clear()
 
     def close(self) -> None:
-        for stream in self._streams:
-            stream.close()
-        for event in self._events:
-            event.close()
-        self._events.clear()
+        self._flight.close()
 
     # --- arrivals
-
-    def _reap(self, now_ns: int) -> None:
-        for flying in self._flying:
-            while flying:
-                failure = None
-                try:
-                    if not flying[0].event.done():
-                        break
-                except MissileError as error:
-                    if _lost(error):
-                        raise
-                    failure = error
-                self._arrived(flying.popleft(), now_ns, failure)
-        if not self._flying_bytes:
-            self._busy_until = 0
 
     def _arrived(self, chunk: Chunk, now_ns: int, failure: MissileError | None) -> None:
         request, nbytes = chunk.request, chunk.nbytes
         ticket = request.ticket
-        self._flying_bytes -= nbytes
-        self._urgent_flying -= chunk.urgent
-        self._events.append(chunk.event)
         request.flying -= 1
         if failure is not None:
             request.end(CopyState.FAILED, failure)
@@ -319,14 +275,14 @@ class Lane:
             short = self.fair.latency_sensitive_registered
             solo = self.fair.awake_count < 2
             window = self._depth * (granularity.short if short else granularity.solo if solo else granularity.shared)
-            full = self._flying_bytes >= window
+            full = self._flight.nbytes >= window
             if full and not (short and self.fair.latency_sensitive_awake):
                 return
             pick = self.fair.pick(now_ns)
             if pick is None:
                 return
             # A latency-sensitive copy queues behind the window at once: waiting for room would only add our own delay.
-            if full and not (pick.latency_sensitive and self._flying_bytes < 2 * window):
+            if full and not (pick.latency_sensitive and self._flight.nbytes < 2 * window):
                 return
             self._issue(pick, now_ns)
 
@@ -349,31 +305,25 @@ class Lane:
                     self._refresh(pick.tenant, now_ns)
                     return
                 nbytes = piece.nbytes
-        pipe = int(pick.latency_sensitive and ticket.nbytes <= self._bypass)
-        event = self._events.pop() if self._events else self._gpu.create_event(timing=False)
+        urgent = pick.latency_sensitive and nbytes == request.remaining
+        overtakes = pick.latency_sensitive and ticket.nbytes <= self._bypass
+
+        def copy(stream: Stream) -> None:
+            self._enqueue(stream, request, nbytes, piece)
+
         try:
-            self._enqueue(self._streams[pipe], request, nbytes, piece)
-            self._streams[pipe].record(event)
+            event = self._flight.give(
+                request, nbytes, copy, piece=piece, urgent=urgent, overtakes=overtakes, now_ns=now_ns
+            )
         except MissileError as error:
-            self._events.append(event)
             if piece is not None:
                 self._staging.give_back(piece)
-            if _lost(error):
+            if is_lost(error):
                 raise
             request.end(CopyState.FAILED, error)
             self._refresh(pick.tenant, now_ns)
             return
         self.fair.charge(pick, nbytes)
-        timing = self._timing
-        start = now_ns + timing.start_ns
-        if not pipe:
-            start = max(start, self._busy_until)
-        eta = int(start + timing.copy_ns + nbytes * timing.ns_per_byte)
-        if not pipe:
-            self._busy_until = eta
-        self._flying[pipe].append(Chunk(request, nbytes, event, now_ns, eta, piece, pick.latency_sensitive))
-        self._flying_bytes += nbytes
-        self._urgent_flying += pick.latency_sensitive
         request.flying += 1
         request.issued += nbytes
         if ticket.state is CopyState.QUEUED:
@@ -398,25 +348,9 @@ class Lane:
             stream.copy_to_host(host, request.device + request.issued, offset=offset, nbytes=nbytes)
 
     def _deadline(self, now_ns: int) -> int | None:
-        deadline = None
-        bulk, overtaking = self._flying
-        if bulk:
-            head = bulk[0]
-            deadline = head.eta_ns
-            if deadline <= now_ns:
-                # Late. With another chunk behind it the link is not waiting for us, and looking often costs CPU.
-                calm = len(bulk) > 1 and not self._urgent_flying
-                deadline = now_ns + (int(head.nbytes * self._timing.ns_per_byte / 8) if calm else _SOON_NS)
-        if overtaking:
-            deadline = min(deadline or _NEVER, max(overtaking[0].eta_ns, now_ns + _SOON_NS))
-        if self._urgent_flying and deadline is not None and deadline - now_ns < _SPIN_NS:
-            deadline = now_ns + _SOON_NS
+        deadline = self._flight.deadline(now_ns)
         if self._unready or self._landing:
             deadline = min(deadline or _NEVER, now_ns + _POLL_NS)
         if (eligible := self.fair.next_eligible(now_ns)) is not None:
             deadline = min(deadline or _NEVER, max(eligible, now_ns + 1))
         return deadline
-
-
-def _lost(error: MissileError) -> bool:
-    return isinstance(error, GpuError) and error.usable == "nothing"
