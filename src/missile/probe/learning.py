@@ -37,7 +37,8 @@ _CHUNK = 2048  # pages sampled at a time
 class Reference:
     """The page that everything is told by.
 
-    prints: its fingerprints from all `sms`, drift removed. flips: which address bits move an address to another slice.
+    prints: its fingerprints from all `sms`, as measured. balls: from them, with drift removed.
+    flips: which address bits move an address to another slice.
     """
 
     address: int
@@ -67,7 +68,7 @@ def learn_reference(sampler: Sampler, address: int, page_bytes: int) -> Referenc
             # With the slices known, drift can be told from them: once more without it.
             expected = balls.centres[np.maximum(balls.labels, 0)]
             calm = prints.without_drift(expected)
-            return Reference(address, layout, flips, sms, calm, balls.refined(calm.mean(), calm.noise()))
+            return Reference(address, layout, flips, sms, prints, balls.refined(calm.mean(), calm.noise()))
         except NoisyGpuError as error:
             refusal = error
     raise refusal
