@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -94,18 +96,35 @@ def test_compressed_requests(served: Any, xy: Any, compression: str) -> None:
     np.testing.assert_array_equal(result.as_numpy("sum"), _eager(*xy)["sum"])
 
 
+def _all_at_once(client: Any, model: str, arrays: list[np.ndarray]) -> list[Any]:
+    """Results, or the errors that came instead, of requests that are under way together."""
+    found: list[Any] = [None] * len(arrays)
+    done = threading.Semaphore(0)
+
+    def keep(index: int, result: Any, error: Any) -> None:
+        found[index] = error or result
+        done.release()
+
+    for index, array in enumerate(arrays):
+        client.async_infer(model, _inputs(grpc, input0=array), callback=partial(keep, index))
+    for _ in arrays:
+        assert done.acquire(timeout=30)
+    return found
+
+
 def test_be_requests_are_merged_and_still_right(served: Any) -> None:
     rng = np.random.default_rng(4)
     images = [rng.standard_normal((1, 3, 32, 32)).astype(np.float32) for _ in range(8)]
-    with http.InferenceServerClient(served.http, concurrency=8) as client:
-        before = client.get_inference_statistics("convnet")["model_stats"][0]
-        pending = [client.async_infer("convnet", _inputs(http, input0=image)) for image in images]
-        outputs = [one.get_result().as_numpy("output0") for one in pending]
-        after = client.get_inference_statistics("convnet")["model_stats"][0]
+    with http.InferenceServerClient(served.http) as one, grpc.InferenceServerClient(served.grpc) as client:
+        before = one.get_inference_statistics("convnet")["model_stats"][0]
+        outputs = _all_at_once(client, "convnet", images)
+        after = one.get_inference_statistics("convnet")["model_stats"][0]
     module, _ = serving_models.convnet(1)
     with torch.inference_mode():
         for image, output in zip(images, outputs, strict=True):
-            np.testing.assert_allclose(output, module(torch.from_numpy(image)).numpy(), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                output.as_numpy("output0"), module(torch.from_numpy(image)).numpy(), rtol=1e-5, atol=1e-6
+            )
     assert after["inference_count"] - before["inference_count"] == 8
     assert after["execution_count"] - before["execution_count"] < 8
     assert max(entry["batch_size"] for entry in after["batch_stats"]) > 1
@@ -113,15 +132,13 @@ def test_be_requests_are_merged_and_still_right(served: Any) -> None:
 
 def test_one_bad_request_of_a_merged_batch_fails_alone(served: Any) -> None:
     inputs = [np.full((1, 4), value, np.float32) for value in (0, 1, 2, 3)]
-    with http.InferenceServerClient(served.http, concurrency=4) as client:
-        pending = [client.async_infer("trouble", _inputs(http, input0=array)) for array in inputs]
-        for array, one in zip(inputs, pending, strict=True):
+    with grpc.InferenceServerClient(served.grpc) as client:
+        for array, result in zip(inputs, _all_at_once(client, "trouble", inputs), strict=True):
             if array[0, 0] == 1:
-                with pytest.raises(InferenceServerException, match="ValueError: no ones, please") as caught:
-                    one.get_result()
-                assert "second line" not in str(caught.value)
+                assert "ValueError: no ones, please" in result.message()
+                assert "second line" not in result.message()
             else:
-                np.testing.assert_array_equal(one.get_result().as_numpy("output0"), array + 1)
+                np.testing.assert_array_equal(result.as_numpy("output0"), array + 1)
 
 
 def test_streaming_answers_in_order(served: Any) -> None:
