@@ -64,6 +64,30 @@ def test_h100_has_the_measured_masks_a_digit_of_base_5_and_eight_colors_of_4_kib
         assert wrong_granules(gpu, found) == 0
 
 
+def test_the_hash_that_an_h200_showed_is_recovered() -> None:
+    # 94 slices: a parity, and a weighted sum of parities modulo 47 (docs/design/channel-map.md), page bits made up.
+    folds = [0x80000, 0x100000, 0xF2400, 0x64800, 0x192800, 0x1DA400, 0x20000, 0xF4000, 0x151100, 0x40000]
+    high = [0x5A200000, 0x93400000, 0x2C800000, 0x71200000, 0x0D600000, 0x66400000, 0x9B800000, 0x48200000, 0, 0]
+    memory = {
+        "hash": {
+            "masks": [0xE30AB000],
+            "digits": [
+                {
+                    "base": 47,
+                    "folds": [fold | more for fold, more in zip(folds, high, strict=True)] + [1 << 24, 1 << 26],
+                    "weights": [1, 2, -3, -6, -9, -11, 12, -18, -22, -23, 5, 14],
+                }
+            ],
+        },
+        "latency": {"groups": 22, "half": 30.0},
+    }
+    gpu = gpu_with(memory, sms=66)
+    found = quick(gpu)
+    assert (found.slices, found.linear_masks, found.granule_bytes) == (94, (0xAB000,), 512)
+    assert [digit.base for digit in found.digits] == [47]
+    assert wrong_granules(gpu, found) == 0
+
+
 def test_the_slice_number_is_made_of_parities_and_the_digit() -> None:
     with open_gpu("sim:p40") as gpu:
         found = quick(gpu)

@@ -12,8 +12,10 @@ import numpy.typing as npt
 from missile.errors import MisuseError
 from missile.gpu.interface import Gpu, GpuInfo
 from missile.probe.layout import PageLayout
+from missile.probe.learning import classify
 from missile.probe.matching import Metric
 from missile.probe.pages import NO_PAGE, PageModel
+from missile.probe.sampling import Sampler
 from missile.probe.structure import Digit
 
 __all__ = ["REFERENCE_PAGE", "ChannelMap", "Interference", "Topology", "Verdict", "Witness"]
@@ -155,9 +157,6 @@ class ChannelMap:
 
         Rows of -1 are pages that no constants fit for sure; don't use them. MisuseError when the map is another GPU's.
         """
-        from missile.probe.learning import classify
-        from missile.probe.sampling import Sampler
-
         self.check(gpu.info)
         addresses = np.asarray(pages, np.int64)
         return classify(
