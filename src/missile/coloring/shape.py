@@ -1,0 +1,122 @@
+"""The shape of a translation: what kernels are compiled for. Which colors and pages a tenant has is bound later, as data.
+
+A kernel compiled for a shape reads everything else from its constants (`missile_color` in the const bank), whose layout
+is written down here once for both sides: the code that reads it and the host that fills it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from missile.errors import MisuseError
+from missile.probe.layout import PageLayout
+
+__all__ = ["CONSTANTS", "LOGICAL_BASE", "MAX_MASKS", "Escape", "Field", "Form", "Shape", "TableSpace"]
+
+CONSTANTS = "missile_color"
+
+# No memory can lie here, so an access that was not translated faults and never reads a neighbour's tensor. All bits that
+# a frame number is cut from are zero.
+LOGICAL_BASE = 1 << 60
+
+MAX_MASKS = 4  # 16 colors of 4 bits are a 64-bit word
+_CONST_BYTES = 64 << 10  # of the bank of a module
+
+
+class Form(StrEnum):
+    ARITHMETIC = "arithmetic"  # colors are parities of address bits
+    IN_PAGE = "in-page"  # a table of one page's frames, the same for every page up to an XOR
+    SHADOW = "shadow"  # a shadow page table: an entry for every frame
+
+
+class TableSpace(StrEnum):
+    """Where the in-page table lies when a kernel runs."""
+
+    CONST = "const"
+    GLOBAL = "global"  # read past the L1 only where it is not in it
+    SHARED = "shared"  # copied by every block when it starts
+
+
+class Escape(StrEnum):
+    """What happens to an access outside the tenant's memory."""
+
+    GUARD = "guard"  # goes to the tenant's guard frame
+    COUNT = "count"  # the same, and is counted
+    TRAP = "trap"  # ends the kernel, and with it the GPU context of all tenants
+
+
+class Field:
+    """Offsets in the constants, bytes. All little-endian."""
+
+    BASE = 0  # u64: address that page 0 of the tenant is mapped at
+    TABLE = 8  # u64: address of the table in global memory
+    FRAMES = 16  # u32: logical frames; the number of the guard frame
+    MINUS_DIVISOR = 20  # s32
+    MAGIC = 24  # u32
+    SHIFT = 28  # u32
+    COLORS = 32  # u64: parities of color i in bits 4i to 4i+3
+    MASKS = 40  # u32 each
+    ESCAPES = 56  # u64: address of a u64 counter
+    ARRAYS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """layout: how a page is cut into frames; the frame is the layout's granule. masks: how many (arithmetic form only).
+
+    page_xors: how many pages can have a constant that is XORed to a frame's place in its page; 0 where none is needed.
+    space: where the in-page table is looked up. MisuseError for a shape that does not fit the constants.
+    """
+
+    form: Form
+    layout: PageLayout
+    masks: int = 0
+    space: TableSpace = TableSpace.CONST
+    page_xors: int = 0
+    escape: Escape = Escape.GUARD
+
+    def __post_init__(self) -> None:
+        bits = self.layout.inner_bits
+        if self.form is Form.ARITHMETIC:
+            if not 1 <= self.masks <= MAX_MASKS:
+                raise MisuseError(f"The arithmetic form takes 1 to {MAX_MASKS} masks, not {self.masks}.")
+            if bits != tuple(range(len(bits))):
+                raise MisuseError("The arithmetic form needs frames that are contiguous.")
+        elif self.masks:
+            raise MisuseError(f"The {self.form} form has no masks.")
+        if self.form is Form.SHADOW and self.page_xors:
+            raise MisuseError("A shadow page table has no constants of pages.")
+        if self.units_per_page > 1 << 16:
+            raise MisuseError("A page has more places for frames than a table entry of 16 bits can name.")
+        if self.constant_bytes > _CONST_BYTES:
+            raise MisuseError(
+                f"The translation's constants take {self.constant_bytes} bytes; {_CONST_BYTES} is what the GPU has."
+            )
+
+    @property
+    def frame_bits(self) -> int:
+        return len(self.layout.inner_bits)
+
+    @property
+    def unit_bytes(self) -> int:
+        """Tables count in these: the contiguous piece of a frame."""
+        return self.layout.piece_bytes
+
+    @property
+    def units_per_page(self) -> int:
+        return self.layout.page_bytes // self.unit_bytes
+
+    @property
+    def table_entries(self) -> int:
+        """Room of the in-page table, entries of 2 bytes; 0 in other forms."""
+        return self.layout.granules if self.form is Form.IN_PAGE else 0
+
+    @property
+    def xors_at(self) -> int:
+        """Offset of the pages' constants (u16 each) in the constants."""
+        return Field.ARRAYS + (2 * self.table_entries if self.space is TableSpace.CONST else 0)
+
+    @property
+    def constant_bytes(self) -> int:
+        return -(-(self.xors_at + 2 * self.page_xors) // 16) * 16

@@ -1,0 +1,153 @@
+"""Rewriting a kernel's PTX so that every access to global memory goes through its tenant's color translation.
+
+The text is edited in place: what is no access stays as it was, byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from missile.coloring.shape import CONSTANTS, Escape, Shape
+from missile.compiler.ptx.access import Access, AccessKind, global_accesses
+from missile.compiler.ptx.flow import Flow
+from missile.compiler.ptx.parser import parse
+from missile.compiler.ptx.syntax import Declaration, Function, Module, Name
+from missile.compiler.ptx.translate import Emitter, module_declarations, prologue
+from missile.errors import MisuseError, UnsupportedError
+
+__all__ = ["Placement", "Rewritten", "rewrite"]
+
+
+class Placement(StrEnum):
+    """Where an address is translated."""
+
+    ACCESS = "access"  # right before each access
+    DEFINITION = "definition"  # where the address is computed, once for all its accesses; else right before the access
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """ptx: the new text. accesses: how many were translated, by kind. translations: how many were written for them."""
+
+    ptx: str
+    accesses: dict[AccessKind, int]
+    translations: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Edit:
+    start: int
+    end: int
+    text: str
+
+
+def rewrite(source: str, shape: Shape, *, name: str = "", placement: Placement = Placement.DEFINITION) -> Rewritten:
+    """Translate every access to global memory in the PTX text `source` by translations of `shape`.
+
+    Kernels then read `missile_color` in their const bank, which is zero until a tenant's constants are bound.
+    UnsupportedError naming the kernel for what can't be translated; MisuseError for PTX that was rewritten already.
+    """
+    module = parse(source, name)
+    if any(declared == CONSTANTS for variable in module.variables for declared, _ in variable.names):
+        raise MisuseError(f"Kernel {name or module.entries[0]!r} is colored already.")
+    if "missile_" in source:
+        raise UnsupportedError(f"Kernel {name!r} has names that begin with 'missile_', which translations use.")
+    edits = [_Edit(module.head_end, module.head_end, "\n" + "\n".join(module_declarations(shape)))]
+    counts: dict[AccessKind, int] = {}
+    translations = 0
+    for function in module.functions:
+        if function.body is None:
+            continue
+        accesses = global_accesses(module, function)
+        _check(function, accesses, shape)
+        for access in accesses:
+            counts[access.kind] = counts.get(access.kind, 0) + 1
+        made, written = _function(module, function, accesses, shape, placement)
+        edits += made
+        translations += written
+    return Rewritten(_apply(source, edits), counts, translations)
+
+
+def _check(function: Function, accesses: Iterable[Access], shape: Shape) -> None:
+    piece = shape.layout.piece_bytes
+    for access in accesses:
+        # An access is aligned to its size, or the GPU faults: so one that is no larger than a piece lies in one.
+        if access.nbytes > piece:
+            raise UnsupportedError(
+                f"Kernel {function.name!r} can't be colored: {access.instruction.opcode} touches {access.nbytes} bytes, "
+                f"memory is colored by {piece}."
+            )
+
+
+def _function(
+    module: Module, function: Function, accesses: tuple[Access, ...], shape: Shape, placement: Placement
+) -> tuple[list[_Edit], int]:
+    flow = Flow(module, function)
+    emitter = Emitter(shape)
+    edits: list[_Edit] = []
+    at_definition: dict[tuple[str, int], str] = {}
+    written = 0
+    # Where escapes are counted, only accesses that are made may be: at a definition that is not known yet.
+    early = placement is Placement.DEFINITION and shape.escape is Escape.GUARD
+    for access in accesses:
+        instruction, address = access.instruction, access.address
+        assert address.base is not None
+        definition = flow.only_definition(address.base) if early else None
+        if definition is None or definition.root == "call":
+            guard, size = _condition(access, flow)
+            code, physical = emitter.translate(address.base, address.offset, guard=guard, size=size)
+            written += 1
+            edits.append(_Edit(instruction.start, instruction.start, _lines(code)))
+        else:
+            key = (address.base, address.offset)
+            if key not in at_definition:
+                code, at_definition[key] = emitter.translate(address.base, address.offset)
+                written += 1
+                edits.append(_Edit(definition.end, definition.end, "\n\t" + _lines(code).rstrip()))
+            physical = at_definition[key]
+        edits.append(_Edit(address.start, address.end, f"[{physical}]"))
+    head = [*emitter.declarations(), *(prologue(shape) if function.entry and accesses else [])]
+    if head:
+        where = _behind_declarations(function)
+        edits.append(_Edit(where, where, "\n\t" + "\n\t".join(head)))
+    return edits, written
+
+
+def _condition(access: Access, flow: Flow) -> tuple[str, str]:
+    """The predicate under which `access` is made, and the register with its size where that may be 0; "" for neither."""
+    instruction = access.instruction
+    guard = "" if instruction.guard is None else f"{'!' if instruction.guard.negated else ''}{instruction.guard.text}"
+    if access.kind is not AccessKind.COPY or len(instruction.operands) < 4:
+        return guard, ""
+    last = instruction.operands[3]
+    is_size = isinstance(last, Name) and flow.type_of(last.text)[1:] == "32"
+    return guard, last.text if is_size and isinstance(last, Name) else ""
+
+
+def _behind_declarations(function: Function) -> int:
+    """Behind the declarations that a body starts with."""
+    where = function.body_start
+    for statement in function.body or ():
+        if not isinstance(statement, Declaration):
+            break
+        where = statement.end
+    return where
+
+
+def _lines(code: list[str]) -> str:
+    return "".join(f"{line}\n\t" for line in code)
+
+
+def _apply(source: str, edits: list[_Edit]) -> str:
+    """`source` with all edits made; those at one place in the order given."""
+    out: list[str] = []
+    position = 0
+    for edit in sorted(edits, key=lambda e: (e.start, e.end)):
+        assert edit.start >= position, "edits overlap"
+        out.append(source[position : edit.start])
+        out.append(edit.text)
+        position = edit.end
+    out.append(source[position:])
+    return "".join(out)
