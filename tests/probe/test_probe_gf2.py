@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from missile.probe.gf2 import complement, echelon, in_span, parity
+from missile.probe.gf2 import complement, echelon, parity
 
 WIDTH = 14
 vectors = st.lists(st.integers(0, 2**WIDTH - 1), max_size=12)
@@ -42,9 +42,3 @@ def test_complement_is_all_masks_of_even_parity(given_vectors: list[int]) -> Non
     for vector in given_vectors:
         even &= parity(everything, vector) == 0
     assert _span(masks) == set(np.flatnonzero(even).tolist())
-
-
-@given(vectors, st.integers(0, 2**WIDTH - 1))
-def test_in_span_agrees_with_rank(given_vectors: list[int], vector: int) -> None:
-    basis = echelon(given_vectors)
-    assert in_span(vector, basis) == (len(echelon([*basis, vector])) == len(basis))

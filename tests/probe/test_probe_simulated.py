@@ -204,6 +204,7 @@ def test_witnesses_are_recorded() -> None:
     verdicts = {witness.name: witness.verdict for witness in found.witnesses}
     assert verdicts == {
         "held-out granules": Verdict.AGREES,
+        "spectrum": Verdict.AGREES,
         "contention": Verdict.AGREES,
         "counters": Verdict.NOT_RUN,
     }

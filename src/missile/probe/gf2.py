@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["complement", "echelon", "in_span", "parity"]
+__all__ = ["complement", "echelon", "parity"]
 
 
 def parity(values: npt.NDArray[np.int64], mask: int) -> npt.NDArray[np.int64]:
@@ -26,13 +26,6 @@ def echelon(vectors: Iterable[int]) -> tuple[int, ...]:
             basis.append(vector)
             basis.sort(reverse=True)
     return tuple(basis)
-
-
-def in_span(vector: int, basis: Iterable[int]) -> bool:
-    """Whether `vector` is a sum of vectors of the echelon `basis` (highest first)."""
-    for row in basis:
-        vector = min(vector, vector ^ row)
-    return vector == 0
 
 
 def complement(vectors: Iterable[int], width: int) -> tuple[int, ...]:

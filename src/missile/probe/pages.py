@@ -99,18 +99,6 @@ class PageModel:
                 return None
         return group
 
-    def used_only(self, constants: Ints) -> tuple[PageModel, Ints]:
-        """The model without permutations that no page of `constants` (pages, 3) uses, and the constants renumbered."""
-        known = constants[:, 2] >= 0
-        used = np.unique(np.append(constants[known, 2], 0))
-        place = np.full(len(self.permutations), NO_PAGE, np.int64)
-        place[used] = np.arange(len(used))
-        renumbered = constants.copy()
-        renumbered[known, 2] = place[constants[known, 2]]
-        model = PageModel(self.slices, self.granules, permutations=[self.permutations[i] for i in used])
-        model.patterns, model._shifts = list(self.patterns), list(self._shifts)
-        return model, renumbered
-
     def _append(self, permutation: Ints) -> int:
         place = self._place.setdefault(permutation.tobytes(), len(self.permutations))
         if place == len(self.permutations):

@@ -20,7 +20,7 @@ from missile.probe.pool import PagePool
 from missile.probe.sampling import Sampler
 from missile.probe.structure import describe, renamed
 from missile.probe.topology import find_topology
-from missile.probe.witnesses import contention_witness, held_out_witness
+from missile.probe.witnesses import contention_witness, held_out_witness, spectral_witness
 
 __all__ = ["probe", "probe_gpu"]
 
@@ -113,6 +113,8 @@ def probe_gpu(
             confidence=0.0,
             seconds=0.0,
         )
+        spectral = spectral_witness(reference.prints.mean(), reference.balls, structure.masks)
+        draft = replace(draft, witnesses=(spectral,))
         return _verified(gpu, sampler, draft, reference, pool.addresses, constants, clock, interference, progress)
 
 
@@ -171,7 +173,7 @@ def _verified(
         confidence=round(confidence, 6),
         seconds=round(clock.total, 3),
         interference=matrix,
-        witnesses=(held_out, contention, Witness("counters", Verdict.NOT_RUN, "Not asked for.")),
+        witnesses=(held_out, *draft.witnesses, contention, Witness("counters", Verdict.NOT_RUN, "Not asked for.")),
         statistics=statistics,
     )
 

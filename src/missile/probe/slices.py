@@ -9,6 +9,7 @@ that spreads traffic evenly makes them. Else `NoisyGpuError` says what was seen.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from scipy.spatial.distance import cdist
 
 from missile.errors import NoisyGpuError
 
-__all__ = ["Balls", "find_balls", "principal_axes", "spectrum", "walsh"]
+__all__ = ["Balls", "find_balls", "principal_axes", "spectral_strength", "walsh"]
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -99,24 +100,15 @@ def find_balls(fingerprints: Floats, noise: float) -> Balls:
     )
 
 
-def spectrum(points: Doubles, strength: float = 20.0) -> list[int]:
-    """Masks over granule index bits whose parity the fingerprints follow most, strongest first, linearly independent.
+def spectral_strength(points: Doubles, masks: Sequence[int]) -> list[float]:
+    """How strongly the fingerprints follow the parity of each mask over granule index bits: energy over the median's.
 
-    points: shape (granules, components), granules in index order. A Walsh-Hadamard transform of every component; energy
-    `strength` times the median is a heavy coefficient. Strong candidates for linear masks, no proof of one.
+    points: shape (granules, components), granules in index order. A Walsh-Hadamard transform of every component: it
+    needs no slices, so it can contradict them.
     """
-    energy = (walsh(points) ** 2).sum(axis=1)
-    energy[0] = 0.0
-    floor = float(np.median(energy))
-    masks: list[int] = []
-    spanned = {0}
-    for mask in np.argsort(-energy)[:64]:
-        if energy[mask] < strength * floor:
-            break
-        if int(mask) not in spanned:
-            masks.append(int(mask))
-            spanned |= {int(mask) ^ other for other in spanned}
-    return masks
+    energy = (walsh(points - points.mean(axis=0)) ** 2).sum(axis=1)
+    floor = max(float(np.median(energy)), 1e-12)
+    return [float(energy[mask]) / floor for mask in masks]
 
 
 def walsh(values: Doubles) -> Doubles:

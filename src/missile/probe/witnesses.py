@@ -10,10 +10,10 @@ import numpy.typing as npt
 from missile.gpu.interface import Gpu
 from missile.probe.channel_map import ChannelMap, Verdict, Witness
 from missile.probe.contention import SliceMemory, slice_ratio
-from missile.probe.sampling import Sampler
-from missile.probe.slices import Balls
+from missile.probe.sampling import Floats, Sampler
+from missile.probe.slices import Balls, spectral_strength
 
-__all__ = ["MAX_WRONG", "contention_witness", "held_out_witness"]
+__all__ = ["MAX_WRONG", "contention_witness", "held_out_witness", "spectral_witness"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -22,6 +22,7 @@ _HELD_OUT = 4096
 _PASSES = 4
 _MAX_PASSES = 16
 _SECTOR = 32
+_HEAVY = 20.0  # energy of a mask that stands out, over the median's
 _TRIES = 24
 _CLEAR = 1.3  # a slowdown on one slice over that on two
 
@@ -59,6 +60,20 @@ def held_out_witness(
         f"{wrong} like another slice, {unsure} like none for sure.",
         {"right": right, "wrong": wrong, "unsure": unsure, "sectors": _HELD_OUT, "pages": len(np.unique(rows))},
     )
+
+
+def spectral_witness(fingerprints: Floats, balls: Balls, masks: Sequence[int]) -> Witness:
+    """The exact masks (over granule index bits) must show in the latencies themselves, before any clustering."""
+    points = ((fingerprints - fingerprints.mean(axis=0)) @ balls.axes).astype(np.float64)
+    strengths = spectral_strength(points, masks)
+    weakest = min(strengths, default=0.0)
+    verdict = Verdict.AGREES if weakest >= _HEAVY else Verdict.UNSURE if masks else Verdict.NOT_RUN
+    says = (
+        f"The weakest of {len(masks)} linear masks has {weakest:.0f} times the spectral floor's energy."
+        if masks
+        else "There is no linear mask to look for."
+    )
+    return Witness("spectrum", verdict, says, {f"strength_{i}": strength for i, strength in enumerate(strengths)})
 
 
 def contention_witness(
