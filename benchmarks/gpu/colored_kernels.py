@@ -1,8 +1,9 @@
 """Triton kernels of the kinds that compiled models are made of, and PTX of them: needs no GPU."""
 
+# ruff: noqa: N803 - tile sizes are written as Triton writes them
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import triton
@@ -45,7 +46,7 @@ def matmul(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexp
     pa = a + rows[:, None] * K + k[None, :]
     pb = b + k[:, None] * N + columns[None, :]
     total = tl.zeros((BM, BN), tl.float32)
-    for step in range(0, tl.cdiv(K, BK)):
+    for step in range(tl.cdiv(K, BK)):
         left = K - step * BK
         total = tl.dot(
             tl.load(pa, mask=k[None, :] < left, other=0.0), tl.load(pb, mask=k[:, None] < left, other=0.0), total
@@ -67,7 +68,7 @@ def convolution(x, w, out, H, W, C, K, BM: tl.constexpr, BN: tl.constexpr, BK: t
     outs = tl.program_id(1) * BN + tl.arange(0, BN)
     c = tl.arange(0, BK)
     total = tl.zeros((BM, BN), tl.float32)
-    for step in range(0, 9 * tl.cdiv(C, BK)):
+    for step in range(9 * tl.cdiv(C, BK)):
         tap = step // tl.cdiv(C, BK)
         channels = (step % tl.cdiv(C, BK)) * BK + c
         iy = y + tap // 3 - 1
@@ -113,7 +114,6 @@ class Kernel:
     constants: dict[str, int]
     warps: int = 4
     stages: int = 3
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def _matmul(m: int, n: int, k: int, warps: int, stages: int) -> Kernel:
@@ -127,7 +127,12 @@ KERNELS = {
         Kernel("add_relu", add_relu, {"x": "*fp16", "y": "*fp16", "out": "*fp16", "n": "i32"}, {"BLOCK": 2048}, 8),
         Kernel("softmax", softmax, {"x": "*fp16", "out": "*fp16", "columns": "i32"}, {"BLOCK": 4096}, 8),
         Kernel("histogram", histogram, {"x": "*i32", "out": "*i32", "n": "i32"}, {"BLOCK": 1024}),
-        Kernel("gather", gather, {"x": "*fp32", "places": "*i32", "out": "*fp32", "n": "i32", "limit": "i32"}, {"BLOCK": 512}),
+        Kernel(
+            "gather",
+            gather,
+            {"x": "*fp32", "places": "*i32", "out": "*fp32", "n": "i32", "limit": "i32"},
+            {"BLOCK": 512},
+        ),
         Kernel(
             "convolution",
             convolution,
@@ -140,7 +145,7 @@ KERNELS = {
         _matmul(64, 128, 64, 4, 3),
         _matmul(128, 128, 64, 8, 3),
     )
-}  # fmt: skip
+}
 
 
 def compile_kernel(kernel: Kernel, capability: int = 90) -> Any:
