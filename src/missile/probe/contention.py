@@ -57,7 +57,7 @@ class SliceMemory:
 
 
 def measure_interference(
-    gpu: Gpu, channel_map: ChannelMap, memory: SliceMemory, *, accesses: Sequence[Access] = (Access.READ, Access.WRITE)
+    gpu: Gpu, channel_map: ChannelMap, memory: SliceMemory, *, accesses: Sequence[Access] = tuple(Access)
 ) -> Interference:
     """Slowdown of a victim on each color beside an aggressor on each color (itself included), by the aggressor's access.
 
@@ -67,8 +67,10 @@ def measure_interference(
     victim_sms = max(1, int(sms * _VICTIM_SHARE))
     aggressor_sms = sms - victim_sms
     colors = channel_map.colors
-    ours = [memory.units(color, _VICTIM_UNITS, victim=True) for color in colors]
-    theirs = [memory.units(color, _AGGRESSOR_UNITS, victim=False) for color in colors]
+    # A flow model needs no more addresses than give every slice its share.
+    scale = 8 if gpu.info.simulated else 1
+    ours = [memory.units(color, _VICTIM_UNITS // scale, victim=True) for color in colors]
+    theirs = [memory.units(color, _AGGRESSOR_UNITS // scale, victim=False) for color in colors]
     solo = [_duration(gpu, Traffic(units, victim_sms), None) for units in ours]
     slowdown = {
         str(access): np.array(
