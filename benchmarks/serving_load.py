@@ -181,14 +181,10 @@ def summary(values: list[float]) -> dict[str, float]:
 
 def http_request(model: str, head: dict[str, object], tail: bytes = b"") -> bytes:
     body = json.dumps(head).encode()
-    extra = f"Inference-Header-Content-Length: {len(body)}\r\n" if tail else ""
-    return (
-        (
-            f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: localhost\r\n{extra}Content-Length: {len(body) + len(tail)}\r\n\r\n"
-        ).encode()
-        + body
-        + tail
-    )
+    lines = [f"POST /v2/models/{model}/infer HTTP/1.1", "Host: localhost", f"Content-Length: {len(body) + len(tail)}"]
+    if tail:
+        lines.append(f"Inference-Header-Content-Length: {len(body)}")
+    return "\r\n".join([*lines, "", ""]).encode() + body + tail
 
 
 def tensor(name: str, shape: list[int], **more: object) -> dict[str, object]:
@@ -227,7 +223,8 @@ def cases(seconds: float, region: str) -> list[Case]:
 
 
 def machine() -> dict[str, object]:
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     return {
         "cpu": model,
         "cores": os.cpu_count(),
@@ -283,8 +280,13 @@ async def run(folder: Path, seconds: float, only: str) -> list[dict[str, object]
 async def register(host: str, port: int, name: str, size: int) -> None:
     reader, writer = await asyncio.open_connection(host, port)
     body = json.dumps({"key": name, "byte_size": size}).encode()
-    head = f"POST /v2/systemsharedmemory/region/{name}/register HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
-    writer.write(head.encode() + b"Connection: close\r\n\r\n" + body)
+    lines = [
+        f"POST /v2/systemsharedmemory/region/{name}/register HTTP/1.1",
+        "Host: localhost",
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+    ]
+    writer.write("\r\n".join([*lines, "", ""]).encode() + body)
     answer = await reader.read()
     if b" 200 " not in answer.splitlines()[0]:
         raise SystemExit(answer.decode())

@@ -113,6 +113,7 @@ def test_engine_death_is_a_clear_error_and_passes(launch: Any) -> None:
     assert running.server.services.gateway.arena_used == 0
 
 
+@pytest.mark.slow
 def test_a_killed_engine_comes_back(launch: Any) -> None:
     running = launch(LIMITED)
     for start in (2, 3):

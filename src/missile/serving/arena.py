@@ -42,7 +42,8 @@ class Arena:
             found += 1
         if found > self._top:
             return None
-        offset = self._free[found].pop()
+        offset = min(self._free[found])  # low addresses are used again and again: their pages are there already
+        self._free[found].remove(offset)
         while found > order:
             found -= 1
             self._free[found].add(offset + (MINIMUM_BLOCK << found))

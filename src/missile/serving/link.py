@@ -23,6 +23,10 @@ __all__ = ["Answer", "Bell", "Call", "CallKind", "Control", "Link", "Outcome", "
 
 RING_RECORDS = 8192
 _PAGE = 4096
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, which the mmap module does not name
+_POPULATED = (
+    64 << 20
+)  # bytes whose pages are there from the start: a fault on each page of a request costs more than its copy
 
 
 class CallKind(IntEnum):
@@ -163,6 +167,8 @@ class Link:
         self.memory_fd = memory_fd
         self.control = Control(control)
         self._mapping = mmap.mmap(memory_fd, nbytes)
+        with contextlib.suppress(OSError):  # an old kernel: the first requests fault the pages in
+            self._mapping.madvise(_POPULATE_WRITE, 0, min(nbytes, _POPULATED))
         self._view = memoryview(self._mapping)
         calls = -(-Ring.nbytes(_CALL, RING_RECORDS) // _PAGE) * _PAGE
         answers = -(-Ring.nbytes(_ANSWER, RING_RECORDS) // _PAGE) * _PAGE

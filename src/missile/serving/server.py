@@ -62,6 +62,7 @@ class Server:
                 "policy": server.policy,
                 "ls_share": server.ls_share,
                 "cpu_threads": server.cpu_threads,
+                "spin_us": server.spin_us,
             },
             arena_bytes=server.limits.arena_mib << 20,
             watchdog_s=server.watchdog_seconds,

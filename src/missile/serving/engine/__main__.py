@@ -54,7 +54,7 @@ def main() -> int:
         return error.exit_code
     facts = executor.facts
     link.control.send({"op": "ready", "pid": os.getpid(), "facts": {n: getattr(facts, n) for n in facts.__slots__}})
-    EngineLoop(link, executor, Path(hello["folder"])).run()
+    EngineLoop(link, executor, Path(hello["folder"]), spin_ns=1000 * hello["spin_us"]).run()
     return 0
 
 

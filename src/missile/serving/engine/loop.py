@@ -36,12 +36,16 @@ def batch_limits(tenant: TenantConfig) -> BatchLimits:
 
 
 class EngineLoop:
-    """Owns one link's engine side. `run` returns when told to stop, or when the front end is gone."""
+    """Owns one link's engine side. `run` returns when told to stop, or when the front end is gone.
 
-    def __init__(self, link: Link, executor: Executor, folder: Path) -> None:
+    spin_ns: how long it looks for the next call before it sleeps. Waking a sleeping process costs its waker and the call.
+    """
+
+    def __init__(self, link: Link, executor: Executor, folder: Path, *, spin_ns: int = 0) -> None:
         self._link = link
         self._executor = executor
         self._folder = folder
+        self._spin_ns = spin_ns
         self._scheduler = Scheduler()
         self._limits: dict[int, BatchLimits] = {}
         self._signatures: dict[int, ModelSignature] = {}
@@ -68,7 +72,7 @@ class EngineLoop:
             if now >= next_facts:
                 self._send_facts()
                 next_facts = now + FACTS_EVERY_NS
-            if len(link.calls):
+            if len(link.calls) or self._spin(now):
                 continue
             link.call_bell.arm()
             if not len(link.calls) and not self._loaded and not self._collect():
@@ -79,6 +83,16 @@ class EngineLoop:
                         os.eventfd_read(descriptor)
             link.call_bell.quiet()
         self._executor.close()
+
+    def _spin(self, now: int) -> bool:
+        """Look for the next call for a while; True when there is one, or something else to do."""
+        until = now + self._spin_ns
+        calls = self._link.calls
+        while time.monotonic_ns() < until:
+            if len(calls) or self._loaded or self._executor.polling:
+                return True
+            os.sched_yield()
+        return False
 
     def _patience_ms(self, next_facts: int) -> float:
         """How long the loop may sleep: until the next facts, or until a waiting batch is due and could start."""
