@@ -7,6 +7,7 @@ raises it again, said as what it is, for whatever is asked next. `docs/errors.md
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,11 @@ from typing import Any
 from missile.errors import GpuError, KernelFaultError, MissileError, OutOfMemoryError, UnsupportedError
 
 __all__ = ["Driver", "classify", "load", "why_unavailable"]
+
+# Streams share the driver's work queues, 8 by default; one that waits for its kernels then holds up another's copies.
+# Read by the driver when a context is made; what the user has set stays (docs/design/cuda.md).
+_QUEUES = ("CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_DEVICE_MAX_COPY_CONNECTIONS")
+_MOST_QUEUES = "32"
 
 # What a kernel did wrong. All of them destroy the context for everybody in the process.
 _FAULTS = frozenset(
@@ -82,6 +88,8 @@ def _open() -> tuple[str | None, Any]:
         api = _import()
     except ImportError:
         return "the CUDA bindings are not installed (pip install 'missile[cuda]')", None
+    for name in _QUEUES:
+        os.environ.setdefault(name, _MOST_QUEUES)
     try:
         (status,) = api.cuInit(0)
     except (RuntimeError, OSError):  # the bindings look for libcuda at the first call
