@@ -47,7 +47,14 @@ class Bench:
         command = [sys.executable, "-m", "missile.serving.engine", *map(str, descriptors)]
         with theirs:
             self.process = subprocess.Popen(command, pass_fds=descriptors)
-        hello = {"device": device, "policy": policy, "ls_share": 0.25, "cpu_threads": 1, "spin_us": 100}
+        hello = {
+            "device": device,
+            "policy": policy,
+            "ls_share": 0.25,
+            "cpu_threads": 1,
+            "spin_us": 100,
+            "watchdog_s": 60,
+        }
         hello["folder"] = str(Path.cwd())
         self.link.control.send(hello)
         ready = self.link.control.receive()

@@ -41,6 +41,15 @@ class Sleeper(torch.nn.Module):
         return x
 
 
+class Stuck(torch.nn.Module):
+    """Never ends on 7."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        while bool((x[:, 0] == 7).any()):
+            time.sleep(0.1)
+        return x
+
+
 class Trouble(torch.nn.Module):
     """Raises on 1 and ends its process on 666 (first value of any item)."""
 
@@ -66,6 +75,10 @@ def convnet(batch: int) -> tuple[torch.nn.Module, torch.Tensor]:
 
 def sleeper(batch: int) -> tuple[torch.nn.Module, torch.Tensor]:
     return Sleeper(), torch.zeros(1, 4)
+
+
+def stuck(batch: int) -> tuple[torch.nn.Module, torch.Tensor]:
+    return Stuck(), torch.zeros(1, 4)
 
 
 def trouble(batch: int) -> tuple[torch.nn.Module, torch.Tensor]:

@@ -123,6 +123,19 @@ def test_a_killed_engine_comes_back(launch: Any) -> None:
         assert infer(running, "trouble", 5, 2, 3, 4)[0] == 200
 
 
+@pytest.mark.parametrize("tenant_class", ['"BE"', '"LS"\nslo_ms = 50'])
+def test_a_batch_that_never_ends_is_ended(launch: Any, tenant_class: str) -> None:
+    running = launch(
+        f'[[tenant]]\nname = "stuck"\nmodel = "serving_models:stuck"\nclass = {tenant_class}\n',
+        server=SERVER + "watchdog_seconds = 1.5\n",
+    )
+    start = time.monotonic()
+    assert infer(running, "stuck", 7, 2, 3, 4)[0] == 503
+    assert time.monotonic() - start < 10
+    wait_for(lambda: ready(running))
+    assert infer(running, "stuck", 1, 2, 3, 4)[0] == 200
+
+
 def _socket(running: Any, data: bytes = b"") -> socket.socket:
     host, _, port = running.http.rpartition(":")
     connection = socket.create_connection((host, int(port)), timeout=10)
@@ -189,6 +202,25 @@ def test_a_client_that_leaves_cancels_its_request(launch: Any) -> None:
     wait_for(lambda: running.server.services.gateway.pending == 0, 5.0)
     assert measures.refused["cancelled"] > 0
     assert measures.answered < 10
+    assert running.server.services.gateway.arena_used == 0
+
+
+def test_a_grpc_client_that_gives_up_cancels_its_request(launch: Any) -> None:
+    import grpc
+    from test_serving_errors import _request
+
+    from missile.serving.protocol.grpc_schema import SERVICE
+
+    running = launch(LIMITED.replace("quota = {queue = 5}", ""))
+    raw = _request(model_name="sleeper").SerializeToString()
+    with grpc.insecure_channel(running.grpc) as channel:
+        call = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+        calls = [call.future(raw) for _ in range(10)]
+        wait_for(lambda: running.server.services.gateway.pending >= 8)
+        for one in calls:
+            one.cancel()
+        wait_for(lambda: running.server.services.gateway.pending == 0, 5.0)
+    assert running.server.services.registry.find("sleeper").measures.refused["cancelled"] > 0
     assert running.server.services.gateway.arena_used == 0
 
 

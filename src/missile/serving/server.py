@@ -63,11 +63,13 @@ class Server:
                 "ls_share": server.ls_share,
                 "cpu_threads": server.cpu_threads,
                 "spin_us": server.spin_us,
+                "watchdog_s": server.watchdog_seconds,
             },
             arena_bytes=server.limits.arena_mib << 20,
             watchdog_s=server.watchdog_seconds,
             on_answer=self._gateway.take_answer,
             on_lost=self._engine_lost,
+            on_stuck=self._engine_stuck,
         )
         self._registry = Registry(self._supervisor, drain_s=server.drain_seconds)
         self.services = Services(
@@ -193,6 +195,11 @@ class Server:
         self._registry.lose()
         if not self.services.draining and not self._stop.is_set():
             self._spawn(self._restart())
+
+    def _engine_stuck(self, slot: int, seconds: float) -> None:
+        for tenant in self._registry.tenants.values():
+            if tenant.deployment is not None and tenant.deployment.slot == slot:
+                log.error("a batch of tenant %s has been running for %.0f s; the engine ends", tenant.name, seconds)
 
     async def _restart(self) -> None:
         lived = time.monotonic() - self._supervisor.started_at

@@ -41,6 +41,7 @@ class Supervisor:
     """Owns the engine process and the link to it. Everything runs on the event loop that called `start`.
 
     on_answer: called for each answer. on_lost: the engine is gone, with all it held; the link is still mapped.
+    on_stuck: with the slot and the seconds of a batch that never ended; the engine goes after that.
     """
 
     def __init__(
@@ -52,12 +53,14 @@ class Supervisor:
         watchdog_s: float,
         on_answer: Callable[[tuple[int, ...]], None],
         on_lost: Callable[[], None],
+        on_stuck: Callable[[int, float], None],
     ) -> None:
         self._hello = {**hello, "folder": str(folder)}
         self._arena_bytes = arena_bytes
         self._watchdog_s = watchdog_s
         self._on_answer = on_answer
         self._on_lost = on_lost
+        self._on_stuck = on_stuck
         self._slots = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._process: subprocess.Popen[bytes] | None = None
@@ -159,6 +162,8 @@ class Supervisor:
             operation = message["op"]
             if operation == "facts":
                 self.tenant_facts = {int(slot): facts for slot, facts in message["tenants"].items()}
+            elif operation == "stuck":
+                self._on_stuck(message["slot"], message["seconds"])
             elif operation in ("ready", "refused"):
                 if self._ready is not None and not self._ready.done():
                     self._ready.set_result(message)

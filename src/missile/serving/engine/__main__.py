@@ -54,7 +54,18 @@ def main() -> int:
         return error.exit_code
     facts = executor.facts
     link.control.send({"op": "ready", "pid": os.getpid(), "facts": {n: getattr(facts, n) for n in facts.__slots__}})
-    EngineLoop(link, executor, Path(hello["folder"]), spin_ns=1000 * hello["spin_us"]).run()
+    loop = EngineLoop(
+        link,
+        executor,
+        Path(hello["folder"]),
+        spin_ns=1000 * hello["spin_us"],
+        patience_ns=int(1e9 * hello["watchdog_s"]),
+    )
+    try:
+        loop.run()
+    except MissileError as error:
+        log.error("%s", error)
+        os._exit(error.exit_code)  # a thread or a GPU that is stuck would keep an orderly exit waiting
     return 0
 
 

@@ -11,7 +11,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from missile.errors import GpuError, MissileError
+from missile.errors import GpuError, InternalError, MissileError
 from missile.serving.config import TenantConfig
 from missile.serving.engine.executor import Batch, Executor
 from missile.serving.engine.queues import BatchLimits, Scheduler
@@ -38,19 +38,21 @@ def batch_limits(tenant: TenantConfig) -> BatchLimits:
 class EngineLoop:
     """Owns one link's engine side. `run` returns when told to stop, or when the front end is gone.
 
+    patience_ns: a batch that runs longer ends `run` with an InternalError that names the tenant's slot (0: none does).
     spin_ns: how long it looks for the next call before it sleeps. Waking a sleeping process costs its waker and the call.
     """
 
-    def __init__(self, link: Link, executor: Executor, folder: Path, *, spin_ns: int = 0) -> None:
+    def __init__(self, link: Link, executor: Executor, folder: Path, *, spin_ns: int = 0, patience_ns: int = 0) -> None:
         self._link = link
         self._executor = executor
         self._folder = folder
         self._spin_ns = spin_ns
+        self._batch_patience_ns = patience_ns
         self._scheduler = Scheduler()
         self._limits: dict[int, BatchLimits] = {}
         self._signatures: dict[int, ModelSignature] = {}
         self._layouts: dict[tuple[int, int], BlockLayout] = {}
-        self._running: dict[int, int] = {}  # batches on the executor, by slot
+        self._running: dict[int, int] = {}  # when the batch that is on the executor started, by slot
         self._loaded: deque[tuple[int, TenantConfig, Any]] = deque()  # what the loader threads have to say
         self._unloading: set[int] = set()
         self._backlog: deque[tuple[int, ...]] = deque()  # answers that found the ring full
@@ -70,6 +72,7 @@ class EngineLoop:
             self._finish_loads()
             now = time.monotonic_ns()
             if now >= next_facts:
+                self._check_batches(now)
                 self._send_facts()
                 next_facts = now + FACTS_EVERY_NS
             if len(link.calls) or self._spin(now):
@@ -139,7 +142,7 @@ class EngineLoop:
                     self._answer(call, Outcome.CANCELLED, queue_ns=now - call.arrival_ns)
                 if run:
                     batch = Batch(slot, run, [self._layout(call) for call in run], now)
-                    self._running[slot] = self._running.get(slot, 0) + 1
+                    self._running[slot] = now
                     self._executor.start(batch, latency_sensitive=latency_sensitive)
                     self._collect()
                     self._take_calls()
@@ -150,7 +153,7 @@ class EngineLoop:
             self._backlog.popleft()
         finished = self._executor.poll()
         for batch in finished:
-            self._running[batch.slot] -= 1
+            del self._running[batch.slot]
             self._scheduler.done(batch.slot, batch.end_ns - batch.start_ns)
             items = sum(max(1, call.batch) for call in batch.calls)
             for index, call in enumerate(batch.calls):
@@ -170,7 +173,7 @@ class EngineLoop:
                 )
         if finished:
             self._link.answer_bell.ring()
-            for slot in [s for s in self._unloading if not self._running.get(s)]:
+            for slot in [s for s in self._unloading if s not in self._running]:
                 self._unload(slot)
         return bool(finished)
 
@@ -203,14 +206,14 @@ class EngineLoop:
                 threading.Thread(target=self._load, args=(message["slot"], tenant), daemon=True).start()
             elif operation == "unload":
                 self._unloading.add(message["slot"])
-                if not self._running.get(message["slot"]):
+                if message["slot"] not in self._running:
                     self._unload(message["slot"])
             elif operation == "tune":
                 self._tune(message["slot"], TenantConfig.model_validate(message["tenant"]))
             elif operation == "stop":
                 self._stopping = True
                 self._unloading.update(self._limits)
-                for slot in [s for s in self._unloading if not self._running.get(s)]:
+                for slot in [s for s in self._unloading if s not in self._running]:
                     self._unload(slot)
 
     def _load(self, slot: int, tenant: TenantConfig) -> None:
@@ -270,6 +273,13 @@ class EngineLoop:
         for key in [k for k in self._layouts if k[0] == slot]:
             del self._layouts[key]
         self._link.control.send({"op": "unloaded", "slot": slot})
+
+    def _check_batches(self, now: int) -> None:
+        """A batch that never ends can't be taken back: the process has to go, and is started anew."""
+        for slot, started in self._running.items():
+            if self._batch_patience_ns and now - started > self._batch_patience_ns:
+                self._link.control.send({"op": "stuck", "slot": slot, "seconds": (now - started) / 1e9})
+                raise InternalError(f"A batch of slot {slot} has been running for {(now - started) / 1e9:.0f} s.")
 
     def _send_facts(self) -> None:
         tenants = {str(slot): self._executor.tenant_facts(slot).as_json() for slot in self._limits}
