@@ -1,0 +1,127 @@
+"""Shares of a pool: the right colors of the right pages, and a clear word where they don't suffice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from coloring_maps import linear_map, random_pages, table_map
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from missile.coloring.palette import Palette
+from missile.coloring.shape import Form
+from missile.coloring.shares import Demand, Share, plan_shares
+from missile.errors import MisuseError, OutOfMemoryError, UnsupportedError
+from missile.probe.channel_map import ChannelMap
+
+
+def places_of(channel_map: ChannelMap, share: Share) -> np.ndarray:
+    """(pool page, frame of the page) of every frame of `share`, the guard among them, shape (frames + 1, 2)."""
+    layout = Palette(channel_map).layout
+    starts = share.translation.locate(np.arange(share.translation.frames + 1))
+    page, within = np.divmod(starts, layout.page_bytes)
+    return np.stack([np.array(share.pages)[page], layout.index_of(within)], axis=1)
+
+
+def check(channel_map: ChannelMap, constants: np.ndarray, shares: tuple[Share, ...]) -> None:
+    palette = Palette(channel_map)
+    taken: set[tuple[int, int]] = set()
+    for share in shares:
+        found = places_of(channel_map, share)
+        for page, frame in found[:: max(1, len(found) // 97)]:
+            assert palette.pattern(constants[page])[frame] in share.colors
+        mine = set(map(tuple, found.tolist()))
+        assert len(mine) == len(found)
+        assert not mine & taken
+        taken |= mine
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 10_000), st.sampled_from([None, Form.SHADOW]))
+def test_shares_have_their_colors_and_never_meet(seed: int, form: Form | None) -> None:
+    rng = np.random.default_rng(seed)
+    channel_map = linear_map(rng) if seed % 2 else table_map(rng)
+    constants = random_pages(channel_map, 24, rng, lost=3)
+    colors = rng.permutation(len(channel_map.colors)).tolist()
+    cut = int(rng.integers(1, len(colors)))
+    size = channel_map.page_bytes // 8
+    demands = [
+        Demand("ls", tuple(colors[:cut]), int(rng.integers(1, size * cut))),
+        Demand("be", tuple(colors[cut:]), int(rng.integers(1, size))),
+    ]
+    shares = plan_shares(channel_map, constants, demands, form=form)
+    check(channel_map, constants, shares)
+    for share, demand in zip(shares, demands, strict=True):
+        assert share.nbytes >= demand.nbytes
+        assert not any(constants[page, 2] == -1 for page in share.pages)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 10_000))
+def test_all_forms_own_the_same_frames_of_linear_colors(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    channel_map = linear_map(rng)
+    constants = random_pages(channel_map, 6, rng)
+    demand = [Demand("t", (1, 4, 6), 100)]
+    owned = []
+    for form in (Form.ARITHMETIC, Form.IN_PAGE, Form.SHADOW):
+        (share,) = plan_shares(channel_map, constants, demand, form=form)
+        assert share.translation.shape.form is form
+        owned.append({tuple(p) for p in places_of(channel_map, share).tolist() if p[0] == share.pages[0]})
+        check(channel_map, constants, (share,))
+    assert owned[0] == owned[1]
+
+
+def test_pages_whose_constants_vanish_come_first() -> None:
+    channel_map = table_map(np.random.default_rng(1))
+    constants = np.zeros((6, 3), np.int64)
+    constants[[0, 3], 1] = 5
+    (share,) = plan_shares(channel_map, constants, [Demand("t", (0, 1), channel_map.page_bytes * 5 // 4)])
+    assert share.pages == (1, 2, 4)
+    assert share.translation.shape.page_xors == 0
+    (more,) = plan_shares(channel_map, constants, [Demand("t", (0, 1), channel_map.page_bytes * 5 // 2)])
+    assert set(more.pages[-1:]) <= {0, 3}
+    assert more.translation.shape.page_xors > 0
+    check(channel_map, constants, (more,))
+
+
+def test_pages_that_have_nothing_in_common_get_a_shadow_table() -> None:
+    channel_map = table_map(np.random.default_rng(2))
+    constants = np.array([[0, 0, 0], [0, 0, 1], [0, 3, 1], [0, 9, 0]])
+    wanted = channel_map.page_bytes * 3 // 4
+    (share,) = plan_shares(channel_map, constants, [Demand("t", (0,), wanted)])
+    assert share.translation.shape.form is Form.SHADOW
+    check(channel_map, constants, (share,))
+    with pytest.raises(UnsupportedError, match="arithmetic"):
+        plan_shares(channel_map, constants, [Demand("t", (0,), 100)], form=Form.ARITHMETIC)
+
+
+@pytest.mark.parametrize(
+    ("demands", "says"),
+    [
+        ([Demand("a", (), 1)], "empty set"),
+        ([Demand("a", (4,), 1)], "color 4"),
+        ([Demand("a", (1, 1), 1)], "twice"),
+        ([Demand("a", (0, 1), 1), Demand("b", (1, 2), 1)], "'a' and 'b'"),
+        ([Demand("a", (0,), 1), Demand("a", (1,), 1)], "'a'"),
+        ([Demand("a", (0,), 0)], "0 bytes"),
+    ],
+)
+def test_color_sets_that_make_no_sense_are_refused(demands: list[Demand], says: str) -> None:
+    channel_map = table_map(np.random.default_rng(3))
+    with pytest.raises(MisuseError, match=says):
+        plan_shares(channel_map, np.zeros((4, 3), np.int64), demands)
+
+
+def test_a_set_that_is_too_small_says_how_much_is_missing() -> None:
+    channel_map = table_map(np.random.default_rng(4))
+    wanted = 10 * channel_map.page_bytes
+    with pytest.raises(OutOfMemoryError, match="are missing") as caught:
+        plan_shares(channel_map, np.zeros((4, 3), np.int64), [Demand("big", (0, 2), wanted)])
+    assert caught.value.tenant == "big"
+    per_page = len(Palette(channel_map).frames((0, 2), (0, 0, 0)))
+    assert caught.value.available == (4 * per_page - 1) * channel_map.granule_bytes
+    (largest,) = plan_shares(
+        channel_map, np.zeros((4, 3), np.int64), [Demand("big", (0, 2), caught.value.available)], form=Form.IN_PAGE
+    )
+    assert largest.nbytes == caught.value.available

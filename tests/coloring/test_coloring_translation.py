@@ -1,0 +1,185 @@
+"""Translation as arithmetic: one to one onto the tenant's frames, whatever the form, and the guard for everything else."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from missile.coloring.division import LIMIT, Divider
+from missile.coloring.linear import linear_colors, lowest_form
+from missile.coloring.shape import Escape, Field, Form, Shape, TableSpace
+from missile.coloring.translation import (
+    ArithmeticTranslation,
+    InPageTranslation,
+    ShadowTranslation,
+    Translation,
+)
+from missile.errors import MisuseError
+from missile.probe.layout import PageLayout
+
+HALVES = PageLayout(1 << 16, (*range(8), 9))
+PLAIN = PageLayout(1 << 18, tuple(range(12)))
+MASKS = (0x29000, 0x32000, 0x14000)  # over address bits; one of bits 12 to 14 in each
+
+
+def translations(seed: int) -> list[Translation]:
+    """One of each form, of random colors, pages and page constants."""
+    rng = np.random.default_rng(seed)
+    pages = int(rng.integers(1, 9))
+    found: list[Translation] = []
+    for layout in (HALVES, PLAIN):
+        count = int(rng.integers(2, layout.granules + 1))
+        places = rng.permutation(layout.granules)[:count]
+        found.append(InPageTranslation(Shape(Form.IN_PAGE, layout), places, pages))
+        shape = Shape(Form.IN_PAGE, layout, page_xors=16)
+        found.append(InPageTranslation(shape, places, pages, rng.integers(0, layout.granules, pages)))
+        parts = [rng.permutation(layout.granules)[: int(rng.integers(2, 9))] for _ in range(pages)]
+        found.append(ShadowTranslation.from_pages(layout, parts))
+    colors = rng.permutation(8)[: int(rng.integers(1, 9))].tolist()
+    found.append(ArithmeticTranslation(Shape(Form.ARITHMETIC, PLAIN, masks=3), MASKS, colors, pages))
+    shape = Shape(Form.ARITHMETIC, PLAIN, masks=3, page_xors=16)
+    found.append(ArithmeticTranslation(shape, MASKS, colors, pages, rng.integers(0, 8, pages)))
+    return found
+
+
+def all_bytes_of(translation: Translation, frames: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Physical offsets of the 64-byte words of `frames`."""
+    bits = translation.shape.frame_bits
+    words = (frames[:, None] << bits) + np.arange(0, 1 << bits, 64)
+    return translation.physical(words.reshape(-1))
+
+
+@given(st.integers(1, LIMIT - 1), st.integers(0, LIMIT - 1))
+def test_division_by_multiplication_is_exact(divisor: int, dividend: int) -> None:
+    divide = Divider(divisor)
+    multiples = dividend // divisor * divisor
+    for n in {dividend, multiples, max(multiples - 1, 0), LIMIT - 1, 0}:
+        assert divide(np.array([n]))[0] == n // divisor
+    assert divide.magic < 1 << 32
+    assert divide.shift < 64
+
+
+@given(st.integers(0, 10_000))
+def test_every_form_is_one_to_one_and_keeps_frames_whole(seed: int) -> None:
+    for translation in translations(seed):
+        layout = translation.shape.layout
+        frames = np.arange(translation.frames + 1)
+        starts = translation.locate(frames)
+        within = starts % layout.page_bytes
+        assert (starts >= 0).all()
+        assert (starts < translation.pages * layout.page_bytes).all()
+        assert (layout.offsets(layout.index_of(within)) == within).all()
+        some = frames[:: max(1, len(frames) // 64)]
+        touched = all_bytes_of(translation, np.setdiff1d(some, [translation.frames]))
+        assert len(np.unique(touched)) == len(touched)
+        assert len(np.unique(starts)) == len(starts)
+
+
+@given(st.integers(0, 10_000))
+def test_addresses_outside_go_to_the_guard_frame(seed: int) -> None:
+    for translation in translations(seed):
+        guard = translation.locate(translation.frames)
+        size = translation.shape.layout.granule_bytes
+        outside = np.array([translation.logical_bytes, translation.logical_bytes + (1 << 30), -size, -1 << 35])
+        assert (translation.physical(outside) == guard).all()
+        own = translation.locate(np.arange(translation.frames))
+        assert guard not in own
+
+
+@given(st.integers(0, 10_000))
+def test_a_shadow_table_of_any_translation_translates_as_it_does(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for translation in translations(seed):
+        shadow = ShadowTranslation.of(translation)
+        offsets = rng.integers(-translation.logical_bytes, 2 * translation.logical_bytes, 200)
+        assert np.array_equal(shadow.physical(offsets), translation.physical(offsets))
+        assert shadow.logical_bytes == translation.logical_bytes
+
+
+@given(st.integers(0, 10_000))
+def test_arithmetic_and_table_agree(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    pages = int(rng.integers(1, 9))
+    colors = rng.permutation(8)[: int(rng.integers(1, 9))].tolist()
+    xors = rng.integers(0, 8, pages)
+    shape = Shape(Form.ARITHMETIC, PLAIN, masks=3, page_xors=16)
+    arithmetic = ArithmeticTranslation(shape, MASKS, colors, pages, xors)
+    table = InPageTranslation(Shape(Form.IN_PAGE, PLAIN, page_xors=16), arithmetic.places(), pages, xors)
+    frames = np.arange(arithmetic.frames + 1)
+    assert np.array_equal(arithmetic.locate(frames), table.locate(frames))
+
+
+@given(st.integers(0, 10_000))
+def test_tenants_with_disjoint_colors_never_meet(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    cut = np.sort(rng.integers(1, 8, 2))
+    order = rng.permutation(8).tolist()
+    shape = Shape(Form.ARITHMETIC, PLAIN, masks=3)
+    parts = [part for part in (order[: cut[0]], order[cut[0] : cut[1]], order[cut[1] :]) if part]
+    tenants = [ArithmeticTranslation(shape, MASKS, part, 4) for part in parts]
+    owned = [set(t.locate(np.arange(t.frames + 1)).tolist()) for t in tenants]
+    assert sum(map(len, owned)) == len(set().union(*owned)) == 4 * PLAIN.granules
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4))
+def test_linear_colors_are_recognised(seed: int, masks: int) -> None:
+    rng = np.random.default_rng(seed)
+    index = np.arange(256)
+    rows = [int(rng.integers(0, 256 >> masks)) << masks | 1 << bit for bit in range(masks)]
+    value = sum((np.bitwise_count(index & row) & 1).astype(np.int64) << bit for bit, row in enumerate(rows))
+    pattern = rng.permutation(1 << masks)[value]
+    found = linear_colors(pattern)
+    assert found is not None
+    assert found.masks == tuple(rows)
+    again = sum((np.bitwise_count(index & m) & 1).astype(np.int64) << bit for bit, m in enumerate(found.masks))
+    assert np.array_equal(np.array(found.parities)[pattern], again)
+
+
+def test_colors_that_are_not_linear_are_not_taken_for_it() -> None:
+    assert linear_colors(np.random.default_rng(0).permutation(np.arange(256) % 4)) is None
+    assert linear_colors(np.arange(256) % 256) is None  # 8 masks
+    assert lowest_form((0b1100, 0b0100)) is None  # no mask has bit 0
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: InPageTranslation(Shape(Form.IN_PAGE, HALVES), [], 4), "needs memory"),
+        (lambda: InPageTranslation(Shape(Form.IN_PAGE, HALVES), [3, 3], 4), "twice"),
+        (lambda: InPageTranslation(Shape(Form.IN_PAGE, HALVES), [0, 128], 4), "0 to 127"),
+        (lambda: InPageTranslation(Shape(Form.SHADOW, HALVES), [0], 4), "shadow"),
+        (lambda: InPageTranslation(Shape(Form.IN_PAGE, HALVES), [0, 1], 2, [0, 5]), "leaves out"),
+        (lambda: InPageTranslation(Shape(Form.IN_PAGE, HALVES, page_xors=1), [0, 1], 2, [0, 5]), "room for 1"),
+        (lambda: ArithmeticTranslation(Shape(Form.ARITHMETIC, PLAIN, masks=3), MASKS, [], 4), "at least one"),
+        (lambda: ArithmeticTranslation(Shape(Form.ARITHMETIC, PLAIN, masks=3), MASKS, [8], 4), "0 to 7"),
+        (lambda: ArithmeticTranslation(Shape(Form.ARITHMETIC, PLAIN, masks=2), (0x3000, 0x2000), [0], 4), "lowest"),
+        (lambda: ShadowTranslation(Shape(Form.SHADOW, HALVES), [0, 0], 1), "twice"),
+        (lambda: ShadowTranslation(Shape(Form.SHADOW, HALVES), [0, 2], 1), "no start"),
+        (lambda: ShadowTranslation(Shape(Form.SHADOW, HALVES), [0, 256], 1), "outside"),
+        (lambda: Shape(Form.ARITHMETIC, HALVES, masks=2), "contiguous"),
+        (lambda: Shape(Form.ARITHMETIC, PLAIN), "1 to 4 masks"),
+        (lambda: Shape(Form.IN_PAGE, PLAIN, page_xors=1 << 15), "65536"),
+        (lambda: Divider(0), "by 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make: object, says: str) -> None:
+    with pytest.raises(MisuseError, match=says):
+        make()  # type: ignore[operator]
+
+
+def test_constants_hold_base_table_and_limits() -> None:
+    shape = Shape(Form.IN_PAGE, HALVES, space=TableSpace.GLOBAL, escape=Escape.COUNT)
+    translation = InPageTranslation(shape, [5, 9, 1], 2)
+    with pytest.raises(MisuseError, match="counter"):
+        translation.constants(0x1000, table=0x2000)
+    with pytest.raises(MisuseError, match="global memory"):
+        translation.constants(0x1000, escapes=0x3000)
+    constants = translation.constants(0x1000, table=0x2000, escapes=0x3000)
+    assert len(constants) == shape.constant_bytes
+    assert int.from_bytes(constants[Field.FRAMES : Field.FRAMES + 4], "little") == 5
+    assert int.from_bytes(constants[Field.MINUS_DIVISOR : Field.MINUS_DIVISOR + 4], "little", signed=True) == -3
+    # Granule 5 is bits 8 and 11 of the address (index bits are 8, 10, 11, ...), in units of 256 bytes.
+    assert translation.table()[:3].tolist() == [0x900 >> 8, 0x1100 >> 8, 0x100 >> 8]
