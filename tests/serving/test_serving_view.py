@@ -8,6 +8,7 @@ import shutil
 import ssl
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,15 @@ def test_metrics_say_what_happened(served: Any) -> None:
     assert value("missile_engine_running") == 1
     documented = Path(__file__).parents[2].joinpath("docs", "metrics.md").read_text()
     assert [name for name in families if name not in documented] == []
+
+
+def test_every_second_is_closed_once(served: Any) -> None:
+    history = served.server.services.registry.find("finite").measures.history
+    before = len(history)
+    time.sleep(3.3)
+    seconds = [second.at_s for second in history]
+    assert len(history) - before in (3, 4)
+    assert seconds == list(range(seconds[0], seconds[0] + len(seconds)))
 
 
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:

@@ -220,12 +220,14 @@ class Server:
 
     async def _tick(self) -> None:
         """Close the tenants' seconds, and look after the engine."""
+        second = int(time.time())
         while True:
-            now = time.time()
-            await asyncio.sleep(1.0 - now % 1.0)
+            while (left := second + 1 - time.time()) > 0:  # timers may ring a little early
+                await asyncio.sleep(left)
             for tenant in self._registry.tenants.values():
-                tenant.measures.tick(int(now))
+                tenant.measures.tick(second)
             self._supervisor.check()
+            second = max(second + 1, int(time.time()) - 5)  # after a suspension, don't make up for all of it
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
