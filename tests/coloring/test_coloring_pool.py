@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -107,7 +108,7 @@ def test_buffers_are_logical_disjoint_and_reusable(gpu: Gpu) -> None:
         buffers = [memory.allocate(n) for n in sizes]
         spans = sorted((b.address - LOGICAL_BASE, b.nbytes) for b in buffers)
         assert all(start % 512 == 0 for start, _ in spans)
-        assert all(a + n <= b for (a, n), (b, _) in zip(spans, spans[1:], strict=False))
+        assert all(a + n <= b for (a, n), (b, _) in pairwise(spans))
         assert pool.held() == {"a": sum(sizes)}
         for buffer in (buffers[1], buffers[0], buffers[3], buffers[2], buffers[2]):
             buffer.free()

@@ -34,7 +34,7 @@ class TableSpace(StrEnum):
     """Where the in-page table lies when a kernel runs."""
 
     CONST = "const"
-    GLOBAL = "global"  # read past the L1 only where it is not in it
+    GLOBAL = "global"  # read through the L1 cache
     SHARED = "shared"  # copied by every block when it starts
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from missile.coloring.division import LIMIT, Divider
-from missile.coloring.shape import LOGICAL_BASE, MAX_MASKS, Escape, Field, Form, Shape, TableSpace
+from missile.coloring.shape import MAX_MASKS, Escape, Field, Form, Shape, TableSpace
 from missile.errors import MisuseError
 from missile.probe.layout import PageLayout
 
@@ -139,7 +139,8 @@ class InPageTranslation(_Translation):
         frame = np.asarray(frames, np.int64)
         page = self._divider(frame)
         place = frame - page * self._divider.divisor
-        return page * self.shape.layout.page_bytes + (self._units[place] ^ self._xors[page]) * self.shape.unit_bytes
+        units = self._units[place] ^ self._xors[page]
+        return np.asarray(page * self.shape.layout.page_bytes + units * self.shape.unit_bytes, np.int64)
 
     def table(self) -> npt.NDArray[np.uint16]:
         if self.shape.space is TableSpace.CONST:
@@ -266,11 +267,6 @@ class ShadowTranslation(_Translation):
 
     def table(self) -> npt.NDArray[np.uint32]:
         return self._units.astype(np.uint32)
-
-
-def logical_address(offset: int) -> int:
-    """The address that a kernel is given for the byte at logical `offset`."""
-    return LOGICAL_BASE + offset
 
 
 def _put(out: bytearray, at: int, values: npt.NDArray[np.uint16]) -> None:

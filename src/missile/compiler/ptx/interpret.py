@@ -1,8 +1,8 @@
 """An interpreter for the integer arithmetic of one thread: which addresses a kernel touches, rewritten or not.
 
-It follows integers, predicates and branches exactly. Everything else (floating point, shuffles, shared memory, matrix units)
-gives an unknown value, and an unknown value that decides a branch or becomes an address is an error. A load gives what the
-`memory` that it is run with says, so that one thread of two versions of a kernel can be run on the same data.
+It follows integers, predicates and branches exactly. All else (floating point, shuffles, matrix units) gives an unknown
+value, and an unknown value that decides a branch or becomes an address is an error. Loads from global and shared memory
+give the words that the thread is run with, one after another, so that two versions of a kernel can be run on the same data.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Thread:
     """Where a thread stands and what it is given.
 
     parameters: the arguments, little-endian. constants: of the tenant, for rewritten kernels. table: what lies in global
-    memory at `table_address` (a translation's table). data: the n-th word that the thread loads from memory (not the table).
+    memory at `table_address` (a translation's table). data: the n-th word that the thread loads (not from the table).
     """
 
     parameters: Sequence[bytes]
@@ -183,13 +183,16 @@ class _Run:
             return
         self._touches.append(Touch(kind, where))
         if kind in (AccessKind.LOAD, AccessKind.ATOMIC):
-            width = _width(instruction.parts[-1])
-            for name in destinations(instruction):
-                self._registers[name] = self._thread.data(self._loaded) & ((1 << width) - 1)
-                self._loaded += 1
+            self._load_data(instruction)
+
+    def _load_data(self, instruction: Instruction) -> None:
+        width = _width(instruction.parts[-1])
+        for name in destinations(instruction):
+            self._registers[name] = self._thread.data(self._loaded) & ((1 << width) - 1)
+            self._loaded += 1
 
     def _load_own(self, instruction: Instruction) -> None:
-        """Parameters and constants are known, other memory of the block is not."""
+        """Parameters, constants and the table are known."""
         (address,) = [o for o in instruction.operands if isinstance(o, Address)]
         size = _width(instruction.parts[-1]) // 8
         parts = instruction.parts
@@ -203,7 +206,9 @@ class _Run:
             if 0 <= start < len(self._thread.table):
                 self._spread_words(instruction.operands[0], self._thread.table[start:], size)
             else:
-                self._forget(instruction)
+                self._load_data(instruction)
+        elif "shared" in parts:
+            self._load_data(instruction)
         else:
             self._forget(instruction)
 

@@ -129,11 +129,10 @@ class _Parser:
             if self._next().text not in (".param", ".reg"):
                 raise self._unknown(-1)
             kind, pointer = "", False
-            align = 0
             while self._peek_kind() is TokenKind.DIRECTIVE:
                 word = self._next().text
                 if word == ".align":
-                    align = self._integer()
+                    self._integer()
                 elif word == ".ptr":
                     pointer = self._peek_text() == ".global"
                 elif not kind and word[1:2] in "bsufp" and word != ".param":
@@ -144,7 +143,6 @@ class _Parser:
                 nbytes *= self._integer()
                 self._expect("]")
             found.append(Parameter(name, kind, nbytes, pointer))
-            del align
             if self._peek_text() != ")":
                 self._expect(",")
         return tuple(found)
@@ -170,7 +168,7 @@ class _Parser:
             return self._declaration()
         if token.text in _LINES:
             return self._line()
-        if token.text in (".pragma",):
+        if token.text == ".pragma":
             return self._until_semicolon()
         if token.text == "@" or token.kind is TokenKind.NAME:
             after = self._tokens[self._at + 1] if self._at + 1 < len(self._tokens) else None
