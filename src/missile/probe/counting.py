@@ -21,8 +21,9 @@ from missile.probe.pool import PagePool
 __all__ = ["main"]
 
 _PAGES = 64
-_UNITS = 8  # per slice
-_PASSES = 2000
+_UNITS = 512  # per slice
+_ENTRIES = 1 << 17  # units read in one pass: what the kernel reads for itself is little beside them
+_PASSES = 8
 
 
 def main(arguments: list[str]) -> None:
@@ -36,6 +37,8 @@ def main(arguments: list[str]) -> None:
             # The same number of units from every slice: a sum over a maximum then counts slices.
             units = [memory.units([slice_], _UNITS, victim=False) for slice_ in slices]
             addresses = np.concatenate(units) if units else memory.units([0], 1, victim=False)
+            if units:
+                addresses = np.resize(rng.permutation(addresses), _ENTRIES // len(addresses) * len(addresses))
             traffic = Traffic(addresses, tuple(wanted["sms"]))
             gpu.measure_contention(traffic, repeats=1, passes=_PASSES if units else 1)
 
