@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
@@ -20,6 +19,7 @@ from missile.serving.config import ServerConfig
 from missile.serving.metrics import Metrics
 from missile.serving.protocol.grpc_schema import METHODS, SERVICE, message
 from missile.serving.protocol.request import GivenInput, InferRequest, WantedOutput, bind, invalid
+from missile.serving.protocol.trace import trace_context
 from missile.serving.refusal import Reason, Refusal
 from missile.serving.services import Services
 
@@ -41,7 +41,6 @@ _CONTENTS = {
     "FP64": "fp64_contents",
 }
 _PIPELINED = 16  # requests of one stream that run at once
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 _InferRequest = message("ModelInferRequest")
 _InferResponse = message("ModelInferResponse")
@@ -142,13 +141,10 @@ class GrpcApi:
         return answer
 
     def _who(self, context: Any) -> Principal:
-        authorization = None
-        for key, value in context.invocation_metadata() or ():
-            if key == "authorization":
-                authorization = value
-            elif key == "traceparent" and _TRACEPARENT.fullmatch(value):
-                context.set_trailing_metadata((("traceparent", value),))
-        return self._services.access.principal(authorization)
+        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        if trace := trace_context(metadata):
+            context.set_trailing_metadata(tuple(trace))
+        return self._services.access.principal(metadata.get("authorization"))
 
     # --- inference
 

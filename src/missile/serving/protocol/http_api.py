@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from importlib import resources
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -15,6 +14,7 @@ from missile.serving.metrics import Metrics
 from missile.serving.protocol.http1 import HttpRequest, HttpResponse
 from missile.serving.protocol.request import bind, invalid
 from missile.serving.protocol.rest import HEADER_LENGTH, decode_infer, encode_infer, inflate, parse_object
+from missile.serving.protocol.trace import trace_context
 from missile.serving.refusal import Reason, Refusal
 from missile.serving.regions import Region
 from missile.serving.services import Services
@@ -22,7 +22,6 @@ from missile.serving.state import snapshot
 
 __all__ = ["HttpApi"]
 
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _PATHS = 4096
 _LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 _BODY_TYPES = {"", "application/json", "application/octet-stream", "application/x-www-form-urlencoded"}
@@ -172,7 +171,7 @@ class HttpApi:
         tenant = services.registry.find(name, version)
         asked = decode_infer(self._body(request), request.headers.get(HEADER_LENGTH), services.config.limits.tensors)
         inference, outputs = bind(asked, tenant, services.regions, principal, request.arrival_ns, request.head_ns)
-        headers = _trace_headers(request.headers)
+        headers = trace_context(request.headers)
         with await services.gateway.infer(inference) as result:
             signature = inference.deployment.signature
             parts, head = encode_infer(asked, name, tenant.config.version, signature, inference.batch, outputs, result)
@@ -248,15 +247,3 @@ def _server_timing(result: Result) -> str:
         f"front;dur={result.front_ns() / 1e6:.3f}, queue;dur={answer.queue_ns / 1e6:.3f}, "
         f"copy;dur={(answer.copy_in_ns + answer.copy_out_ns) / 1e6:.3f}, execute;dur={answer.execute_ns / 1e6:.3f}"
     )
-
-
-def _trace_headers(headers: dict[str, str]) -> list[tuple[str, str]]:
-    """The W3C trace context, handed back as it came when it is well formed."""
-    parent = headers.get("traceparent", "")
-    if not _TRACEPARENT.fullmatch(parent):
-        return []
-    found = [("traceparent", parent)]
-    state = headers.get("tracestate", "")
-    if state and len(state) <= 512 and state.isprintable() and state.isascii():
-        found.append(("tracestate", state))
-    return found
