@@ -127,7 +127,8 @@ class Engine:
             changed |= self._collect()
             if changed:
                 self._decide(now)
-                self._read_times()
+            if self._unread:
+                self._read_times(yielding=True)
             if self.stopping or now >= span.limit or (now >= span.end and self._caught_up()):
                 break
             if now >= report_at and progress is not None:
@@ -186,9 +187,14 @@ class Engine:
                 collected = True
         return collected
 
-    def _read_times(self) -> None:
-        """Note when finished requests ran. After `_decide`, because asking the GPU takes microseconds."""
+    def _read_times(self, *, yielding: bool = False) -> None:
+        """Note when finished requests ran. After `_decide`, because asking the GPU takes microseconds.
+
+        yielding: leave one for the next pass when a request has arrived meanwhile (a stage's slots allow for one).
+        """
         while self._unread:
+            if yielding and len(self._unread) == 1 and self._next_arrival() <= self._gpu.now_ns() - self._origin:
+                return
             tenant, request, slot = self._unread[0]
             log = self.logs[tenant]
             log.start[request] = slot.start.time_ns() - self._origin
@@ -228,6 +234,7 @@ class Engine:
 
     def _settle(self, clock: Callable[[], int]) -> None:
         """Let what runs end, and start nothing more. GpuError when it does not."""
+        self._read_times()
         give_up = clock() + _SETTLE_NS
         while heads := self._heads():
             if clock() >= give_up:
