@@ -189,10 +189,10 @@ def choose_options(
     """Chunk sizes for a measured link.
 
     Without latency-sensitive tenants: the smallest chunks that reach 98.5% (alone) and 96% (shared) of the raw rate and
-    take long enough (150 and 75 us) for a scheduler that sleeps between them. With such tenants: the largest chunk with
+    take long enough (300 and 75 us) for a scheduler that sleeps between them. With such tenants: the largest chunk with
     which `depth` of them and a copy of `small` bytes take at most `latency_ns`, lone-copy latency included.
     """
-    solo = max(_smallest(profile, direction, 0.985, 150_000) for direction in Direction)
+    solo = max(_smallest(profile, direction, 0.985, 300_000) for direction in Direction)
     shared = max(_smallest(profile, direction, 0.96, 75_000) for direction in Direction)
     short = min(_largest(profile, direction, latency_ns, small, depth) for direction in Direction)
     shared = min(shared, solo)

@@ -18,7 +18,9 @@ from missile.pcie.engine import CopyEngine, Stop
 __all__ = ["CopyThread", "Sleeper"]
 
 _PR_SET_TIMERSLACK: Final = 29  # linux/prctl.h
-_SPIN_BELOW_NS: Final = 3_000  # a sleep takes longer than this whatever is asked
+# A core that has slept starts cold: in virtual machines the step after even a short sleep took 40 us instead of 5, so that
+# sleeping between short chunks costs as much CPU as not sleeping, and the link its work.
+_SPIN_BELOW_NS: Final = 60_000
 
 
 class Sleeper:
