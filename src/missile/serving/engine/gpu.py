@@ -3,7 +3,7 @@
 A batch is: inputs into pinned memory, one copy to the device, the model's graph, one copy back, outputs out of pinned
 memory. A package is compiled for one batch size; smaller batches run padded. What isolates here is what the policies
 `priority` and `partition` isolate: stream priorities, and one static split of the SMs. Colors, elastic SMs and the copy
-scheduler are not behind this executor.
+scheduler are not behind this executor. It has been run on the simulated GPU only.
 """
 
 from __future__ import annotations
