@@ -1,0 +1,90 @@
+"""A package's kernels, colored: once for a shape, bound to tenants as data, whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ptx_cases import SHAPES, source, translation
+
+from missile.coloring.shape import CONSTANTS
+from missile.compiler.colored import color_kernels, read_colored, shape_name
+from missile.compiler.package import (
+    Buffer,
+    BufferKind,
+    KernelImage,
+    KernelStep,
+    ModelPackage,
+    PointerArgument,
+    TensorSpec,
+)
+from missile.compiler.ptx.cubin import find_symbol
+from missile.errors import MisuseError, UnsupportedError
+
+pytest.importorskip("triton", reason="its wheel has the assembler")
+
+SHAPE = SHAPES["in-page-xors"]
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> ModelPackage:
+    """Two kernels, as a package on disk has them."""
+    (tmp_path / "kernels").mkdir()
+    names = ("add_relu", "gather")
+    for name in names:
+        (tmp_path / "kernels" / f"{name}.ptx").write_text(source(name))
+    spec = TensorSpec(name="x", buffer="in", dtype="float16", shape=(4,), strides=(1,))
+    return ModelPackage(
+        name="two",
+        batch=1,
+        gpu="test",
+        arch="sm_90",
+        inputs=(spec,),
+        outputs=(spec,),
+        buffers=(Buffer(id="in", kind=BufferKind.INPUT, nbytes=8),),
+        kernels=tuple(KernelImage(id=name, entry=name) for name in names),
+        steps=(
+            KernelStep(kernel="gather", grid=(1, 1, 1), block=(128, 1, 1), arguments=(PointerArgument(buffer="in"),)),
+        ),
+    )
+
+
+def test_code_is_kept_read_again_and_bound(package: ModelPackage, tmp_path: Path) -> None:
+    made = color_kernels(package, tmp_path, SHAPE, workers=2)
+    again = read_colored(package, tmp_path, SHAPE)
+    assert again == made
+    assert set(made.cubins) == {"add_relu", "gather"}
+    rng = np.random.default_rng(0)
+    tenants = [translation(SHAPE, rng).constants(base << 21) for base in (5, 6)]
+    for constants in tenants:
+        bound = again.bound(constants)
+        for cubin in (*bound.cubins.values(), bound.transfer):
+            start, size = find_symbol(cubin, CONSTANTS)
+            assert cubin[start : start + size] == constants
+    with pytest.raises(MisuseError, match="another shape"):
+        made.bound(tenants[0] + bytes(16))
+
+
+def test_a_kernel_that_can_not_be_colored_leaves_nothing(package: ModelPackage, tmp_path: Path) -> None:
+    path = tmp_path / "kernels" / "gather.ptx"
+    path.write_text(source("gather").replace("ld.global.b32", "ld.b32"))
+    with pytest.raises(UnsupportedError, match=r"'gather' can't be colored: ld\.b32"):
+        color_kernels(package, tmp_path, SHAPE)
+    assert not (tmp_path / "colored").exists()
+    path.unlink()
+    with pytest.raises(MisuseError, match=r"gather\.ptx can't be read"):
+        color_kernels(package, tmp_path, SHAPE)
+
+
+def test_code_that_is_not_there_is_named(package: ModelPackage, tmp_path: Path) -> None:
+    with pytest.raises(MisuseError, match="was not compiled for colors in the form in-page"):
+        read_colored(package, tmp_path, SHAPE)
+    color_kernels(package, tmp_path, SHAPE)
+    (tmp_path / "colored" / shape_name(SHAPE) / "gather.cubin").unlink()
+    with pytest.raises(MisuseError, match=r"gather\.cubin can't be read"):
+        read_colored(package, tmp_path, SHAPE)
+
+
+def test_shapes_that_differ_have_names_that_differ() -> None:
+    assert len({shape_name(shape) for shape in SHAPES.values()}) == len(SHAPES)
