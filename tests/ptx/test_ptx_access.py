@@ -84,7 +84,7 @@ def test_memory_of_the_block_is_left_alone(instruction: str) -> None:
         ("tex.1d.v4.f32.s32 {%r1, %r2, %r3, %r4}, [%rd1, {%r5}];", "textures"),
         ("discard.global.L2 [%rd1], 128;", "no access that is known"),
         ("brand_new.global.b32 %r1, [%rd1];", "no access that is known"),
-        ("mov.u64 %rd2, own; add.u64 %rd2, %rd2, %rd1; ld.global.b32 %r1, [%rd2];", "module's own memory"),
+        ("mov.u64 %rd2, own; add.u64 %rd2, %rd2, %rd1; st.global.b32 [%rd2], %r1;", "module's own memory"),
         ("ld.global.b32 %r1, [4096];", "absolute address"),
         ("call.uni (%r1), vprintf, (%rd1, %rd2);", "'vprintf'"),
         ("cp.async.cg.shared.global [%r1], [%rd1], %r2;", "not constant"),

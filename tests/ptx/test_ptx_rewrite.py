@@ -203,6 +203,64 @@ def test_accesses_that_are_made_and_escape_are_counted(placement: Placement) -> 
     assert counted > 0
 
 
+SINE = """.version 8.7
+.target sm_90a
+.address_size 64
+.global .align 4 .b8 bits[24] = {65, 144, 67, 60, 153, 149, 98, 219, 192, 221, 52, 245, 209, 87, 39, 252, 41, 21, 68, 78, 110, 131, 249, 162};
+.visible .entry k(.param .u64 p, .param .u64 index)
+{
+	.reg .b64 %rd<9>; .reg .b32 %r<4>; .reg .pred %p<2>;
+	ld.param.u64 %rd1, [p];
+	ld.param.u64 %rd2, [index];
+	mov.u64 %rd3, bits;
+	shl.b64 %rd4, %rd2, 2;
+	add.s64 %rd5, %rd3, %rd4;
+	mov.u64 %rd6, %rd5;
+	mov.b32 %r2, 2;
+again:
+	ld.global.nc.b32 %r1, [%rd6+4];
+	st.global.b32 [%rd1], %r1;
+	add.s64 %rd6, %rd6, 4;
+	add.s32 %r2, %r2, -1;
+	setp.ne.s32 %p1, %r2, 0;
+	@%p1 bra again;
+	ret;
+}
+"""  # noqa: E501 - one line, as compilers write it
+
+
+@pytest.mark.parametrize("index", [0, 2, 3, 5, 6, 1 << 40, (1 << 62) - 4, (1 << 64) - 5])
+def test_tables_of_the_module_are_read_where_they_are_and_never_left(index: int) -> None:
+    shape = SHAPES["in-page-const"]
+    result = rewrite(SINE, shape)
+    assert result.accesses == {AccessKind.STORE: 1}
+    bound = translation(shape, np.random.default_rng(3))
+    thread = Thread([LOGICAL_BASE.to_bytes(8, "little"), index.to_bytes(8, "little")])
+    before = [t.address for t in touches(SINE, Thread([*thread.parameters[:1], bytes(8)])) if t.kind is AccessKind.LOAD]
+    after = [t for t in touches(result.ptx, colored(thread, bound)) if t.kind is AccessKind.LOAD]
+    # The interpreter places variables one after another, from the same address on, `missile_color` apart.
+    start = before[0] - 4
+    assert len(after) == 2
+    for step, touch in enumerate(after):
+        offset = (4 * (index + step) + 4) % (1 << 64)
+        assert touch.address == start + min(offset, 20)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("ld.global.nc.b32 %r1, [%rd6+4]", "st.global.b32 [%rd6+4], %r1"),
+        ("add.s64 %rd6, %rd6, 4", "add.s64 %rd6, %rd6, %rd1; mov.u64 %rd6, %rd1"),
+        ("add.s64 %rd5, %rd3, %rd4", "add.s64 %rd5, %rd3, %rd3"),
+        ("mov.u64 %rd6, %rd5", "selp.b64 %rd6, %rd5, %rd1, %p1"),
+        ("b8 bits[24]", "b8 other[24], bits[24]"),
+    ],
+)
+def test_what_may_leave_a_table_of_the_module_is_refused(change: tuple[str, str]) -> None:
+    with pytest.raises(UnsupportedError, match="module's own memory"):
+        rewrite(SINE.replace(*change), SHAPES["in-page-const"])
+
+
 def test_a_trap_is_an_option() -> None:
     _, bound, text = escaping(Escape.TRAP, Placement.DEFINITION)
     rng = np.random.default_rng(6)

@@ -6,7 +6,7 @@ tenant. What can't be translated is refused with the kernel's name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from missile.compiler.ptx.flow import Flow, Origin
@@ -27,12 +27,18 @@ class AccessKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """One access to global memory by one instruction. nbytes: what one thread touches, 0 for a prefetch."""
+    """One access to global memory by one instruction. nbytes: what one thread touches, 0 for a prefetch.
+
+    table: the module's own variable that a load reads through a register, as sines do, "" for all other accesses;
+    table_bytes: its size. Such a load is not translated, only held within the variable.
+    """
 
     instruction: Instruction
     kind: AccessKind
     address: Address
     nbytes: int
+    table: str = ""
+    table_bytes: int = 0
 
 
 _ROOTS = {
@@ -141,6 +147,9 @@ def _checked(access: Access, function: Function, flow: Flow) -> Access:
     if base is None:
         raise _refusal(function, access.instruction, "uses an absolute address")
     if Origin.MODULE in flow.origins(base):
+        table = flow.table_of(base)
+        if access.kind is AccessKind.LOAD and flow.size_of(table) >= access.nbytes:
+            return replace(access, table=table, table_bytes=flow.size_of(table))
         raise _refusal(function, access.instruction, "reaches the module's own memory through a register")
     if access.address.extra:
         raise _refusal(function, access.instruction, "has an address of several parts")

@@ -75,11 +75,13 @@ class Flow:
 
     def __init__(self, module: Module, function: Function) -> None:
         self._symbols: dict[str, Origin] = {}
+        self._sizes: dict[str, int] = {}
         self._types: list[tuple[str, int, str]] = []
         for declaration in (*module.variables, *function.flat()):
             if isinstance(declaration, Declaration) and declaration.space in _SPACES:
                 for name, _ in declaration.names:
                     self._symbols[name] = _SPACES[declaration.space]
+                    self._sizes[name] = declaration.nbytes if len(declaration.names) == 1 else 0
             elif isinstance(declaration, Declaration) and declaration.space == "reg":
                 self._types += [(name, count, declaration.type) for name, count in declaration.names]
         self.definitions: dict[str, list[Instruction]] = defaultdict(list)
@@ -100,6 +102,40 @@ class Flow:
             if name == declared or (count and number != name and number.isdigit() and int(number) < count):
                 return kind
         return ""
+
+    def size_of(self, name: str) -> int:
+        """Bytes of the variable `name`, 0 where the declaration does not say."""
+        return self._sizes.get(name, 0)
+
+    def table_of(self, name: str) -> str:
+        """The module's variable that register `name` always points into, whatever the index; "" where that is not sure.
+
+        Sure is what is that variable's address, or such a pointer plus something that is none, on every way to `name`.
+        """
+        found: set[str] = set()
+        return found.pop() if self._points(name, found, set()) and len(found) == 1 else ""
+
+    def _points(self, name: str, found: set[str], seen: set[str]) -> bool:
+        if self._symbols.get(name) is Origin.MODULE:
+            found.add(name)
+            return True
+        if name in seen:
+            return True  # a loop: its other definitions decide
+        seen.add(name)
+        definitions = self.definitions.get(name, [])
+        return bool(definitions) and all(self._points_by(instruction, found, seen) for instruction in definitions)
+
+    def _points_by(self, instruction: Instruction, found: set[str], seen: set[str]) -> bool:
+        sources = [operand for operand in instruction.operands[1:] if not isinstance(operand, Immediate)]
+        names = [operand.text for operand in sources if isinstance(operand, Name)]
+        if len(names) != len(sources):
+            return False
+        if instruction.root in ("mov", "cvta") and len(names) == 1:
+            return self._points(names[0], found, seen)
+        if instruction.root != "add":
+            return False
+        pointers = [name for name in names if Origin.MODULE in self.origins(name)]
+        return len(pointers) == 1 and self._points(pointers[0], found, seen)
 
     def origins(self, name: str | None) -> frozenset[Origin]:
         """Everything that the value of `name` may have been computed from."""
@@ -131,9 +167,10 @@ class Flow:
         if instruction.root in _LOADS:
             return frozenset({Origin.PARAMETER if "param" in instruction.parts else Origin.MEMORY})
         found: set[Origin] = set()
-        for operand in instruction.operands[1:]:
-            for name in registers(operand):
-                found |= self.origins(name)
+        sources = [frozenset[Origin]().union(*map(self.origins, registers(o))) for o in instruction.operands[1:]]
+        found.update(*sources)
+        if instruction.root == "sub" and all(Origin.MODULE in source for source in sources):
+            found.remove(Origin.MODULE)  # the distance of two pointers is none
         if instruction.root == "call":
             found.add(Origin.MEMORY)
         return frozenset(found)

@@ -63,7 +63,8 @@ def rewrite(source: str, shape: Shape, *, name: str = "", placement: Placement =
         accesses = global_accesses(module, function)
         _check(function, accesses, shape)
         for access in accesses:
-            counts[access.kind] = counts.get(access.kind, 0) + 1
+            if not access.table:
+                counts[access.kind] = counts.get(access.kind, 0) + 1
         made, written = _function(module, function, accesses, shape, placement)
         edits += made
         translations += written
@@ -94,6 +95,12 @@ def _function(
     for access in accesses:
         instruction, address = access.instruction, access.address
         assert address.base is not None
+        if access.table:
+            last = access.table_bytes - access.nbytes
+            code, physical = emitter.hold(address.base, address.offset, access.table, last)
+            edits.append(_Edit(instruction.start, instruction.start, _lines(code)))
+            edits.append(_Edit(address.start, address.end, f"[{physical}]"))
+            continue
         definition = flow.only_definition(address.base) if early else None
         if definition is None or definition.root == "call":
             guard, size = _condition(access, flow)

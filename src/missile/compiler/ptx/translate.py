@@ -47,6 +47,17 @@ class Emitter:
         rest, physical = form(frame, self._within(low, code))
         return code + rest, physical
 
+    def hold(self, address: str, offset: int, table: str, last: int) -> tuple[list[str], str]:
+        """Instructions that hold `address + offset` between the variable `table` and its byte `last`, and the register."""
+        start, inside, held = self.wide(), self.wide(), self.wide()
+        return [
+            f"mov.u64 {start}, {table};",
+            f"sub.s64 {inside}, {address}, {start};",
+            f"add.s64 {inside}, {inside}, {offset};",
+            f"min.u64 {inside}, {inside}, {last};",
+            f"add.s64 {held}, {start}, {inside};",
+        ], held
+
     def declarations(self) -> list[str]:
         """Declarations of the registers taken so far."""
         types = {"w": ".b32", "d": ".b64", "h": ".b16", "q": ".pred"}
