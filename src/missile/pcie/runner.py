@@ -18,8 +18,8 @@ from missile.pcie.engine import CopyEngine, Stop
 __all__ = ["CopyThread", "Sleeper"]
 
 _PR_SET_TIMERSLACK: Final = 29  # linux/prctl.h
-# A core that has slept starts cold: in virtual machines the step after even a short sleep took 40 us instead of 5, so that
-# sleeping between short chunks costs as much CPU as not sleeping, and the link its work.
+# In virtual machines a step that follows a short sleep was seen to cost 40 us of CPU, sleep included, and one in a hot loop 5:
+# sleeping between short chunks would save no CPU and cost the link its work.
 _SPIN_BELOW_NS: Final = 60_000
 
 
