@@ -1,17 +1,20 @@
-"""What tenants do to each other on the simulated H100, held to what was measured on the real one (docs/simulator.md).
+"""What tenants do to each other on simulated GPUs, held to what was measured on real ones (docs/simulator.md).
 
-The kernels are made up in the sizes of the real models'. `python tests/sim/test_sim_interference.py` prints the table.
+SM splits on an H100 with kernels made up in the sizes of the real models'; streams on an H200 with its recorded kernels.
+`python tests/sim/test_sim_interference.py` prints the table.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections import deque
 
 import numpy as np
 import pytest
 
+from missile.compiler.library import find_package
 from missile.gpu.interface import Event, Graph, Launch, Priority, SmPartition
 from missile.gpu.sim import SimulatedGpu
 from missile.gpu.work import KernelWork
@@ -77,9 +80,13 @@ NEIGHBOURS = {
 
 
 @functools.cache
-def run(neighbour: str | None, mode: str) -> tuple[float, float, float]:
+def run(neighbour: str | None, mode: str, device: str = "h100") -> tuple[float, float, float]:
     """(p50 and p99 of latency, median service time) of the LS model, ms."""
-    gpu = SimulatedGpu.open("h100", seed=5)
+    gpu = SimulatedGpu.open(device, seed=5)
+
+    def recorded(model: str) -> list[KernelWork]:
+        return list(find_package(model, None, gpu.info)[0].works())
+
     kernel = gpu.load_module(b"").kernel("k")
 
     def graph(works: list[KernelWork]) -> Graph:
@@ -92,7 +99,10 @@ def run(neighbour: str | None, mode: str) -> tuple[float, float, float]:
         mine, theirs = split.parts[0], split.remainder
     stream = gpu.create_stream(priority=Priority.HIGH if mode == "priority" else Priority.LOW, partition=mine)
     other = gpu.create_stream(partition=theirs)
-    model, load = graph(_resnet34()), graph(NEIGHBOURS[neighbour]) if neighbour else None
+    if device == "h100":
+        model, load = graph(_resnet34()), graph(NEIGHBOURS[neighbour]) if neighbour else None
+    else:
+        model, load = graph(recorded("resnet34")), graph(recorded(neighbour)) if neighbour else None
     arrivals = deque(
         np.cumsum(np.random.default_rng(3).exponential(1e9 / RATE, int(RATE * SECONDS))).astype(int).tolist()
     )
@@ -145,20 +155,22 @@ def test_what_a_neighbour_on_other_sms_costs(neighbour: str, low: float, high: f
     assert low <= service_on_partition(neighbour) <= high
 
 
-def test_streams_hurt_most_and_priorities_less() -> None:
-    alone = run(None, "streams")
-    streams, priority, partition = (run("densenet161", mode) for mode in ("streams", "priority", "partition"))
-    assert 3.0 <= streams[0] / alone[0] <= 7.0
-    assert 1.5 <= priority[0] / alone[0] <= 4.0
-    assert alone[1] < priority[1] < streams[1]
-    assert partition[1] < streams[1]
+# Measured on an H200 (benchmarks/results/h200-pairs): p50 over the one alone is 2.2 on streams, 1.75 with priorities next to
+# DenseNet-161, 4.1 and 2.75 next to BERT-large. The margin is the simulator's published error.
+@pytest.mark.parametrize(("neighbour", "streams", "priority"), [("densenet161", 2.2, 1.75), ("bert_large", 4.1, 2.75)])
+def test_streams_hurt_most_and_priorities_less(neighbour: str, streams: float, priority: float) -> None:
+    alone = run(None, "streams", "h200")
+    on_streams, with_priority, split = (run(neighbour, mode, "h200") for mode in ("streams", "priority", "partition"))
+    assert on_streams[0] / alone[0] == pytest.approx(streams, rel=0.4)
+    assert with_priority[0] / alone[0] == pytest.approx(priority, rel=0.4)
+    assert alone[1] < split[1] < with_priority[1] < on_streams[1]
 
 
 if __name__ == "__main__":
-    alone_ms = run(None, "streams")
-    print("alone", alone_ms)
-    for how in ("streams", "priority"):
-        result = run("densenet161", how)
-        print(f"{how:10} densenet161  p50 x{result[0] / alone_ms[0]:.2f}  p99 x{result[1] / alone_ms[1]:.2f}")
+    alone_ms = run(None, "streams", "h200")
+    print("H200, alone", alone_ms)
+    for model, how in itertools.product(("densenet161", "bert_large"), ("streams", "priority", "partition")):
+        result = run(model, how, "h200")
+        print(f"{how:10} {model:12} p50 x{result[0] / alone_ms[0]:.2f}  p99 x{result[1] / alone_ms[1]:.2f}")
     for name in NEIGHBOURS:
         print(f"partition  {name:12} service x{service_on_partition(name):.2f}")

@@ -19,7 +19,8 @@ class KernelWork:
     footprint_bytes: distinct bytes touched; what an L2 that held nothing would fetch from VRAM.
     operations: arithmetic operations (a multiply-add counts two), per launch.
     tensor_ops: True when the operations run on the matrix units.
-    solo_ns: measured duration alone on the whole GPU `recorded_on`, nanoseconds; 0.0 when never measured.
+    solo_ns: measured duration alone on the whole GPU, nanoseconds; 0.0 when never measured.
+    recorded_on: the GPU whose graph it was measured in, launch gap included; "" where it is the kernel's time alone.
     bytes_by_color: share of the footprint in each color, for colored launches; empty means all colors evenly.
     """
 

@@ -1,8 +1,9 @@
 """The SMs: which kernel's blocks are where, how fast each kernel goes, and when the next one ends. Pure of clocks and hosts.
 
 Blocks are counted, not simulated one by one. A kernel holds room for some of its blocks and passes through them in waves;
-room goes to pending blocks by priority, then by arrival, so a later kernel gets what the earlier ones leave over. Blocks
-that run are never displaced: a kernel of higher priority gets the room of a lower one's blocks as those end.
+room goes to pending blocks by priority, then by arrival, so a later kernel gets the SMs that the earlier ones leave over:
+kernels share an SM only by turns (on an H200, small kernels next to large ones wait for whole SMs; docs/simulator.md).
+Blocks that run are never displaced: a kernel of higher priority gets the room of a lower one's blocks as those end.
 """
 
 from __future__ import annotations
@@ -48,6 +49,15 @@ class Running:
         self.speed = 0.0
         self.handover = math.inf  # when blocks of lower priority will have made room
         self.finish: Callable[[float], None] = _nothing
+
+    def blocks_left(self) -> int:
+        """Blocks that have not ended."""
+        return math.ceil(self.cost.blocks * self.left / self.total - 1e-9)
+
+    def room_for(self, blocks: int) -> int:
+        """Room, counted in blocks, that `blocks` blocks take up: they spread over the SMs, one kernel to an SM."""
+        per_sm = UNITS_PER_SM // self.cost.units
+        return max(min(blocks, self.sms) * per_sm, blocks)
 
 
 def _nothing(_now: float) -> None:
@@ -172,10 +182,7 @@ class Compute:
                 blocks -= count
 
     def _start_last_wave(self, kernel: Running) -> None:
-        """All its blocks are placed now; room beyond the last wave's is free. Its pace stays that of whole waves."""
-        waves = -(-kernel.cost.blocks // kernel.blocks)
-        last = kernel.cost.blocks - (waves - 1) * kernel.blocks
-        self._release(kernel, kernel.blocks - last)
+        """All its blocks are placed now. They keep the room until it ends: who comes next needs whole SMs, not gaps."""
         kernel.waiting = False
         self._pending.remove(kernel)
 
@@ -191,7 +198,7 @@ class Compute:
                 still.append(kernel)
                 continue
             blocks = kernel.cost.blocks
-            unplaced = math.ceil(blocks * kernel.left / kernel.total - 1e-9) - kernel.blocks
+            unplaced = kernel.room_for(kernel.blocks_left()) - kernel.blocks
             if unplaced > 0 and self._take_room(kernel, unplaced):
                 self._set_pace(kernel)
                 kernel.handover = math.inf
@@ -263,7 +270,7 @@ class Compute:
 
     def _wanted(self, kernel: Running) -> int:
         """Room that `kernel` lacks, in units."""
-        return (math.ceil(kernel.cost.blocks * kernel.left / kernel.total - 1e-9) - kernel.blocks) * kernel.cost.units
+        return (kernel.room_for(kernel.blocks_left()) - kernel.blocks) * kernel.cost.units
 
     def _hand_over(self) -> None:
         for kernel in self._pending:

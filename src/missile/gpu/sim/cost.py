@@ -15,6 +15,7 @@ __all__ = ["UNITS_PER_SM", "KernelCost", "kernel_cost", "missing_share", "workin
 
 UNITS_PER_SM = 5040  # an SM's room, divisible by every small occupancy; a block takes UNITS_PER_SM // blocks_per_sm
 MINIMUM_NS = 1000.0  # nothing that was launched takes less
+LEAST_WORK = 0.3  # share of a recorded duration that is work, whatever the gap
 SATURATION = 0.97  # a kernel alone can ask for this share of a bandwidth at most, so that alone it never queues
 
 
@@ -118,17 +119,25 @@ def _solo_ns(work: KernelWork, spec: GpuSpec) -> float:
         bound = _roofline(work, spec)
         per_thread = work.operations / max(work.blocks * work.threads, 1) / max(spec.sm.clock_mhz, 1.0) * 1000
         return max(bound + spec.sharing.memory_latency_ns, per_thread, MINIMUM_NS)
+    measured = _without_gap(work, spec)
     recorded = _recorded_spec(work.recorded_on)
     if recorded is None or recorded.name == spec.name:
-        return work.solo_ns
+        return measured
     # Faster than VRAM would have allowed: it found its data in L2, and does so here if they fit.
-    in_l2 = recorded.vram_rate * work.solo_ns < work.footprint_bytes <= recorded.l2_bytes
+    in_l2 = recorded.vram_rate * measured < work.footprint_bytes <= recorded.l2_bytes
     recorded_bound = _roofline(work, recorded, in_l2)
     bound = _roofline(work, spec, in_l2 and work.footprint_bytes <= spec.l2_bytes)
-    explained = min(recorded_bound, work.solo_ns)
+    explained = min(recorded_bound, measured)
     by_roofline = bound / recorded_bound if recorded_bound else 1.0
     by_latency = _latency_bound(work, spec) / _latency_bound(work, recorded)
-    return explained * by_roofline + (work.solo_ns - explained) * by_latency
+    return explained * by_roofline + (measured - explained) * by_latency
+
+
+def _without_gap(work: KernelWork, spec: GpuSpec) -> float:
+    """The measured duration less the launch gap, which the simulator adds itself: recordings are made inside graphs."""
+    if not work.recorded_on:
+        return work.solo_ns
+    return max(work.solo_ns - spec.sharing.graph_gap_ns, LEAST_WORK * work.solo_ns)
 
 
 def _recorded_spec(name: str) -> GpuSpec | None:
