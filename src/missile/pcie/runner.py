@@ -18,7 +18,7 @@ from missile.pcie.engine import CopyEngine, Stop
 __all__ = ["CopyThread", "Sleeper"]
 
 _PR_SET_TIMERSLACK: Final = 29  # linux/prctl.h
-# In virtual machines a step that follows a short sleep was seen to cost 40 us of CPU, sleep included, and one in a hot loop 5:
+# In virtual machines a step that follows a short sleep was seen to cost 40 us of CPU, sleep included, one in a hot loop 5:
 # sleeping between short chunks would save no CPU and cost the link its work.
 _SPIN_BELOW_NS: Final = 60_000
 
