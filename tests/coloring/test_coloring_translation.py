@@ -153,6 +153,7 @@ def test_colors_that_are_not_linear_are_not_taken_for_it() -> None:
         (lambda: InPageTranslation(Shape(Form.SHADOW, HALVES), [0], 4), "shadow"),
         (lambda: InPageTranslation(Shape(Form.IN_PAGE, HALVES), [0, 1], 2, [0, 5]), "leaves out"),
         (lambda: InPageTranslation(Shape(Form.IN_PAGE, HALVES, page_xors=1), [0, 1], 2, [0, 5]), "room for 1"),
+        (lambda: InPageTranslation(Shape(Form.IN_PAGE, HALVES, page_xors=2), [0, 1], 2, [0, 128]), "0 to 127"),
         (lambda: ArithmeticTranslation(Shape(Form.ARITHMETIC, PLAIN, masks=3), MASKS, [], 4), "at least one"),
         (lambda: ArithmeticTranslation(Shape(Form.ARITHMETIC, PLAIN, masks=3), MASKS, [8], 4), "0 to 7"),
         (lambda: ArithmeticTranslation(Shape(Form.ARITHMETIC, PLAIN, masks=2), (0x3000, 0x2000), [0], 4), "lowest"),

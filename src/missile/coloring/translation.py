@@ -109,6 +109,8 @@ class _Translation:
             raise MisuseError(f"The shape has room for {self.shape.page_xors} pages' constants, not {self.pages}.")
         if len(xors) not in (0, self.pages):
             raise MisuseError(f"{len(xors)} constants were given for {self.pages} pages.")
+        if len(xors) and (xors.min() < 0 or xors.max() >= self.shape.layout.granules):
+            raise MisuseError(f"Constants of pages are 0 to {self.shape.layout.granules - 1}.")
         return xors if len(xors) else np.zeros(self.pages, np.int64)
 
 

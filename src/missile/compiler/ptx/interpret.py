@@ -90,7 +90,7 @@ class _Run:
                 self._code.append(statement)
             elif isinstance(statement, Label):
                 self._labels[statement.name] = len(self._code)
-        self._accesses = {a.instruction.start: a.kind for a in _all_accesses(module, function)}
+        self._accesses = {a.instruction.start: a.kind for a in global_accesses(module, function)}
         self._symbols: Mapping[str, int] = _symbols(module, function)
         self._parameters = {p.name: value for p, value in zip(function.parameters, thread.parameters, strict=True)}
         self._touches: list[Touch] = []
@@ -294,17 +294,6 @@ class _Run:
             f"Kernel {self._function.name!r}: {instruction.opcode} in line {instruction.line} {does} a value that the "
             "interpreter does not follow."
         )
-
-
-def _all_accesses(module: Module, function: Function) -> list[_Accessed]:
-    """Global accesses of `function`. A rewritten kernel's are found in the same way."""
-    return [_Accessed(a.instruction, a.kind) for a in global_accesses(module, function)]
-
-
-@dataclass(frozen=True, slots=True)
-class _Accessed:
-    instruction: Instruction
-    kind: AccessKind
 
 
 def _symbols(module: Module, function: Function) -> dict[str, int]:

@@ -138,7 +138,7 @@ class Other:
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """`{ ... }` inside a function: registers declared in it are seen in it only. body_start: behind the brace."""
+    """`{ ... }` inside a function: registers declared in it are seen in it only."""
 
     statements: tuple[Statement, ...]
     start: int
