@@ -1,0 +1,123 @@
+"""How far the simulator is from hardware: a measured scenario run again on a simulated GPU, figure by figure.
+
+Pure but for `simulate`, which runs the scenario.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from missile.bench.results import Results
+from missile.bench.run import Bench, run_all
+from missile.bench.summary import PolicySummary, Summary, summarize
+from missile.bench.testbed import open_testbed
+
+__all__ = ["Comparison", "compare", "rank_by_be", "rank_by_p99", "simulate", "tabulate_error"]
+
+Figure = Literal["p50", "p99", "rate"]
+CLOSE = 1.2  # within 20%
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One figure of one tenant under one policy. p50 and p99 in ms, rate in requests/s; `neighbours`: who ran beside it."""
+
+    policy: str
+    tenant: str
+    neighbours: str
+    figure: Figure
+    measured: float
+    simulated: float
+
+    @property
+    def ratio(self) -> float:
+        return self.simulated / self.measured
+
+
+def simulate(measured: Results, device: str, *, duration_s: float | None = None) -> Results:
+    """Run the scenario of `measured` on the simulated GPU `device`. Raises what `open_testbed` and the runs raise."""
+    changes: dict[str, object] = {"device": device}
+    if duration_s is not None:
+        changes["duration_s"] = duration_s
+    scenario = measured.scenario.model_copy(update=changes)
+    with open_testbed(scenario) as testbed:
+        results, stopped = run_all(Bench(scenario, testbed), lambda *_: None)
+    if stopped is not None:
+        raise stopped
+    return results
+
+
+def compare(measured: Summary, simulated: Summary) -> list[Comparison]:
+    """Every figure that both have: LS p50 and p99, BE rate, under each policy (not alone)."""
+    found = []
+    mine = {policy.policy: policy for policy in simulated.policies}
+    for policy in measured.policies:
+        if (other := mine.get(policy.policy)) is None:
+            continue
+        names = [*(row.tenant for row in policy.ls), *(row.tenant for row in policy.be)]
+        for ls, ls_there in zip(policy.ls, other.ls, strict=True):
+            beside = ", ".join(name for name in names if name != ls.tenant)
+            if ls.p50 and ls_there.p50:
+                found.append(Comparison(policy.policy, ls.tenant, beside, "p50", ls.p50, ls_there.p50))
+            if ls.p99 and ls_there.p99:
+                found.append(Comparison(policy.policy, ls.tenant, beside, "p99", ls.p99.value, ls_there.p99.value))
+        for be, be_there in zip(policy.be, other.be, strict=True):
+            beside = ", ".join(name for name in names if name != be.tenant)
+            if be.rate.value and be_there.rate.value:
+                found.append(Comparison(policy.policy, be.tenant, beside, "rate", be.rate.value, be_there.rate.value))
+    return found
+
+
+def rank_by_p99(results: Results, tenant: str) -> list[str]:
+    """Policies by the LS tenant's p99, best first; those without enough samples for one are left out."""
+    found = [
+        (row.p99.value, policy.policy)
+        for policy in summarize(results).policies
+        for row in policy.ls
+        if row.tenant == tenant and row.p99
+    ]
+    return [policy for _, policy in sorted(found)]
+
+
+def rank_by_be(results: Results) -> list[str]:
+    """Policies by BE work done (the sum over BE tenants of rate / solo rate), most first."""
+
+    def work(policy: PolicySummary) -> float:
+        return policy.be_share or 0.0
+
+    return [policy.policy for policy in sorted(summarize(results).policies, key=work, reverse=True)]
+
+
+def tabulate_error(comparisons: Iterable[Comparison]) -> str:
+    """A Markdown table by policy and figure: how many, mean ratio, spread, how many within 20%; then the outliers."""
+    groups: dict[tuple[str, str], list[Comparison]] = {}
+    for one in comparisons:
+        groups.setdefault((one.policy, one.figure), []).append(one)
+    lines = ["| policy | figure | n | simulated / measured, geometric mean | rms factor | within 20% |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    for (policy, figure), group in groups.items():
+        logs = np.log([one.ratio for one in group])
+        mean, rms = np.exp(logs.mean()), np.exp(np.sqrt(np.square(logs).mean()))
+        close = int((np.abs(logs) <= np.log(CLOSE)).sum())
+        lines.append(f"| {policy} | {figure} | {len(group)} | {mean:.2f} | {rms:.2f} | {close} |")
+    return "\n".join([*lines, "", *_outliers([one for group in groups.values() for one in group])]) + "\n"
+
+
+def _outliers(comparisons: Sequence[Comparison], most: int = 10) -> list[str]:
+    """The figures that are furthest off, worst first."""
+
+    def distance(one: Comparison) -> float:
+        return float(abs(np.log(one.ratio)))
+
+    far: Callable[[Comparison], bool] = lambda one: distance(one) > np.log(CLOSE)  # noqa: E731
+    worst = sorted(filter(far, comparisons), key=distance, reverse=True)[:most]
+    rows = [
+        f"| {one.policy} | {one.tenant} | {one.neighbours} | {one.figure} | {one.measured:.3g} | {one.simulated:.3g} |"
+        for one in worst
+    ]
+    head = ["Furthest off:", "", "| policy | tenant | beside | figure | measured | simulated |"]
+    return [*head, "| --- | --- | --- | --- | ---: | ---: |", *rows] if rows else []
