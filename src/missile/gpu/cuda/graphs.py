@@ -11,6 +11,7 @@ from typing import Any
 
 from missile.gpu.cuda.driver import Driver
 from missile.gpu.cuda.modules import CudaKernel
+from missile.gpu.cuda.partitions import GreenContext
 from missile.gpu.interface import Copy, Fill, Launch, SmPartition
 
 __all__ = ["CudaGraph"]
@@ -33,7 +34,8 @@ class CudaGraph:
         self._cu = cu
         self._operations = tuple(operations)
         self._capture = capture
-        self._executables: dict[Any, Any] = {}  # by the partition's handle; None is the whole GPU
+        # By the partition's handle, which is held here: its id can't become that of a later split's. None: the whole GPU.
+        self._executables: dict[GreenContext | None, Any] = {}
         self._launch = cu.api.cuGraphLaunch
         kernels = [op.kernel for op in self._operations if isinstance(op, Launch)]
         self._kernels = len(kernels)
