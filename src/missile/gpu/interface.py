@@ -310,7 +310,7 @@ class Gpu(Protocol):
     def create_stream(self, *, priority: Priority = Priority.LOW, partition: SmPartition | None = None) -> Stream: ...
     def create_event(self, *, timing: bool = True) -> Event: ...
     def load_module(self, image: bytes, *, name: str = "") -> Module:
-        """Load PTX text or a cubin. `name` appears in errors."""
+        """Load PTX text or a cubin. `name` appears in errors: "TENANT" or "TENANT/WHAT", of which faults name the tenant."""
 
     def create_graph(self, operations: Sequence[Launch | Fill | Copy]) -> Graph:
         """A graph that runs `operations` one after another."""

@@ -95,9 +95,9 @@ class Engine:
         # Engines launch the same work over and over; its identity is its key, held so that it stays one.
         key = (id(operation.work), keeps)
         known = self._prepared.get(key)
-        if known is not None and known[1].name == operation.kernel.name:
-            return known[1]
         tenant = getattr(operation.kernel, "tenant", "")
+        if known is not None and (known[1].name, known[1].tenant) == (operation.kernel.name, tenant):
+            return known[1]
         if len(self._prepared) >= _REMEMBERED:
             self._prepared.clear()
         prepared = PreparedKernel(kernel_cost(operation.work, self.spec, keeps), operation.kernel.name, tenant, None)

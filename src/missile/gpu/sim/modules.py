@@ -13,7 +13,7 @@ _ENTRY = re.compile(rb"\.entry\s+([A-Za-z_$%][\w$]*)")
 
 
 class SimKernel:
-    """An entry point. `tenant` is its module's name, for errors."""
+    """An entry point. `tenant` is the one that errors name."""
 
     def __init__(self, name: str, tenant: str, spec: GpuSpec) -> None:
         self._name = name
@@ -37,7 +37,10 @@ class SimKernel:
 
 
 class SimModule:
-    """Loaded code. PTX text has the entry points that it declares; anything else is taken to have every name."""
+    """Loaded code. PTX text has the entry points that it declares; anything else is taken to have every name.
+
+    `name` is "TENANT" or "TENANT/WHAT", as on hardware.
+    """
 
     def __init__(self, image: bytes, name: str, spec: GpuSpec) -> None:
         self._name = name
@@ -48,7 +51,7 @@ class SimModule:
         if self._entries and name not in self._entries:
             of = f" {self._name!r}" if self._name else ""
             raise MisuseError(f"Module{of} has no kernel {name!r}; it has {', '.join(self._entries)}.")
-        return SimKernel(name, self._name, self._spec)
+        return SimKernel(name, self._name.partition("/")[0], self._spec)
 
     def close(self) -> None:
         """Nothing to give back."""
