@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.stats  # noqa: F401  (quantile imports it at its first call, which would outlast an example's deadline)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from missile.bench.results import Results, Run, TenantRun
 from missile.bench.summary import Summary, percentile, summarize
 from missile.bench.table import format_share, three_digits
+from missile.runtime.metrics import quantile
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=2000), st.sampled_from([50.0, 90.0, 95.0, 99.0, 99.9]))
@@ -23,6 +25,18 @@ def test_percentile_by_nearest_rank_or_not_at_all(values: list[float], q: float)
         assert answer in values
         assert np.count_nonzero(samples <= answer) >= len(values) * q / 100 * (1 - 1e-12)
         assert np.count_nonzero(samples < answer) < len(values) * q / 100 * (1 + 1e-12)
+
+
+@given(st.integers(1, 5000), st.sampled_from([50.0, 90.0, 95.0, 99.0, 99.9]))
+def test_bench_and_runtime_give_the_same_percentiles(n: int, q: float) -> None:
+    samples = np.random.default_rng(n).permutation(n)
+    ours, theirs = percentile(samples.astype(np.float64), q), quantile(samples, q / 100)
+    assert ours == (None if theirs is None else theirs.value)
+
+
+def test_p99_9_of_a_thousand_samples_leaves_one_beyond_it() -> None:
+    assert percentile(np.arange(1000.0), 99.9) == 998.0
+    assert percentile(np.arange(999.0), 99.9) is None
 
 
 def _tenant(name: str, latency_ms: list[float], *, waited_ms: float = 0.0, lost: int = 0) -> TenantRun:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from missile.bench.results import Results, Run, TenantInfo
+from missile.runtime.metrics import nearest_rank, supports
 
 __all__ = [
     "ALONE",
@@ -111,13 +112,13 @@ class Summary:
 
 def percentile(samples: Samples, q: float) -> float | None:
     """The `q`-th percentile (0 to 100) by the nearest rank; None when no sample would lie beyond it."""
-    if not len(samples) or len(samples) * (100 - q) < 100 * (1 - 1e-9):
-        return None
-    return _nearest_rank(samples, q)
+    return _percentile_of_any(samples, q) if supports(len(samples), q / 100) else None
 
 
-def _nearest_rank(samples: Samples, q: float) -> float:
-    return float(np.percentile(samples, q, method="inverted_cdf"))
+def _percentile_of_any(samples: Samples, q: float) -> float:
+    """The same of any number of samples from 1 on."""
+    rank = nearest_rank(len(samples), q / 100)
+    return float(np.partition(samples, rank)[rank])
 
 
 def latencies_ms(runs: Sequence[Run], tenant: str) -> Samples:
@@ -178,7 +179,7 @@ def _ls(tenant: TenantInfo, runs: list[Run], solo_p99: float | None) -> LsSummar
     latency = latencies_ms(runs, tenant.name)
     p99 = percentile(latency, 99)
     # One repeat may be too short for a p99 of its own; its largest latency then stands in the spread, which is no estimate.
-    each = [_nearest_rank(part, 99) for run in runs if len(part := latencies_ms([run], tenant.name))]
+    each = [_percentile_of_any(part, 99) for run in runs if len(part := latencies_ms([run], tenant.name))]
     records = [record for run in runs for record in run.tenants if record.name == tenant.name]
     lost = sum(record.rejected + record.unfinished for record in records)
     total = len(latency) + lost

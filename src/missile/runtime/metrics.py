@@ -10,16 +10,25 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binom
 
 from missile.runtime.records import RunRecord, TenantRecord
 
-__all__ = ["QUANTILES", "Quantile", "TenantMetrics", "attainment", "quantile", "tenant_metrics"]
+__all__ = [
+    "QUANTILES",
+    "Quantile",
+    "TenantMetrics",
+    "attainment",
+    "nearest_rank",
+    "quantile",
+    "supports",
+    "tenant_metrics",
+]
 
 Samples = npt.NDArray[np.int64]
 
 QUANTILES = (0.5, 0.95, 0.99, 0.999)
 _NS_PER_S = 1e9
+_ROUNDING = 1e-9  # what n * q may be off an integer by, as a float
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,16 @@ class TenantMetrics:
     against_solo: float | None
 
 
+def supports(n: int, q: float) -> bool:
+    """Whether at least one of `n` samples would lie beyond the q-quantile (0 < q < 1)."""
+    return n * (1 - q) >= 1 - _ROUNDING
+
+
+def nearest_rank(n: int, q: float) -> int:
+    """Which of `n` sorted samples (n >= 1) is the q-quantile, counting from 0: the first with a share of q up to it."""
+    return max(int(np.ceil(q * n - _ROUNDING)), 1) - 1
+
+
 def quantile(samples: Samples, q: float, confidence: float = 0.95) -> Quantile | None:
     """The q-quantile (0 < q < 1) by nearest rank, with a distribution-free interval; None if no sample would lie beyond it.
 
@@ -65,18 +84,19 @@ def quantile(samples: Samples, q: float, confidence: float = 0.95) -> Quantile |
     samples lie below the true quantile is binomial(n, q). Requests in a queue are not independent, so it is a lower
     bound on the doubt: repeats tell more.
     """
+    from scipy.stats import binom  # takes most of a second to import, and the other functions here don't need it
+
     n = len(samples)
-    if n * (1 - q) < 1 - 1e-9:
+    if not supports(n, q):
         return None
     ordered = np.sort(samples)
-    rank = max(int(np.ceil(q * n - 1e-9)), 1)
     tail = (1 - confidence) / 2
     # The largest l with P(B < l) <= tail, the smallest u with P(B >= u) <= tail, counting samples from 1.
     low = int(binom.ppf(tail, n, q))
     high = int(binom.ppf(1 - tail, n, q)) + 1
     return Quantile(
         q=q,
-        value=int(ordered[rank - 1]),
+        value=int(ordered[nearest_rank(n, q)]),
         low=int(ordered[max(low, 1) - 1]),
         high=int(ordered[min(high, n) - 1]),
         n=n,
