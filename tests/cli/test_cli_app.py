@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 import types
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 import typer
 
 from missile import __version__
-from missile.cli.app import VERBS, main
+from missile.cli.app import _EXTRAS, VERBS, main
 from missile.errors import GpuError, MisuseError
 
 
@@ -95,6 +98,44 @@ def test_every_error_is_one_sentence_and_a_code(
     answer = json.loads(out)["error"]
     assert said in answer["message"]
     assert answer["exit_code"] == code
+
+
+# Distributions whose module has another name.
+_MODULES = {
+    "cuda-bindings": "cuda",
+    "grpcio": "grpc",
+    "nvidia-cuda-nvrtc": "nvidia",
+    "nvidia-ml-py": "pynvml",
+    "protobuf": "google",
+}
+
+
+def _extras() -> dict[str, str]:
+    """Module -> extra, for all that users install, from pyproject.toml."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    found = {}
+    for extra, requirements in project["optional-dependencies"].items():
+        for requirement in requirements if extra != "dev" else ():
+            name = re.match(r"[\w.-]+", requirement)
+            assert name
+            found[_MODULES.get(name[0], name[0].replace("-", "_"))] = extra
+    return found
+
+
+@pytest.mark.parametrize(("module", "extra"), sorted(_extras().items()))
+def test_a_missing_dependency_names_its_extra(
+    verb: Any, capsys: pytest.CaptureFixture[str], module: str, extra: str
+) -> None:
+    verb(ModuleNotFoundError(f"No module named '{module}.part'", name=f"{module}.part"))
+    assert main(["probe"]) == 1
+    assert f"`missile probe` needs {module}: pip install 'missile[{extra}]'." in capsys.readouterr().err.replace(
+        "\n", " "
+    )
+
+
+def test_no_extra_is_named_for_what_it_does_not_bring() -> None:
+    brought = {"triton": "torch"}  # a dependency of torch
+    assert _extras() | brought == _EXTRAS
 
 
 def test_a_verb_without_a_module_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

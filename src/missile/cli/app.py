@@ -40,7 +40,7 @@ _SERVE = ("grpc", "google", "httptools", "httpx", "orjson", "prometheus_client",
 # Which extra of this package brings a module that only some verbs need.
 _EXTRAS = {
     **dict.fromkeys(("torch", "torchvision", "timm", "transformers", "triton", "safetensors"), "torch"),
-    **dict.fromkeys(("cuda", "pynvml"), "cuda"),
+    **dict.fromkeys(("cuda", "nvidia", "pynvml"), "cuda"),
     **dict.fromkeys(_SERVE, "serve"),
 }
 
