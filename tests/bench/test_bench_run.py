@@ -82,6 +82,41 @@ def test_a_run_that_a_fault_ended_is_kept_and_not_averaged_in(
     assert [policy.policy for policy in summarize(results).policies] == ["temporal", "streams"]
 
 
+@pytest.mark.parametrize(
+    ("known", "suspects", "said"),
+    [
+        ("decode", ("decode",), "cuEventQuery failed for tenant 'decode':"),
+        ("", ("decode",), "Tenant 'decode' ended the run: cuEventQuery failed:"),
+        ("", ("rank", "decode"), "Tenant 'rank' or 'decode' ended the run: cuEventQuery failed:"),
+        ("", (), "cuEventQuery failed:"),
+    ],
+)
+def test_a_fault_names_the_tenants_that_may_be_to_blame(
+    scenario: Scenario,
+    toy_testbed: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    known: str,
+    suspects: tuple[str, ...],
+    said: str,
+) -> None:
+    fault = str(KernelFaultError("cuEventQuery", "CUDA_ERROR_ILLEGAL_ADDRESS", tenant=known))
+    whole = toy_testbed.shared
+
+    def faulty(self: Any, tenants: Any, policy: str, **more: Any) -> Any:
+        record = whole(self, tenants, policy, **more)
+        blamed = [
+            dataclasses.replace(tenant, error=f"Perhaps: {fault}" if tenant.name in suspects else "")
+            for tenant in record.tenants
+        ]
+        return dataclasses.replace(record, fault=fault, tenants=tuple(blamed))
+
+    monkeypatch.setattr(toy_testbed, "shared", faulty)
+    results, stopped = _run(scenario, toy_testbed())
+    assert str(stopped).startswith(said)
+    assert results.runs[-1].fault == fault
+    assert said in results.notes[-1]
+
+
 def test_a_policy_that_this_gpu_cannot_do_is_left_out(scenario: Scenario, toy_testbed: Any) -> None:
     testbed = toy_testbed(fail_at={("partition", 7): UnsupportedError("no SM partitions here.")})
     results, stopped = _run(scenario, testbed)

@@ -12,6 +12,8 @@ import pytest
 from missile.bench.results import read_results
 from missile.bench.run import Bench, Step, run_all
 from missile.cli.app import main
+from missile.gpu.sim import Faults, SimulatedGpu, load_spec
+from missile.gpu.sim.spec import KernelFault
 
 ROOT = Path(__file__).parents[2]
 SCENARIO = str(ROOT / "examples" / "01_scenario.toml")
@@ -100,6 +102,23 @@ def test_a_tenant_that_does_not_fit_leaves_the_others_running(
     tiny, copy = read_results(tmp_path / "results.json").runs[-1].tenants
     assert tiny.done_ns
     assert not copy.done_ns
+
+
+def test_a_fault_is_kept_in_the_results_and_fails_naming_the_tenant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = Faults(kernels=(KernelFault(kernel="stream_copy", launch=40),))
+    monkeypatch.setattr(
+        "missile.bench.testbed.open_gpu", lambda device, seed: SimulatedGpu(load_spec("h100"), seed=seed, faults=faults)
+    )
+    assert main([*SHORT, "--policies", "streams", "-o", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert "for tenant 'copy'" in err.replace("\n", " ")
+    assert "Traceback" not in out + err
+    last = read_results(tmp_path / "results.json").runs[-1]
+    assert "'copy'" in last.fault
+    assert not last.whole
+    assert {tenant.name for tenant in last.tenants if tenant.error} == {"copy"}
 
 
 def test_an_unknown_model_is_misuse_and_names_the_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,7 +107,7 @@ class Bench:
                 return
         self.runs.append(Run.from_record(record, kind=step.kind, policy=policy, repeat=step.repeat))
         if record.fault:
-            raise MissileError(record.fault)
+            raise MissileError(_with_suspects(record))
         if record.interrupted:
             raise KeyboardInterrupt
         self.notes += [note for note in record.notes if note not in self.notes]
@@ -145,6 +145,14 @@ class Bench:
             slo_ms=slo_ms,
             slo_text=slo_text,
         )
+
+
+def _with_suspects(record: RunRecord) -> str:
+    """The fault that ended the run, in a sentence that names the tenant, or those of which one is to blame."""
+    suspects = [repr(tenant.name) for tenant in record.tenants if record.fault in tenant.error]
+    if not suspects or any(name in record.fault for name in suspects):
+        return record.fault
+    return f"Tenant {' or '.join(suspects)} ended the run: {record.fault}"
 
 
 def run_all(
