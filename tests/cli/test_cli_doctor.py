@@ -12,7 +12,9 @@ from missile.cli.doctor import Findings, Need, look, places
 from missile.gpu.cuda.driver import why_unavailable
 from missile.gpu.interface import GpuInfo, Level
 
-EVERYTHING = tuple(Need(name, "", "1.0") for name in ("torch", "triton", "nvrtc", "starlette", "grpc", "textual"))
+EVERYTHING = tuple(
+    Need(name, "", "1.0") for name in ("torch", "triton", "nvrtc", "httptools", "uvloop", "orjson", "grpc", "textual")
+)
 GPU = GpuInfo("Some GPU", "cuda:0", False, Level.MEMORY_LAB, 132, 1, 1, 1, 8, 8, 2, (9, 0))
 RICH = Findings({}, GPU, "", Need("simulator", "", "h100"), EVERYTHING)
 
@@ -33,7 +35,7 @@ def test_what_is_missing_is_named_where_it_is_missed() -> None:
     bare = table(without(replace(RICH, gpu=None), "torch", "nvrtc", "textual"))
     assert bare["bench"] == ("no GPU", "", None)
     assert bare["compile"] == ("no GPU", None, None)
-    assert bare["serve"] == ("no GPU", "", "no torch")
+    assert bare["serve"] == ("no GPU", None, "no torch")
     assert bare["map"] == (None, None, "")
     assert bare["top"] == (None, None, "no textual")
     assert table(without(RICH, "nvrtc"))["probe"] == ("no nvrtc", "", None)

@@ -68,6 +68,8 @@ class Place:
         return "" in (self.gpu, self.simulated, self.host)
 
 
+_SERVER = ("httptools", "uvloop", "orjson", "grpc")
+
 # Per verb and place, which needs must be met; "gpu" and "simulator" stand for themselves.
 _VERBS: Mapping[str, tuple[tuple[str, ...] | None, tuple[str, ...] | None, tuple[str, ...] | None]] = {
     "bench": (("gpu", "nvrtc"), ("simulator",), None),
@@ -76,7 +78,7 @@ _VERBS: Mapping[str, tuple[tuple[str, ...] | None, tuple[str, ...] | None, tuple
     "compile": (("gpu", "torch", "triton"), None, None),
     "profile": (("gpu",), None, None),
     "pcie": (("gpu",), ("simulator",), None),
-    "serve": (("gpu", "starlette", "grpc"), ("simulator", "starlette", "grpc"), ("torch", "starlette", "grpc")),
+    "serve": (("gpu", *_SERVER), None, ("torch", *_SERVER)),
     "top": (None, None, ("textual",)),
 }
 
@@ -88,12 +90,14 @@ _PACKAGES = {
     "transformers": ("transformers", "some of the twelve models", "torch"),
     "cuda.bindings": ("cuda-bindings", "drives the GPU", "cuda"),
     "pynvml": ("nvidia-ml-py", "sees other users of the GPU", "cuda"),
-    "starlette": ("starlette", "serves REST", "serve"),
+    "httptools": ("httptools", "serves REST", "serve"),
+    "uvloop": ("uvloop", "serves REST", "serve"),
+    "orjson": ("orjson", "serves REST", "serve"),
     "grpc": ("grpcio", "serves gRPC", "serve"),
     "textual": ("textual", "`missile top`", "serve"),
 }
 _TOOLS = {
-    "ncu": ("reads hardware counters", "comes with NVIDIA Nsight Compute; no verb needs it"),
+    "ncu": ("reads hardware counters", "comes with NVIDIA Nsight Compute; for `missile probe --counters`"),
     "nvidia-cuda-mps-control": ("the `mps` policy", "comes with the NVIDIA driver"),
 }
 
