@@ -29,12 +29,13 @@ def main() -> int:
             agree, ranked = 0, 0
             for path in sorted(folder.glob("*.json.gz")):
                 measured = read_results(path)
-                simulated = simulate(measured, options.device, duration_s=options.duration)
-                found += compare(summarize(measured), summarize(simulated))
-                pairs = [(rank_by_be(measured), rank_by_be(simulated))]
+                there = summarize(measured)
+                here = summarize(simulate(measured, options.device, duration_s=options.duration))
+                found += compare(there, here)
+                pairs = [(rank_by_be(there), rank_by_be(here))]
                 ls = [tenant.name for tenant in measured.tenants if tenant.tenant_class == "LS"]
-                pairs += [(rank_by_p99(measured, name), rank_by_p99(simulated, name)) for name in ls]
-                agree += sum(here == there for here, there in pairs)
+                pairs += [(rank_by_p99(there, name), rank_by_p99(here, name)) for name in ls]
+                agree += sum(first == second for first, second in pairs)
                 ranked += len(pairs)
                 print(f"{path.name}: done", file=sys.stderr)
             print(f"## {folder.name}, simulated on {options.device}\n")

@@ -5,7 +5,7 @@ Pure but for `simulate`, which runs the scenario.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from missile.bench.results import Results
 from missile.bench.run import Bench, run_all
-from missile.bench.summary import PolicySummary, Summary, summarize
+from missile.bench.summary import PolicySummary, Summary
 from missile.bench.testbed import open_testbed
 
 __all__ = ["Comparison", "compare", "rank_by_be", "rank_by_p99", "simulate", "tabulate_error"]
@@ -72,24 +72,24 @@ def compare(measured: Summary, simulated: Summary) -> list[Comparison]:
     return found
 
 
-def rank_by_p99(results: Results, tenant: str) -> list[str]:
+def rank_by_p99(summary: Summary, tenant: str) -> list[str]:
     """Policies by the LS tenant's p99, best first; those without enough samples for one are left out."""
     found = [
         (row.p99.value, policy.policy)
-        for policy in summarize(results).policies
+        for policy in summary.policies
         for row in policy.ls
         if row.tenant == tenant and row.p99
     ]
     return [policy for _, policy in sorted(found)]
 
 
-def rank_by_be(results: Results) -> list[str]:
+def rank_by_be(summary: Summary) -> list[str]:
     """Policies by BE work done (the sum over BE tenants of rate / solo rate), most first."""
 
     def work(policy: PolicySummary) -> float:
         return policy.be_share or 0.0
 
-    return [policy.policy for policy in sorted(summarize(results).policies, key=work, reverse=True)]
+    return [policy.policy for policy in sorted(summary.policies, key=work, reverse=True)]
 
 
 def tabulate_error(comparisons: Iterable[Comparison]) -> str:
@@ -113,8 +113,8 @@ def _outliers(comparisons: Sequence[Comparison], most: int = 10) -> list[str]:
     def distance(one: Comparison) -> float:
         return float(abs(np.log(one.ratio)))
 
-    far: Callable[[Comparison], bool] = lambda one: distance(one) > np.log(CLOSE)  # noqa: E731
-    worst = sorted(filter(far, comparisons), key=distance, reverse=True)[:most]
+    far = (one for one in comparisons if distance(one) > np.log(CLOSE))
+    worst = sorted(far, key=distance, reverse=True)[:most]
     rows = [
         f"| {one.policy} | {one.tenant} | {one.neighbours} | {one.figure} | {one.measured:.3g} | {one.simulated:.3g} |"
         for one in worst

@@ -15,6 +15,7 @@ from missile.bench.scenario import format_scenario
 from missile.bench.summary import PolicySummary, Summary
 from missile.bench.svg import element
 from missile.bench.table import format_share, three_digits
+from missile.files import write_whole
 
 __all__ = ["render_report", "write_report"]
 
@@ -23,10 +24,7 @@ _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 def write_report(results: Results, summary: Summary, path: Path) -> Path:
     """Write the page to `path`, whole or not at all; returns `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(render_report(results, summary), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, render_report(results, summary))
     return path
 
 

@@ -16,7 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from missile.bench.scenario import Scenario
 from missile.errors import MisuseError
+from missile.files import write_whole
 from missile.runtime.records import RunRecord, TenantRecord
+from missile.validation import first_problem
 
 __all__ = ["SCHEMA", "Results", "Run", "TenantInfo", "TenantRun", "read_results", "write_results"]
 
@@ -153,11 +155,8 @@ class Results(_Strict):
 
 def write_results(results: Results, path: Path) -> None:
     """Write `path` whole or not at all; compressed when its name ends in .gz."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = (results.model_dump_json(by_alias=True) + "\n").encode()
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
-    part.replace(path)
+    write_whole(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
 def read_results(path: Path) -> Results:
@@ -175,6 +174,4 @@ def read_results(path: Path) -> Results:
     try:
         return Results.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise MisuseError(f"{path} is not a valid results file: {where}: {first['msg']}.") from error
+        raise MisuseError(f"{path} is not a valid results file: {first_problem(error)}.") from error

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from missile.cli.output import DeviceOption, JsonOption, console, print_json, stderr_console
 from missile.errors import MisuseError
+from missile.files import write_whole
 from missile.gpu import open_gpu
 from missile.gpu.registry import resolve
 from missile.pcie.report import Plan, Report, measure
@@ -64,10 +65,8 @@ def _write(report: Report, values: dict[str, Any], directory: Path) -> None:
     from missile.pcie.plot import plot_report
 
     directory.mkdir(parents=True, exist_ok=True)
-    part = directory / "pcie.json.part"
-    part.write_text(json.dumps(values, indent=1) + "\n")
     plot_report(report, directory / "pcie.png")
-    part.replace(directory / "pcie.json")
+    write_whole(directory / "pcie.json", json.dumps(values, indent=1) + "\n")
 
 
 def _print(report: Report, values: dict[str, Any]) -> None:

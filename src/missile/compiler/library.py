@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from missile.compiler.package import ModelPackage, read_package
 from missile.errors import MisuseError
+from missile.files import write_whole
 from missile.gpu.interface import GpuInfo
 from missile.workloads.models import default_batch
 
@@ -80,11 +81,8 @@ def recorded_packages() -> tuple[tuple[str, int], ...]:
 def write_recorded(package: ModelPackage, root: Path = RECORDED) -> Path:
     """Keep `package`'s plan and profile (no kernels, no weights) under `root`; returns the file. Same input, same bytes."""
     path = root / _slug(package.gpu) / f"{_slug(package.name)}-b{package.batch}.json.gz"
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = package.model_copy(update={"recorded": True}).model_dump_json()
-    part = path.with_suffix(".part")
-    part.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
-    part.replace(path)
+    write_whole(path, gzip.compress(text.encode(), 9, mtime=0))
     return path
 
 

@@ -20,7 +20,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from missile.errors import MisuseError
+from missile.files import write_whole
 from missile.gpu.work import KernelWork
+from missile.validation import first_problem
 
 __all__ = [
     "FORMAT_VERSION",
@@ -226,15 +228,9 @@ def read_package(directory: Path) -> ModelPackage:
     try:
         return ModelPackage.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise MisuseError(f"{path} is not a valid package: {where}: {first['msg']}.") from error
+        raise MisuseError(f"{path} is not a valid package: {first_problem(error)}.") from error
 
 
 def write_package(package: ModelPackage, directory: Path) -> None:
     """Write `directory/package.json` (whole or not at all). Kernels and weights are the compiler's to write."""
-    directory.mkdir(parents=True, exist_ok=True)
-    target = directory / "package.json"
-    part = target.with_suffix(".json.part")
-    part.write_text(package.model_dump_json(indent=1) + "\n")
-    part.replace(target)
+    write_whole(directory / "package.json", package.model_dump_json(indent=1) + "\n")

@@ -19,6 +19,7 @@ from unittest import mock
 
 from missile.compiler.tiles import Problem, Tile, candidates
 from missile.errors import MisuseError
+from missile.files import write_whole
 
 __all__ = ["AUTOTUNE", "TuningTable", "choose_tiles", "table_path"]
 
@@ -77,7 +78,6 @@ class TuningTable:
 
     def save(self, path: Path) -> None:
         """Write, whole or not at all, sorted so that differences between versions are readable."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         tiles = {key: list(astuple(self.tiles[key])) for key in sorted(self.tiles)}
         blocks = {key: self.blocks[key] for key in sorted(self.blocks)}
         lines = [
@@ -91,9 +91,7 @@ class TuningTable:
             ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in blocks.items()),
             "}}",
         ]
-        part = path.with_name(path.name + ".part")
-        part.write_text("\n".join(lines) + "\n")
-        part.replace(path)
+        write_whole(path, "\n".join(lines) + "\n")
 
 
 def table_path(gpu: str) -> Path:

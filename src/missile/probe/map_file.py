@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from missile.errors import MisuseError
+from missile.files import write_whole
 from missile.probe.channel_map import ChannelMap, Interference, Topology, Verdict, Witness
 from missile.probe.layout import PageLayout
 from missile.probe.matching import Metric
@@ -26,15 +27,10 @@ def write_map(channel_map: ChannelMap, path: Path) -> None:
     """Write `path` whole or leave it as it was. MisuseError when it can't be written."""
     content = to_json(channel_map)
     content["checksum"] = _checksum(content)
-    part = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(_pretty(content), encoding="utf-8")
-        part.replace(path)
+        write_whole(path, _pretty(content))
     except OSError as error:
         raise MisuseError(f"{path} can't be written: {error.strerror}.") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_map(path: Path) -> ChannelMap:

@@ -44,6 +44,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from missile.errors import MisuseError
+from missile.validation import first_problem
 
 __all__ = ["DigitSpec", "HashSpec", "LatencySpec", "MemorySpec", "RateSpec", "parse_memory_spec"]
 
@@ -156,6 +157,4 @@ def parse_memory_spec(table: dict[str, Any], where: str, *, memory_bytes: int, l
     try:
         return MemorySpec.model_validate({**table, "memory_bytes": memory_bytes, "l2_bytes": l2_bytes})
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(["memory", *(str(part) for part in first["loc"])])
-        raise MisuseError(f"{where}: {field}: {first['msg']}.") from error
+        raise MisuseError(f"{where}: {first_problem(error, 'memory')}.") from error

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from missile.errors import MisuseError
+from missile.validation import first_problem
 
 __all__ = ["Faults", "GpuSpec", "builtin_specs", "load_spec"]
 
@@ -179,6 +180,4 @@ def _parse(text: str, source: str) -> GpuSpec:
     except tomllib.TOMLDecodeError as error:
         raise MisuseError(f"Spec {source} is not TOML: {error}.") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise MisuseError(f"Spec {source}: {where}: {first['msg']}.") from error
+        raise MisuseError(f"Spec {source}: {first_problem(error)}.") from error
