@@ -40,20 +40,22 @@ def run(
     duration_ns: int,
     warmup_ns: int = 0,
     progress: Callable[[float], None] | None = None,
+    gate: Callable[[], None] | None = None,
 ) -> RunRecord:
     """Run `tenants` together under `policy` for `duration_ns`, of which the first `warmup_ns` are not measured.
 
     tenants: a roster, or specifications that are loaded and freed again here. policy: a new object, or text for
     `create_policy`. progress: called now and then with the share done, in [0, 1]; on hardware it has to be quick.
+    gate: called when all is ready, just before the run's clock starts (where several processes start together).
     Requests that arrived in time may finish for another quarter of the measured span (2 s at most) while BE goes on.
 
     A record comes back whatever happens once the run has begun: on Ctrl-C with `interrupted`, after a kernel fault with
     `fault` and what had finished before. Raises MisuseError, UnsupportedError or OutOfMemoryError before that.
     """
     if isinstance(tenants, Roster):
-        return _run(gpu, tenants, policy, seed, duration_ns, warmup_ns, progress)
+        return _run(gpu, tenants, policy, seed, duration_ns, warmup_ns, progress, gate=gate)
     with load_tenants(gpu, tenants) as roster:
-        return _run(gpu, roster, policy, seed, duration_ns, warmup_ns, progress)
+        return _run(gpu, roster, policy, seed, duration_ns, warmup_ns, progress, gate=gate)
 
 
 def solo(
@@ -80,6 +82,7 @@ def _run(
     progress: Callable[[float], None] | None,
     *,
     name: str = "",
+    gate: Callable[[], None] | None = None,
 ) -> RunRecord:
     if isinstance(policy, str):
         name, policy = name or policy, create_policy(policy)
@@ -97,6 +100,8 @@ def _run(
     try:
         engine = _engine(gpu, stage, policy, ready, len(layout.lanes), seed, span)
         with _quiet_interpreter(), _stop_on_interrupt(engine):
+            if gate is not None:
+                gate()
             fault = _serve(engine, progress, gpu.info.simulated, span)
     finally:
         _strike(gpu, stage)
