@@ -1,28 +1,37 @@
-"""The serving engine on a GPU, without its front end: what a request takes from the ring to its answer.
+"""Isolation through the server on a GPU: an LS tenant over HTTP, alone and beside a BE tenant that always has work.
 
     python benchmarks/serving_gpu.py -o benchmarks/results/serving-gpu-NAME
 
-Checks the outputs against eager PyTorch, then drives an LS tenant (Poisson arrivals) alone and beside a BE tenant that
-always has a request waiting, under each policy the server offers. Needs no network and none of the serving extra.
+For each policy it starts `missile serve`, sends the LS tenant's requests on a Poisson schedule (inputs by system shared
+memory, outputs as binary data), alone and beside a closed loop of whole BE batches, and reports what clients saw and
+where the time went. `--bench` runs the same tenants, arrivals of the same rate, under `missile bench`, whose p99 beside
+over p99 alone is what the server's should equal. Packages are taken from the cache; what is missing is compiled.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
-import time
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+from serving_client import Flow, drive, http_request, served, shared_memory, tensor
 
 from missile.gpu import open_gpu
-from missile.serving.config import parse_config
-from missile.serving.link import Answer, CallKind, Link, Outcome
-from missile.serving.tensors import BlockLayout, ModelSignature
 
-TENANTS = """
+CONFIG = """
+[server]
+http_port = 0
+grpc_port = -1
+device = "{device}"
+policy = "{policy}"
+cpu_threads = 1
+
 [[tenant]]
 name = "ls"
 model = "{ls}"
@@ -33,167 +42,142 @@ slo_ms = 20
 name = "be"
 model = "{be}"
 class = "BE"
-batch = {{max = {batch}}}
+batch = {{max = {be_batch}}}
+"""
+
+SCENARIO = """
+name = "serving"
+device = "{device}"
+seed = 1
+duration_s = {seconds}
+warmup_s = 0.25
+repeats = 1
+policies = [{policies}]
+
+[[tenant]]
+name = "ls"
+class = "LS"
+model = "{ls}"
+batch = 1
+slo_ms = 20
+arrivals = {{ kind = "poisson", rate_per_s = {rate} }}
+
+[[tenant]]
+name = "be"
+class = "BE"
+model = "{be}"
+batch = {be_batch}
+arrivals = {{ kind = "closed", depth = 2 }}
 """
 
 
-class Bench:
-    """The front end's side of a link to an engine process."""
-
-    def __init__(self, device: str, policy: str, tenants: str) -> None:
-        self.link, theirs = Link.create(512 << 20)
-        bells = (self.link.call_bell.descriptor, self.link.answer_bell.descriptor)
-        descriptors = (self.link.memory_fd, *bells, theirs.fileno())
-        command = [sys.executable, "-m", "missile.serving.engine", *map(str, descriptors)]
-        with theirs:
-            self.process = subprocess.Popen(command, pass_fds=descriptors)
-        hello = {
-            "device": device,
-            "policy": policy,
-            "ls_share": 0.25,
-            "cpu_threads": 1,
-            "spin_us": 100,
-            "watchdog_s": 60,
-        }
-        hello["folder"] = str(Path.cwd())
-        self.link.control.send(hello)
-        ready = self.link.control.receive()
-        if ready is None or ready["op"] != "ready":
-            raise SystemExit((ready or {"error": "the engine ended"})["error"])
-        self.signatures: dict[int, ModelSignature] = {}
-        for slot, tenant in enumerate(parse_config(tenants).tenants, start=1):
-            self.link.control.send({"op": "load", "slot": slot, "tenant": tenant.model_dump(by_alias=True)})
-            while (message := self.link.control.receive() or {"op": "failed", "error": "gone"})["op"] == "facts":
-                pass
-            if message["op"] != "loaded":
-                self.process.kill()
-                raise SystemExit(message["error"])
-            self.signatures[slot] = ModelSignature.from_json(message["signature"])
-        self.sent = 0
-
-    def call(self, slot: int, batch: int, offset: int) -> int:
-        self.sent += 1
-        self.link.calls.push(CallKind.INFER, slot, self.sent, batch, offset, 0, time.monotonic_ns(), 0)
-        self.link.call_bell.ring()
-        return self.sent
-
-    def answers(self) -> list[Answer]:
-        found = []
-        while (fields := self.link.answers.pop()) is not None:
-            found.append(Answer._make(fields))
-        return found
-
-    def one(self, slot: int, batch: int, offset: int) -> Answer:
-        self.call(slot, batch, offset)
-        while not (found := self.answers()):
-            time.sleep(0)
-        return found[0]
-
-    def stop(self) -> None:
-        self.link.control.send({"op": "stop"})
-        self.process.wait(30)
+def image_request(model: str, batch: int, region: str, device: str) -> bytes:
+    datatype, size = ("FP32", 4) if device == "cpu" else ("FP16", 2)
+    place = {"shared_memory_region": region, "shared_memory_byte_size": batch * 3 * 224 * 224 * size}
+    return http_request(
+        model,
+        {
+            "inputs": [tensor("image", [batch, 3, 224, 224], datatype, parameters=place)],
+            "parameters": {"binary_data_output": True},
+        },
+    )
 
 
-def check(bench: Bench, slot: int, model: str, batch: int) -> float:
-    """Relative error of the served outputs against eager PyTorch."""
-    import torch
-
-    from missile.workloads.models import build_model
-
-    signature = bench.signatures[slot]
-    layout = BlockLayout.of(signature, batch)
-    built = build_model(model, batch, device="cuda")
-    given = [tensor.contiguous() for tensor in built.inputs]
-    for start, tensor in zip(layout.inputs, given, strict=True):
-        raw = tensor.cpu().numpy().tobytes()
-        bench.link.arena[start : start + len(raw)] = raw
-    answer = bench.one(slot, batch, 0)
-    if answer.outcome != Outcome.DONE:
-        raise SystemExit(f"{model}: outcome {Outcome(answer.outcome).name}")
-    expected = built.run().float().cpu().numpy()
-    raw = bytes(bench.link.arena[layout.outputs[0] : layout.outputs[0] + layout.output_sizes[0]])
-    ours = np.frombuffer(raw, np.float16).astype(np.float32).reshape(expected.shape)
-    del built
-    torch.cuda.empty_cache()
-    return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
+def poisson(rate: float, seconds: float) -> np.ndarray:
+    gaps = np.random.default_rng(1).exponential(1.0 / rate, int(rate * seconds * 2) + 16)
+    due = np.cumsum(gaps)
+    return due[due < seconds]
 
 
-def drive(bench: Bench, rate: float, seconds: float, be_batch: int) -> dict[str, float]:
-    """LS Poisson at `rate`; BE, when `be_batch`, with two requests always outstanding. Latencies in ms."""
-    chance = np.random.default_rng(1)
-    arrivals = np.cumsum(chance.exponential(1e9 / rate, int(rate * seconds))).astype(np.int64)
-    be_offset, ls_offset = 64 << 20, 8 << 20
-    outstanding: dict[int, int] = {}
-    be: set[int] = set()
-    latencies: list[float] = []
-    parts: list[tuple[float, float, float]] = []
-    done_be = 0
-    for _ in range(2 if be_batch else 0):
-        be.add(bench.call(2, be_batch, be_offset))
-    start = time.monotonic_ns()
-    due = 0
-    while due < len(arrivals) or outstanding:
-        if not due % 64 and bench.process.poll() is not None:
-            raise SystemExit("the engine ended")
-        now = time.monotonic_ns() - start
-        while due < len(arrivals) and arrivals[due] <= now:
-            outstanding[bench.call(1, 1, ls_offset + (due % 32) * (1 << 20))] = int(arrivals[due])
-            due += 1
-        for answer in bench.answers():
-            if answer.outcome != Outcome.DONE:
-                raise SystemExit(f"outcome {Outcome(answer.outcome).name}")
-            if answer.id in be:
-                be.discard(answer.id)
-                done_be += be_batch
-                if due < len(arrivals):
-                    be.add(bench.call(2, be_batch, be_offset))
-            else:
-                latencies.append((time.monotonic_ns() - start - outstanding.pop(answer.id)) / 1e6)
-                copies = answer.copy_in_ns + answer.copy_out_ns
-                parts.append((answer.queue_ns / 1e6, copies / 1e6, answer.execute_ns / 1e6))
-    took = (time.monotonic_ns() - start) / 1e9
-    while be:
-        be -= {answer.id for answer in bench.answers()}
-    queue, copy, execute = np.median(parts, axis=0)
-    p50, p99 = np.percentile(latencies, [50, 99])
-    return {
-        "ls_requests": len(latencies), "ls_p50_ms": float(p50), "ls_p99_ms": float(p99), "queue_p50_ms": float(queue),
-        "copy_p50_ms": float(copy), "execute_p50_ms": float(execute), "be_items_per_s": done_be / took,
-    }  # fmt: skip
+def measure(arguments: argparse.Namespace, policy: str, folder: Path) -> dict[str, object]:
+    values = {**vars(arguments), "policy": policy}
+    config = folder / f"{policy}.toml"
+    config.write_text(CONFIG.format(**values))
+    prefix = ["taskset", "-c", arguments.server_cores] if arguments.server_cores else []
+    entry: dict[str, object] = {"policy": policy}
+    log = folder / f"{policy}.log"
+    with ExitStack() as stack:
+        address = stack.enter_context(served(config, log=log, prefix=prefix))
+        noise = np.random.default_rng(0).standard_normal(arguments.be_batch * 3 * 224 * 224)
+        pixels = noise.astype(np.float32 if arguments.device == "cpu" else np.float16).tobytes()
+        names = {who: f"missile-gpu-{os.getpid()}-{policy}-{who}" for who in ("ls", "be")}
+        for name in names.values():
+            stack.enter_context(shared_memory(name, pixels, address))
+        ls = image_request("ls", 1, names["ls"], arguments.device)
+        be = image_request("be", arguments.be_batch, names["be"], arguments.device)
+        drive([Flow("warm", ls, poisson(arguments.rate, 0.5)), Flow("warm", be, connections=1)], address, 0.5)
+        for name, beside in (("alone", False), ("beside", True)):
+            flows = [Flow("LS", ls, poisson(arguments.rate, arguments.seconds))]
+            if beside:
+                flows.append(Flow("BE", be, connections=arguments.be_outstanding))
+            took = drive(flows, address, arguments.seconds)
+            entry[name] = {"ls": flows[0].result()}
+            if beside:
+                entry[name]["be"] = flows[1].result()  # type: ignore[index]
+                entry[name]["be_items_per_s"] = len(flows[1].client_ms) * arguments.be_batch / took  # type: ignore[index]
+            shown = "  ".join(
+                f"{part} {flows[0].result()[part]['p50_ms']:.3f}/{flows[0].result()[part]['p99_ms']:.3f}"  # type: ignore[index]
+                for part in ("client", "front", "queue", "copy", "execute")
+            )
+            rate = f"  BE {len(flows[1].client_ms) * arguments.be_batch / took:.0f} items/s" if beside else ""
+            print(f"{policy:10} {name:6} LS p50/p99 ms: {shown}  errors {flows[0].errors}{rate}", flush=True)
+        if any(flow.errors for flow in flows):
+            print(log.read_text()[-2000:], flush=True)
+        inside = {k: v["p50_ms"] for k, v in flows[1].result().items() if isinstance(v, dict)}
+        print(f"{policy:10} BE p50 ms: {inside}", flush=True)
+    return entry
+
+
+def bench(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
+    """The same tenants under `missile bench`: p50 and p99 of LS, ms, alone and under each policy."""
+    policies = ", ".join(f'"{policy}"' for policy in arguments.policies.split(","))
+    (folder / "scenario.toml").write_text(SCENARIO.format(**{**vars(arguments), "policies": policies}))
+    out = folder / "bench"
+    command = [sys.executable, "-m", "missile", "bench", str(folder / "scenario.toml"), "-o", str(out), "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    if ended.returncode:
+        print(ended.stderr[-2000:])
+        return {"error": ended.stderr[-500:]}
+    found: dict[str, object] = json.loads(ended.stdout)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--ls", default="squeezenet1_1")
-    parser.add_argument("--be", default="resnet34")
-    parser.add_argument("--be-batch", type=int, default=1)
+    parser.add_argument("--device", default="cuda:0", help="cuda:N, or cpu to try the benchmark itself")
+    parser.add_argument("--policies", default="priority,partition")
+    parser.add_argument("--ls", default="resnet34")
+    parser.add_argument("--be", default="densenet161")
+    parser.add_argument("--be-batch", type=int, default=32)
+    parser.add_argument("--be-outstanding", type=int, default=3)
     parser.add_argument("--rate", type=float, default=300.0)
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--server-cores", default="", help="the server's processors, as taskset takes them (0,1)")
+    parser.add_argument("--bench", action="store_true")
+    parser.add_argument("--note", default="", help="kept with the results (stand-in weights, say)")
     arguments = parser.parse_args()
-    tenants = TENANTS.format(ls=arguments.ls, be=arguments.be, batch=arguments.be_batch)
-    found = []
-    for policy in ("priority", "partition"):
-        bench = Bench(arguments.device, policy, tenants)
-        entry: dict[str, object] = {"policy": policy, "ls": arguments.ls, "be": arguments.be, "rate": arguments.rate}
-        entry["relative_error"] = {
-            "ls": check(bench, 1, arguments.ls, 1),
-            "be": check(bench, 2, arguments.be, arguments.be_batch),
-        }
-        for name, batch in (("alone", 0), ("beside", arguments.be_batch)):
-            drive(bench, arguments.rate, 0.5, batch)
-            entry[name] = drive(bench, arguments.rate, arguments.seconds, batch)
-            print(policy, name, {k: round(v, 3) for k, v in entry[name].items()}, flush=True)  # type: ignore[attr-defined]
-        print(policy, "relative error", entry["relative_error"], flush=True)
-        bench.stop()
-        found.append(entry)
+    result: dict[str, object] = {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "note": arguments.note}
+    failure = None
+    with tempfile.TemporaryDirectory() as folder:
+        runs = []
+        for policy in arguments.policies.split(","):
+            try:
+                runs.append(measure(arguments, policy, Path(folder)))
+            except SystemExit as error:  # one policy that fails leaves the others' numbers
+                failure = error
+                print(policy, error, flush=True)
+        result["runs"] = runs
+        if arguments.bench:
+            result["bench"] = bench(arguments, Path(folder))
+    if arguments.device != "cpu":
+        with open_gpu(arguments.device) as gpu:
+            result["machine"] = {"gpu": gpu.info.name, "driver": gpu.info.driver, "runtime": gpu.info.runtime}
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        gpu = open_gpu(arguments.device)
-        about = {"gpu": gpu.info.name, "driver": gpu.info.driver, "runtime": gpu.info.runtime}
-        gpu.close()
-        (arguments.output / "results.json").write_text(json.dumps({"machine": about, "runs": found}, indent=1) + "\n")
+        (arguments.output / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    if failure is not None:
+        raise failure
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ PAUSE_S = 0.02
 
 
 def client(address: str, until: float, counts: dict[str, int], number: int) -> None:
-    big = next(case for case in cases(1, "none") if "600 KiB, binary" in case.name).request
-    small = next(case for case in cases(1, "none") if "64 B, JSON" in case.name).request
+    big = next(case for case in cases("none") if "600 KiB, binary" in case.name).request
+    small = next(case for case in cases("none") if "64 B, JSON" in case.name).request
     chance = np.random.default_rng(number)
     while time.monotonic() < until:
         connection = http.client.HTTPConnection(address, timeout=20)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from missile.compiler.bind import bind
+from missile.compiler.library import find_package
 from missile.compiler.package import ModelPackage, TensorSpec
 from missile.errors import UnsupportedError
 from missile.gpu import open_gpu
@@ -153,29 +155,89 @@ def test_what_a_gpu_cannot_serve_is_refused(tmp_path: Path) -> None:
     executor.close()
 
 
+FACTORY = """
+import torch
+from torch import nn
+
+def small(batch):
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+                        nn.Linear(256, 10))
+    return net.half(), torch.zeros(batch, 3, 64, 64, dtype=torch.float16)
+"""
+
+
+def _ask(client: _Client, signature: ModelSignature, slot: int, image: Any, offset: int = 0) -> Any:
+    """One request's output, float32, (batch, values)."""
+    batch = len(image)
+    layout = BlockLayout.of(signature, batch)
+    start = offset + layout.inputs[0]
+    client.link.arena[start : start + image.nbytes] = image.tobytes()
+    client.call(100 * slot + batch, slot, batch, offset)
+    assert client.answer()[1] == Outcome.DONE
+    start = offset + layout.outputs[0]
+    raw = bytes(client.link.arena[start : start + layout.output_sizes[0]])
+    return np.frombuffer(raw, np.float16).reshape(batch, -1).astype(np.float32)
+
+
+def _run_directly(model: str, batch: int, image: Any) -> Any:
+    """What the compiled package gives for `image`, run by itself on a stream."""
+    gpu = open_gpu("cuda:0")
+    package, directory = find_package(model, batch, gpu.info)
+    bound = bind(package, directory, gpu, tenant="alone")
+    inputs, outputs = gpu.allocate_host(bound.input_bytes), gpu.allocate_host(bound.output_bytes)
+    inputs.array[:] = 0
+    tensor_view(inputs, package.inputs[0], 0)[: len(image)] = image
+    stream = gpu.create_stream()
+    stream.copy_to_device(bound.input_address, inputs)
+    stream.launch_graph(bound.graph)
+    stream.copy_to_host(outputs, bound.output_address)
+    stream.synchronize()
+    found = tensor_view(outputs, package.outputs[0], 0)[: len(image)].astype(np.float32)
+    gpu.close()
+    return found.reshape(len(image), -1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy", ["priority", "partition"])
-def test_outputs_on_a_gpu_equal_eager(policy: str, tmp_path: Path) -> None:
-    import torch
-
-    from missile.workloads.models import build_model
-
-    config = parse_config(TENANTS.format(ls="resnet34", be="resnet34", batch=4))
+def test_served_outputs_are_the_packages_own(policy: str, tmp_path: Path) -> None:
+    """Whole and padded batches, bit for bit what the same packages give when they are run directly."""
+    config = parse_config(TENANTS.format(ls="resnet34", be="densenet161", batch=32))
     client = _Client(lambda arena: GpuExecutor(arena, open_gpu("cuda:0"), policy=policy), tmp_path)
-    rng = np.random.default_rng(0)
-    module = build_model("resnet34", 1, device="cuda").module
+    signatures = {}
     for slot, tenant in enumerate(config.tenants, start=1):
         reply = client.load(slot, tenant)
         assert reply["op"] == "loaded", reply
-    for slot, batch in ((1, 1), (2, 1), (2, 3), (2, 4)):
-        layout = BlockLayout.of(ModelSignature.from_json(reply["signature"]), batch)
+        signatures[slot] = ModelSignature.from_json(reply["signature"])
+    rng = np.random.default_rng(0)
+    for slot, batch in ((1, 1), (2, 1), (2, 3), (2, 32), (2, 2)):
         image = rng.standard_normal((batch, 3, 224, 224)).astype(np.float16)
-        client.link.arena[layout.inputs[0] : layout.inputs[0] + image.nbytes] = image.tobytes()
-        client.call(100 * slot + batch, slot, batch, 0)
-        fields = client.answer()
-        assert fields[1] == Outcome.DONE
-        raw = bytes(client.link.arena[layout.outputs[0] : layout.outputs[0] + layout.output_sizes[0]])
-        ours = np.frombuffer(raw, np.float16).reshape(batch, -1).astype(np.float32)
+        tenant = config.tenants[slot - 1]
+        ours = _ask(client, signatures[slot], slot, image)
+        expected = _run_directly(tenant.model, tenant.batch.max, image)
+        np.testing.assert_array_equal(ours, expected, err_msg=f"{tenant.model}, batch {batch}")
+    client.stop()
+
+
+@pytest.mark.gpu
+def test_a_factory_of_ones_own_is_compiled_and_equals_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setenv("MISSILE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "gpu_serving_models.py").write_text(FACTORY)
+    (tenant,) = parse_config(
+        '[[tenant]]\nname = "own"\nmodel = "gpu_serving_models:small"\nclass = "BE"\nbatch = {max = 4}'
+    ).tenants
+    client = _Client(lambda arena: GpuExecutor(arena, open_gpu("cuda:0"), policy="priority"), tmp_path)
+    reply = client.load(1, tenant)
+    assert reply["op"] == "loaded", reply
+    from gpu_serving_models import small  # the executor has put its folder on the path
+
+    module = small(4)[0].cuda().eval()
+    rng = np.random.default_rng(0)
+    for batch in (1, 3, 4):
+        image = rng.standard_normal((batch, 3, 64, 64)).astype(np.float16)
+        ours = _ask(client, ModelSignature.from_json(reply["signature"]), 1, image)
         with torch.inference_mode():
             eager = module(torch.from_numpy(image).cuda()).float().cpu().numpy()
         assert np.linalg.norm(ours - eager) / np.linalg.norm(eager) < 1e-2

@@ -29,9 +29,10 @@ from missile.serving.config import TenantConfig
 from missile.serving.engine.executor import Batch, DeviceFacts, Loaded, TenantFacts
 from missile.serving.tensors import DATATYPES, ModelSignature, TensorSignature
 
-__all__ = ["GpuExecutor", "package_signature", "tensor_view"]
+__all__ = ["GpuExecutor", "copy_tensor", "package_signature", "tensor_view"]
 
 _LOOK_NS = 20_000  # how long a poll may wait for a running batch
+_FEW_CHANNELS = 8
 _BY_TORCH = {d.torch: d for d in DATATYPES.values()}
 
 
@@ -201,7 +202,7 @@ class GpuExecutor:
             for view, offset, size in zip(model.input_views, layout.inputs, layout.input_sizes, strict=True):
                 start = call.offset + offset
                 rows = view[row : row + call.batch]
-                rows[...] = self._arena[start : start + size].view(view.dtype).reshape(rows.shape)
+                copy_tensor(rows, self._arena[start : start + size].view(view.dtype).reshape(rows.shape))
             row += call.batch
         self._enqueue(model)
         self._running.append((batch, model))
@@ -237,7 +238,7 @@ class GpuExecutor:
             for view, offset, size in zip(model.output_views, layout.outputs, layout.output_sizes, strict=True):
                 start = call.offset + offset
                 rows = view[row : row + call.batch]
-                self._arena[start : start + size].view(view.dtype).reshape(rows.shape)[...] = rows
+                copy_tensor(self._arena[start : start + size].view(view.dtype).reshape(rows.shape), rows)
             row += call.batch
         batch.end_ns = time.monotonic_ns()
         started, ended = model.started.time_ns(), model.ended.time_ns()
@@ -283,3 +284,15 @@ def tensor_view(buffer: HostBuffer | None, spec: TensorSpec, offset: int) -> npt
     extent = 1 + sum((size - 1) * stride for size, stride in zip(spec.shape, spec.strides, strict=True))
     flat = buffer.array[offset : offset + extent * dtype.itemsize].view(dtype)
     return np.lib.stride_tricks.as_strided(flat, spec.shape, tuple(stride * dtype.itemsize for stride in spec.strides))
+
+
+def copy_tensor(target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
+    """`target[...] = source`, fast also where one of the two is channels-last (dimension 1 next to each other).
+
+    NumPy would run over few channels in its innermost loop; one channel after another is five times as fast.
+    """
+    if target.ndim >= 3 and 1 < target.shape[1] <= _FEW_CHANNELS and target.strides != source.strides:
+        for channel in range(target.shape[1]):
+            target[:, channel] = source[:, channel]
+    else:
+        target[...] = source

@@ -1,0 +1,200 @@
+"""The client of the serving benchmarks: raw HTTP over loopback, one thread, requests on a schedule or in a closed loop.
+
+It waits in `select`, whose timeouts are exact to microseconds, and never spins: on a small machine the server needs the
+processor. Each answer's `Server-Timing` says what the request cost inside the server.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["Flow", "drive", "http_request", "served", "shared_memory", "summary", "tensor"]
+
+PARTS = ("front", "queue", "copy", "execute")
+_TIMING = re.compile(rb"(front|queue|copy|execute);dur=([0-9.]+)")
+_LENGTH = re.compile(rb"content-length: (\d+)")
+_LATE_S = 10.0  # how long answers may take once the last request was due
+
+
+@dataclass
+class Flow:
+    """One kind of request. due: when each leaves, seconds from the start, whether or not answers have come; empty: a
+    closed loop with one request outstanding on each connection.
+
+    client_ms: from when a request was due to its whole answer read. parts: what the server says of the same requests.
+    """
+
+    name: str
+    request: bytes
+    due: Sequence[float] = ()
+    connections: int = 8
+    client_ms: list[float] = field(default_factory=list)
+    parts: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
+    errors: int = 0
+    sent: int = 0
+
+    def result(self, warm: float = 0.1) -> dict[str, object]:
+        """Percentiles, ms, without the first `warm` of the requests. outside: the client's time less the engine's."""
+        skip = int(len(self.client_ms) * warm)
+        client = np.array(self.client_ms[skip:])
+        inside = {part: np.array(values[skip:]) for part, values in self.parts.items()}
+        found: dict[str, object] = {"answered": len(self.client_ms), "errors": self.errors, "client": summary(client)}
+        found.update({part: summary(values) for part, values in inside.items()})
+        found["outside"] = summary(client - inside["queue"] - inside["copy"] - inside["execute"])
+        return found
+
+
+class _Connection:
+    def __init__(self, flow: Flow, address: tuple[str, int]) -> None:
+        self.flow = flow
+        self.socket = socket.create_connection(address)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.waiting: deque[float] = deque()
+        self.since: float | None = None
+        self.received = bytearray()
+
+    def send(self, due: float) -> None:
+        self.waiting.append(due)
+        if self.since is None:
+            self._next()
+
+    def _next(self) -> None:
+        self.since = self.waiting.popleft() if self.waiting else None
+        if self.since is not None:
+            self.flow.sent += 1
+            self.socket.sendall(self.flow.request)
+
+    def receive(self) -> bool:
+        """Read what is there; True when an answer is whole."""
+        data = self.socket.recv(1 << 18)
+        if not data:
+            raise SystemExit(f"{self.flow.name}: the server hung up.")
+        self.received += data
+        end = self.received.find(b"\r\n\r\n")
+        if end < 0:
+            return False
+        head = bytes(self.received[:end])
+        length = _LENGTH.search(head)
+        if len(self.received) < end + 4 + int(length[1] if length else 0):
+            return False
+        took = (time.perf_counter() - (self.since or 0.0)) * 1000.0
+        if head.startswith(b"HTTP/1.1 200"):
+            self.flow.client_ms.append(took)
+            for name, value in _TIMING.findall(head):
+                self.flow.parts[name.decode()].append(float(value))
+        else:
+            self.flow.errors += 1
+            if self.flow.errors == 1:
+                print(self.flow.name, bytes(self.received[:600]).decode(errors="replace"), file=sys.stderr)
+        self.received.clear()
+        self._next()
+        return True
+
+
+def drive(flows: Sequence[Flow], address: tuple[str, int], seconds: float) -> float:
+    """Run the flows side by side; returns how long it took, s. Closed loops stop asking after `seconds`."""
+    groups = [(flow, [_Connection(flow, address) for _ in range(flow.connections)]) for flow in flows]
+    by_socket = {c.socket.fileno(): c for _, connections in groups for c in connections}
+    start = time.perf_counter() + 0.02
+    schedule = sorted((start + due, number, index) for number, f in enumerate(flows) for index, due in enumerate(f.due))
+    pending = deque(schedule)
+    end = start + seconds
+    for flow, connections in groups:
+        if not len(flow.due):
+            for connection in connections:
+                connection.send(time.perf_counter())
+    give_up = end + _LATE_S
+    while True:
+        now = time.perf_counter()
+        while pending and pending[0][0] <= now:
+            due, number, index = pending.popleft()
+            connections = groups[number][1]
+            free = next((c for c in connections if c.since is None), connections[index % len(connections)])
+            free.send(due)
+        busy = [c for c in by_socket.values() if c.since is not None]
+        if now >= give_up or (not pending and not busy):
+            break
+        wait = (pending[0][0] if pending else give_up) - time.perf_counter()
+        for descriptor in select.select(list(by_socket), [], [], max(0.0, wait))[0]:
+            connection = by_socket[descriptor]
+            done = connection.receive()
+            if done and not len(connection.flow.due) and time.perf_counter() < end:
+                connection.send(time.perf_counter())
+    took = time.perf_counter() - start
+    for connection in by_socket.values():
+        connection.socket.close()
+    return took
+
+
+def summary(values: object) -> dict[str, float]:
+    found = np.asarray(values, float)
+    names = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99, "p99.9_ms": 99.9, "max_ms": 100}
+    return {
+        name: round(float(np.percentile(found, p, method="inverted_cdf")), 4) if found.size else float("nan")
+        for name, p in names.items()
+    }
+
+
+def http_request(model: str, head: dict[str, object], tail: bytes = b"") -> bytes:
+    body = json.dumps(head).encode()
+    lines = [f"POST /v2/models/{model}/infer HTTP/1.1", "Host: localhost", f"Content-Length: {len(body) + len(tail)}"]
+    if tail:
+        lines.append(f"Inference-Header-Content-Length: {len(body)}")
+    return "\r\n".join([*lines, "", ""]).encode() + body + tail
+
+
+def tensor(name: str, shape: list[int], datatype: str = "FP32", **more: object) -> dict[str, object]:
+    return {"name": name, "datatype": datatype, "shape": shape, **more}
+
+
+@contextmanager
+def served(config: Path, *, log: Path | None = None, prefix: Sequence[str] = ()) -> Iterator[tuple[str, int]]:
+    """`missile serve config`, ready, as (host, port). prefix: a command to start it under (taskset)."""
+    command = [*prefix, sys.executable, "-m", "missile", "serve", str(config), "--json"]
+    with (log or Path("/dev/null")).open("wb") as errors:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        try:
+            line = server.stdout.readline() if server.stdout is not None else ""
+            if not line:
+                raise SystemExit(f"missile serve ended: {log.read_text()[-2000:] if log else 'no log was kept'}")
+            host, _, port = json.loads(line)["http"].removeprefix("http://").rpartition(":")
+            yield host, int(port)
+        finally:
+            server.terminate()
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+@contextmanager
+def shared_memory(name: str, contents: bytes, address: tuple[str, int]) -> Iterator[mmap.mmap]:
+    """A system shared memory region with `contents`, registered with the server under its own name."""
+    path = Path("/dev/shm") / name
+    path.write_bytes(contents)
+    try:
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), len(contents)) as mapping:
+            body = json.dumps({"key": name, "byte_size": len(contents)}).encode()
+            head = f"POST /v2/systemsharedmemory/region/{name}/register HTTP/1.1\r\nHost: localhost\r\n"
+            with socket.create_connection(address) as connection:
+                connection.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                answer = connection.recv(1 << 16)
+            if b" 200 " not in answer.splitlines()[0]:
+                raise SystemExit(answer.decode())
+            yield mapping
+    finally:
+        path.unlink(missing_ok=True)
