@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from missile.errors import MisuseError, UnsupportedError
 from missile.runtime.policies.interface import Action, Lane, Layout, Policy, Snapshot, Start
@@ -22,6 +22,7 @@ __all__ = [
     "Snapshot",
     "Start",
     "create_policy",
+    "parse_options",
     "policy_summaries",
 ]
 
@@ -32,8 +33,10 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "partition": PartitionPolicy,
 }
 
-RESERVED: tuple[str, ...] = ("mps", "orion", "missile")
+RESERVED: tuple[str, ...] = ("orion", "missile")
 """Names of policies that are planned."""
+
+_SWITCH = {"on": 1.0, "off": 0.0}
 
 
 def create_policy(text: str, options: Mapping[str, float] | None = None) -> Policy:
@@ -42,28 +45,42 @@ def create_policy(text: str, options: Mapping[str, float] | None = None) -> Poli
     options: more of them, which win over those in `text`. MisuseError for an unknown name, option or value;
     UnsupportedError for a name that this version does not have yet.
     """
-    name, _, written = text.partition(":")
+    name = text.partition(":")[0]
+    if name == "mps":
+        raise UnsupportedError(
+            "Policy 'mps' runs each tenant in a process of its own; `missile bench` does that, through missile.runtime.mps."
+        )
     if name in RESERVED:
         raise UnsupportedError(f"Policy {name!r} is planned and not in this version, which has {', '.join(POLICIES)}.")
     if name not in POLICIES:
         raise MisuseError(f"Unknown policy {name!r}; known: {', '.join(POLICIES)}.")
-    given = {**_parse(name, written), **(options or {})}
     known = tuple(inspect.signature(POLICIES[name]).parameters)
-    for option in given:
-        if option not in known:
-            raise MisuseError(f"Policy {name!r} has no option {option!r}; known: {', '.join(known) or 'none'}.")
-    return POLICIES[name](**given)
+    written = parse_options(text, known)
+    for option in options or ():
+        _require_known(name, option, known)
+    return POLICIES[name](**{**written, **(options or {})})
 
 
-def _parse(name: str, written: str) -> dict[str, float]:
+def parse_options(text: str, known: Collection[str]) -> dict[str, float]:
+    """The options in `text`, a policy's name with options: numbers, "on" (1.0) and "off" (0.0).
+
+    MisuseError for what is not NAME=NUMBER, and for an option that is not in `known`.
+    """
+    name, _, written = text.partition(":")
     options = {}
     for part in filter(None, written.split(",")):
-        key, _, value = part.partition("=")
+        option, _, value = (side.strip() for side in part.partition("="))
         try:
-            options[key.strip()] = float(value)
+            options[option] = _SWITCH[value] if value in _SWITCH else float(value)
         except ValueError:
             raise MisuseError(f"Policy {name!r}: option {part!r} is not NAME=NUMBER.") from None
+        _require_known(name, option, known)
     return options
+
+
+def _require_known(policy: str, option: str, known: Collection[str]) -> None:
+    if option not in known:
+        raise MisuseError(f"Policy {policy!r} has no option {option!r}; known: {', '.join(known) or 'none'}.")
 
 
 def policy_summaries() -> dict[str, str]:
