@@ -45,12 +45,12 @@ INPUTS: dict[str, tuple[int, tuple[int, ...], int, int]] = {
 }
 
 SHAPES = {
-    "in-page-const": Shape(Form.IN_PAGE, GRANULE),
-    "in-page-xors": Shape(Form.IN_PAGE, FRAME, page_xors=256),
+    "in-page-shared": Shape(Form.IN_PAGE, GRANULE),
+    "in-page-xors": Shape(Form.IN_PAGE, FRAME, page_xors=True),
     "in-page-global": Shape(Form.IN_PAGE, FRAME, space=TableSpace.GLOBAL),
-    "in-page-shared": Shape(Form.IN_PAGE, GRANULE, space=TableSpace.SHARED),
+    "in-page-global-xors": Shape(Form.IN_PAGE, GRANULE, space=TableSpace.GLOBAL, page_xors=True),
     "arithmetic": Shape(Form.ARITHMETIC, FRAME, masks=3),
-    "arithmetic-xors": Shape(Form.ARITHMETIC, FRAME, masks=3, page_xors=256),
+    "arithmetic-xors": Shape(Form.ARITHMETIC, FRAME, masks=3, page_xors=True),
     "shadow": Shape(Form.SHADOW, GRANULE),
 }
 

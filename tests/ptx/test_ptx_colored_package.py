@@ -1,14 +1,12 @@
-"""A package's kernels, colored: once for a shape, bound to tenants as data, whole or not at all."""
+"""A package's kernels, colored: once for a shape, whole or not at all."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from ptx_cases import SHAPES, source, translation
+from ptx_cases import SHAPES, source
 
-from missile.coloring.shape import CONSTANTS
 from missile.compiler.colored import color_kernels, read_colored, shape_name
 from missile.compiler.package import (
     Buffer,
@@ -19,7 +17,6 @@ from missile.compiler.package import (
     PointerArgument,
     TensorSpec,
 )
-from missile.compiler.ptx.cubin import find_symbol
 from missile.errors import MisuseError, UnsupportedError
 
 pytest.importorskip("triton", reason="its wheel has the assembler")
@@ -50,20 +47,11 @@ def package(tmp_path: Path) -> ModelPackage:
     )
 
 
-def test_code_is_kept_read_again_and_bound(package: ModelPackage, tmp_path: Path) -> None:
+def test_code_is_kept_and_read_again(package: ModelPackage, tmp_path: Path) -> None:
     made = color_kernels(package, tmp_path, SHAPE, workers=2)
     again = read_colored(package, tmp_path, SHAPE)
     assert again == made
     assert set(made.cubins) == {"add_relu", "gather"}
-    rng = np.random.default_rng(0)
-    tenants = [translation(SHAPE, rng).constants(base << 21) for base in (5, 6)]
-    for constants in tenants:
-        bound = again.bound(constants)
-        for cubin in (*bound.cubins.values(), bound.transfer):
-            start, size = find_symbol(cubin, CONSTANTS)
-            assert cubin[start : start + size] == constants
-    with pytest.raises(MisuseError, match="another shape"):
-        made.bound(tenants[0] + bytes(16))
 
 
 def test_a_kernel_that_can_not_be_colored_leaves_nothing(package: ModelPackage, tmp_path: Path) -> None:

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from ptx_cases import INPUTS, SHAPES, golden, kernels, parameters, source, translation
 
-from missile.coloring.shape import CONSTANTS, LOGICAL_BASE, Escape, Form, Shape
+from missile.coloring.shape import CONSTANTS, LOGICAL_BASE, Escape, Field, Form, Shape
 from missile.coloring.translation import InPageTranslation, Translation
 from missile.compiler.ptx.access import AccessKind
 from missile.compiler.ptx.assemble import assemble
-from missile.compiler.ptx.cubin import bind_symbol, find_symbol
 from missile.compiler.ptx.interpret import Thread, Touch, Trapped, run_thread
 from missile.compiler.ptx.parser import parse
 from missile.compiler.ptx.rewrite import Placement, rewrite
@@ -43,12 +42,11 @@ def thread_of(name: str, rng: np.random.Generator, base: int, stride: int) -> Th
 
 def colored(thread: Thread, bound: Translation, escapes: int = 0) -> Thread:
     return Thread(
-        thread.parameters,
+        [*thread.parameters, bound.constants(BASE, table=TABLE, escapes=escapes)],
         thread.thread,
         thread.block,
         thread.threads,
         thread.blocks,
-        bound.constants(BASE, table=TABLE, escapes=escapes),
         bound.table().tobytes(),
         TABLE,
         thread.data,
@@ -83,7 +81,7 @@ def test_rewritten_kernels_touch_what_the_reference_says(name: str, form: str) -
 def test_everything_but_addresses_stays_as_it_was() -> None:
     for name in INPUTS:
         before = source(name)
-        after = rewrite(before, SHAPES["in-page-const"], name=name, placement=Placement.ACCESS)
+        after = rewrite(before, SHAPES["in-page-shared"], name=name, placement=Placement.ACCESS)
         assert sum(after.accesses.values()) == after.translations
         kept = [line for line in after.ptx.splitlines() if "missile_" not in line]
         missing = [line for line in before.splitlines() if line not in set(kept)]
@@ -111,7 +109,7 @@ again:
 	ret;
 }
 """
-    shape = SHAPES["in-page-const"]
+    shape = SHAPES["in-page-shared"]
     early = rewrite(text, shape)
     assert (early.translations, early.accesses) == (2, {AccessKind.LOAD: 2, AccessKind.STORE: 1})
     # Computed before the loop, so translated before the loop.
@@ -127,7 +125,7 @@ again:
     assert list(touches(late.ptx, colored(thread, bound))) == plain_access(bound, touches(moving, thread))
 
 
-@pytest.mark.parametrize("form", ["in-page-const", "shadow", "arithmetic-xors"])
+@pytest.mark.parametrize("form", ["in-page-shared", "shadow", "arithmetic-xors"])
 @pytest.mark.parametrize("name", ["add_relu", "gather"])
 def test_golden(name: str, form: str) -> None:
     text = rewrite(source(name), SHAPES[form], name=name).ptx
@@ -136,17 +134,13 @@ def test_golden(name: str, form: str) -> None:
 
 @pytest.mark.parametrize("form", SHAPES)
 @pytest.mark.parametrize("name", INPUTS)
-def test_rewritten_kernels_assemble_and_take_constants(name: str, form: str) -> None:
+def test_rewritten_kernels_assemble_and_take_constants_last(name: str, form: str) -> None:
     pytest.importorskip("triton", reason="its wheel has the assembler")
-    shape = SHAPES[form]
-    cubin = assemble(rewrite(source(name), shape, name=name).ptx, arch="sm_90a", name=name)
-    bound = translation(shape, np.random.default_rng(1))
-    constants = bound.constants(BASE, table=TABLE)
-    ready = bind_symbol(cubin, CONSTANTS, constants)
-    start, size = find_symbol(ready, CONSTANTS)
-    assert ready[start : start + size] == constants
-    assert ready[:start] == cubin[:start]
-    assert ready[start + size :] == cubin[start + size :]
+    text = rewrite(source(name), SHAPES[form], name=name).ptx
+    assert assemble(text, arch="sm_90a", name=name)[:4] == b"\x7fELF"
+    before, after = (parse(t).functions[0].parameters for t in (source(name), text))
+    assert after[:-1] == before
+    assert (after[-1].name, after[-1].nbytes) == (CONSTANTS, Field.BYTES)
 
 
 @pytest.mark.slow
@@ -182,7 +176,7 @@ def test_transfers_move_every_byte_to_its_place(form: str) -> None:
 
 
 def escaping(escape: Escape, placement: Placement) -> tuple[Shape, InPageTranslation, str]:
-    shape = Shape(Form.IN_PAGE, SHAPES["in-page-const"].layout, escape=escape)
+    shape = Shape(Form.IN_PAGE, SHAPES["in-page-shared"].layout, escape=escape)
     return shape, InPageTranslation(shape, [3, 7, 11], 4), rewrite(source("gather"), shape, placement=placement).ptx
 
 
@@ -231,14 +225,14 @@ again:
 
 @pytest.mark.parametrize("index", [0, 2, 3, 5, 6, 1 << 40, (1 << 62) - 4, (1 << 64) - 5])
 def test_tables_of_the_module_are_read_where_they_are_and_never_left(index: int) -> None:
-    shape = SHAPES["in-page-const"]
+    shape = SHAPES["shadow"]
     result = rewrite(SINE, shape)
     assert result.accesses == {AccessKind.STORE: 1}
     bound = translation(shape, np.random.default_rng(3))
     thread = Thread([LOGICAL_BASE.to_bytes(8, "little"), index.to_bytes(8, "little")])
     before = [t.address for t in touches(SINE, Thread([*thread.parameters[:1], bytes(8)])) if t.kind is AccessKind.LOAD]
     after = [t for t in touches(result.ptx, colored(thread, bound)) if t.kind is AccessKind.LOAD]
-    # The interpreter places variables one after another, from the same address on, `missile_color` apart.
+    # The interpreter places variables one after another, from the same address on.
     start = before[0] - 4
     assert len(after) == 2
     for step, touch in enumerate(after):
@@ -258,7 +252,7 @@ def test_tables_of_the_module_are_read_where_they_are_and_never_left(index: int)
 )
 def test_what_may_leave_a_table_of_the_module_is_refused(change: tuple[str, str]) -> None:
     with pytest.raises(UnsupportedError, match="module's own memory"):
-        rewrite(SINE.replace(*change), SHAPES["in-page-const"])
+        rewrite(SINE.replace(*change), SHAPES["in-page-shared"])
 
 
 def test_a_trap_is_an_option() -> None:
@@ -269,7 +263,7 @@ def test_a_trap_is_an_option() -> None:
 
 
 def test_copies_of_nothing_do_not_count_as_escapes() -> None:
-    shape = Shape(Form.IN_PAGE, SHAPES["in-page-const"].layout, escape=Escape.COUNT)
+    shape = Shape(Form.IN_PAGE, SHAPES["in-page-shared"].layout, escape=Escape.COUNT)
     text = rewrite(source("matmul_64x64x32"), shape).ptx
     assert re.search(r"setp\.ne\.and\.b32\s+%missile_q\d+, %r\d+, 0, %missile_q\d+;", text)
 
@@ -283,8 +277,11 @@ def test_copies_of_nothing_do_not_count_as_escapes() -> None:
             UnsupportedError,
             "missile_",
         ),
-        (lambda: find_symbol(b"\x7fELF\x02" + bytes(20), CONSTANTS), MisuseError, "no whole cubin"),
-        (lambda: find_symbol(b"not a cubin at all" * 10, CONSTANTS), MisuseError, "no whole cubin"),
+        (
+            lambda: rewrite(source("gather").replace(".visible .entry", ".func"), SHAPES["shadow"]),
+            UnsupportedError,
+            "function that kernels call",
+        ),
     ],
 )
 def test_misuse_is_refused(make: Callable[[], object], error: type[Exception], says: str) -> None:
@@ -292,13 +289,14 @@ def test_misuse_is_refused(make: Callable[[], object], error: type[Exception], s
         make()
 
 
-def test_constants_of_another_shape_are_refused() -> None:
+@pytest.mark.parametrize("parameters", ["", "()"])
+def test_a_kernel_without_parameters_gets_one(parameters: str) -> None:
+    text = f".version 8.0\n.target sm_90\n.address_size 64\n.visible .entry k{parameters}\n{{ ret; }}\n"
+    (function,) = parse(rewrite(text, SHAPES["shadow"]).ptx).functions
+    assert [parameter.name for parameter in function.parameters] == [CONSTANTS]
+
+
+def test_what_the_assembler_says_is_told() -> None:
     pytest.importorskip("triton", reason="its wheel has the assembler")
-    cubin = assemble(rewrite(source("add_relu"), SHAPES["shadow"]).ptx, arch="sm_90a")
-    with pytest.raises(MisuseError, match="another shape"):
-        bind_symbol(cubin, CONSTANTS, bytes(1024))
-    plain = assemble(source("add_relu"), arch="sm_90a")
-    with pytest.raises(MisuseError, match="not compiled for colors"):
-        bind_symbol(plain, CONSTANTS, bytes(64))
     with pytest.raises(UnsupportedError, match="'broken' can't be assembled"):
         assemble(source("add_relu").replace("add.s64", "add.s65"), arch="sm_90a", name="broken")

@@ -162,8 +162,8 @@ class ColoredBuffer:
 class TenantMemory:
     """One tenant's colored memory. Created by `ColoredPool.attach`; an allocator of logical addresses.
 
-    constants: what the tenant's kernels are bound to (`missile_color`). escapes: address of the counter of accesses
-    outside its memory, 0 where they are not counted.
+    constants: the last parameter of every launch of the tenant's colored kernels, by value. escapes: address of the counter
+    of accesses outside its memory, 0 where they are not counted.
     """
 
     def __init__(

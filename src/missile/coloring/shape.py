@@ -1,7 +1,8 @@
 """The shape of a translation: what kernels are compiled for. Which colors and pages a tenant has is bound later, as data.
 
-A kernel compiled for a shape reads everything else from its constants (`missile_color` in the const bank), whose layout
-is written down here once for both sides: the code that reads it and the host that fills it.
+A kernel compiled for a shape reads everything else from its constants, a parameter that rewriting adds behind the kernel's
+own, `Field.BYTES` bytes by value. Their layout is written down here once for both sides: the code that reads them and the
+host that fills them in.
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ from missile.probe.layout import PageLayout
 
 __all__ = ["CONSTANTS", "LOGICAL_BASE", "MAX_MASKS", "Escape", "Field", "Form", "Shape", "TableSpace"]
 
-CONSTANTS = "missile_color"
+CONSTANTS = "missile_color"  # the parameter's name
 
 # No memory can lie here, so an access that was not translated faults and never reads a neighbour's tensor. All bits that
 # a frame number is cut from are zero.
 LOGICAL_BASE = 1 << 60
 
 MAX_MASKS = 4  # 16 colors of 4 bits are a 64-bit word
-_CONST_BYTES = 64 << 10  # of the bank of a module
 
 
 class Form(StrEnum):
@@ -33,7 +33,6 @@ class Form(StrEnum):
 class TableSpace(StrEnum):
     """Where the in-page table lies when a kernel runs."""
 
-    CONST = "const"
     GLOBAL = "global"  # read through the L1 cache
     SHARED = "shared"  # copied by every block when it starts
 
@@ -50,7 +49,7 @@ class Field:
     """Offsets in the constants, bytes. All little-endian."""
 
     BASE = 0  # u64: address that page 0 of the tenant is mapped at
-    TABLE = 8  # u64: address of the table in global memory
+    TABLE = 8  # u64: address of the table in global memory, the pages' constants (u16 each) behind it
     FRAMES = 16  # u32: logical frames; the number of the guard frame
     MINUS_DIVISOR = 20  # s32
     MAGIC = 24  # u32
@@ -58,22 +57,22 @@ class Field:
     COLORS = 32  # u64: parities of color i in bits 4i to 4i+3
     MASKS = 40  # u32 each
     ESCAPES = 56  # u64: address of a u64 counter
-    ARRAYS = 64
+    BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     """layout: how a page is cut into frames; the frame is the layout's granule. masks: how many (arithmetic form only).
 
-    page_xors: how many pages can have a constant that is XORed to a frame's place in its page; 0 where none is needed.
-    space: where the in-page table is looked up. MisuseError for a shape that does not fit the constants.
+    page_xors: whether pages can have constants that are XORed to a frame's place in its page.
+    space: where the in-page table is looked up. MisuseError for a shape that no code can be written for.
     """
 
     form: Form
     layout: PageLayout
     masks: int = 0
-    space: TableSpace = TableSpace.CONST
-    page_xors: int = 0
+    space: TableSpace = TableSpace.SHARED
+    page_xors: bool = False
     escape: Escape = Escape.GUARD
 
     def __post_init__(self) -> None:
@@ -89,10 +88,6 @@ class Shape:
             raise MisuseError("A shadow page table has no constants of pages.")
         if self.units_per_page > 1 << 16:
             raise MisuseError("A page has more places for frames than a table entry of 16 bits can name.")
-        if self.constant_bytes > _CONST_BYTES:
-            raise MisuseError(
-                f"The translation's constants take {self.constant_bytes} bytes; {_CONST_BYTES} is what the GPU has."
-            )
 
     @property
     def frame_bits(self) -> int:
@@ -114,9 +109,5 @@ class Shape:
 
     @property
     def xors_at(self) -> int:
-        """Offset of the pages' constants (u16 each) in the constants."""
-        return Field.ARRAYS + (2 * self.table_entries if self.space is TableSpace.CONST else 0)
-
-    @property
-    def constant_bytes(self) -> int:
-        return -(-(self.xors_at + 2 * self.page_xors) // 16) * 16
+        """Offset of the pages' constants (u16 each) in what lies in global memory, bytes."""
+        return 2 * self.table_entries

@@ -25,8 +25,6 @@ __all__ = ["Demand", "Share", "plan_shares"]
 
 Ints = npt.NDArray[np.int64]
 
-_XOR_ROOM = (256, 1024, 4096)  # pages: kernels are compiled for one of these, so that few shapes are in use
-
 
 @dataclass(frozen=True, slots=True)
 class Demand:
@@ -58,7 +56,7 @@ def plan_shares(
     demands: Sequence[Demand],
     *,
     form: Form | None = None,
-    space: TableSpace = TableSpace.CONST,
+    space: TableSpace = TableSpace.SHARED,
     escape: Escape = Escape.GUARD,
 ) -> tuple[Share, ...]:
     """Give every demand frames of its colors, from a pool of pages with `constants` (pages, 3), as measured by
@@ -144,12 +142,7 @@ def _uniform(
     escape: Escape,
 ) -> Translation | None:
     """A translation for pages that differ by XORs only; None where the form does not fit."""
-    room = 0
-    if xors.any():
-        fitting = [size for size in _XOR_ROOM if size >= len(pages)]
-        if not fitting:
-            return None
-        room = fitting[0]
+    constants = bool(xors.any())
     layout = palette.layout
     if form is Form.ARITHMETIC:
         linear = linear_colors(palette.pattern(reference))
@@ -157,9 +150,9 @@ def _uniform(
         if linear is None or not contiguous or (len(xors) and xors.max() >= 1 << len(linear.masks)):
             return None
         masks = tuple(mask << len(layout.inner_bits) for mask in linear.masks)
-        shape = Shape(Form.ARITHMETIC, layout, masks=len(masks), page_xors=room, escape=escape)
+        shape = Shape(Form.ARITHMETIC, layout, masks=len(masks), page_xors=constants, escape=escape)
         return ArithmeticTranslation(shape, masks, [linear.parities[c] for c in colors], len(pages), xors)
-    shape = Shape(Form.IN_PAGE, layout, space=space, page_xors=room, escape=escape)
+    shape = Shape(Form.IN_PAGE, layout, space=space, page_xors=constants, escape=escape)
     return InPageTranslation(shape, palette.frames(colors, reference), len(pages), xors)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from missile.coloring.division import LIMIT, Divider
-from missile.coloring.shape import MAX_MASKS, Escape, Field, Form, Shape, TableSpace
+from missile.coloring.shape import MAX_MASKS, Escape, Field, Form, Shape
 from missile.errors import MisuseError
 from missile.probe.layout import PageLayout
 
@@ -48,11 +48,11 @@ class Translation(Protocol):
         """Physical offset of each logical byte offset, same shape. Offsets outside the memory go to the guard frame."""
 
     def table(self) -> npt.NDArray[np.uint16] | npt.NDArray[np.uint32]:
-        """What has to lie in global memory, shape (entries,); empty where nothing does."""
+        """What has to lie in global memory, shape (entries,); empty where nothing does. Page constants stand at the end."""
 
     def constants(self, base: int, *, table: int = 0, escapes: int = 0) -> bytes:
-        """The constants of a kernel, `shape.constant_bytes` long. base: address of the tenant's range; table: of `table()`
-        in global memory; escapes: of a u64 counter, for shapes that count."""
+        """The last parameter of every kernel of the tenant, `Field.BYTES` long. base: address of its range; table: of
+        `table()` in global memory; escapes: of a u64 counter, for shapes that count."""
 
 
 class _Translation:
@@ -84,14 +84,14 @@ class _Translation:
         return np.asarray(self.locate(frame) + layout.pieces()[piece] + rest, np.int64)
 
     def table(self) -> npt.NDArray[np.uint16] | npt.NDArray[np.uint32]:
-        return np.empty(0, np.uint16)
+        raise NotImplementedError
 
     def constants(self, base: int, *, table: int = 0, escapes: int = 0) -> bytes:
         if self.shape.escape is Escape.COUNT and not escapes:
             raise MisuseError("Kernels that count escaping accesses need the address of a counter.")
         if len(self.table()) and not table:
             raise MisuseError("The translation's table has to lie in global memory, and its address is not given.")
-        out = bytearray(self.shape.constant_bytes)
+        out = bytearray(Field.BYTES)
         struct.pack_into("<QQI", out, Field.BASE, base, table, self.frames)
         struct.pack_into("<Q", out, Field.ESCAPES, escapes)
         self._fill(out)
@@ -105,8 +105,6 @@ class _Translation:
         xors = np.asarray(page_xors, np.int64)
         if not self.shape.page_xors and xors.any():
             raise MisuseError("Pages have constants that this shape of translation leaves out.")
-        if self.shape.page_xors and self.pages > self.shape.page_xors:
-            raise MisuseError(f"The shape has room for {self.shape.page_xors} pages' constants, not {self.pages}.")
         if len(xors) not in (0, self.pages):
             raise MisuseError(f"{len(xors)} constants were given for {self.pages} pages.")
         if len(xors) and (xors.min() < 0 or xors.max() >= self.shape.layout.granules):
@@ -145,19 +143,13 @@ class InPageTranslation(_Translation):
         return np.asarray(page * self.shape.layout.page_bytes + units * self.shape.unit_bytes, np.int64)
 
     def table(self) -> npt.NDArray[np.uint16]:
-        if self.shape.space is TableSpace.CONST:
-            return np.empty(0, np.uint16)
-        out = np.zeros(self.shape.table_entries, np.uint16)
-        out[: len(self._units)] = self._units
-        return out
+        places = np.zeros(self.shape.table_entries, np.uint16)
+        places[: len(self._units)] = self._units
+        return np.concatenate([places, self._xors.astype(np.uint16)]) if self.shape.page_xors else places
 
     def _fill(self, out: bytearray) -> None:
         divider = self._divider
         struct.pack_into("<iII", out, Field.MINUS_DIVISOR, -divider.divisor, divider.magic, divider.shift)
-        if self.shape.space is TableSpace.CONST:
-            _put(out, Field.ARRAYS, self._units.astype("<u2"))
-        if self.shape.page_xors:
-            _put(out, self.shape.xors_at, self._xors.astype("<u2"))
 
 
 class ArithmeticTranslation(_Translation):
@@ -214,6 +206,9 @@ class ArithmeticTranslation(_Translation):
             color = color ^ ((np.bitwise_count(row & mask) & 1).astype(np.int64) << index)
         return np.asarray((row << len(self.masks)) + color, np.int64)
 
+    def table(self) -> npt.NDArray[np.uint16]:
+        return self._xors.astype(np.uint16) if self.shape.page_xors else np.empty(0, np.uint16)
+
     def _row_masks(self) -> tuple[int, ...]:
         """The masks over the bits of a row's number."""
         return tuple(mask >> (self.shape.frame_bits + len(self.masks)) for mask in self.masks)
@@ -224,8 +219,6 @@ class ArithmeticTranslation(_Translation):
         packed = sum(color << (4 * place) for place, color in enumerate(self.colors))
         masks = (*self._row_masks(), *([0] * (MAX_MASKS - len(self.masks))))
         struct.pack_into("<Q4I", out, Field.COLORS, packed, *masks)
-        if self.shape.page_xors:
-            _put(out, self.shape.xors_at, self._xors.astype("<u2"))
 
 
 class ShadowTranslation(_Translation):
@@ -269,7 +262,3 @@ class ShadowTranslation(_Translation):
 
     def table(self) -> npt.NDArray[np.uint32]:
         return self._units.astype(np.uint32)
-
-
-def _put(out: bytearray, at: int, values: npt.NDArray[np.uint16]) -> None:
-    out[at : at + values.nbytes] = values.tobytes()

@@ -1,8 +1,9 @@
-"""A package's kernels with color translation: compiled once for a shape of translation, bound to colors as data.
+"""A package's kernels with color translation: compiled once for a shape of translation, whatever the colors.
 
 They lie beside the plain ones, in `colored/SHAPE/`: a cubin for each kernel, and `transfer.cubin` with the kernels that move
-data in and out. Nothing here touches a GPU. What is not here yet: a plan that runs on colored buffers (see
-docs/design/colored-execution.md).
+data in and out. Each takes one parameter more than the plain kernel, the last: the tenant's constants
+(`TenantMemory.constants`), by value. Nothing here touches a GPU. What is not here yet: a plan that runs on colored
+buffers (see docs/design/colored-execution.md).
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from missile.coloring.shape import CONSTANTS, Shape
+from missile.coloring.shape import Shape
 from missile.compiler.package import ModelPackage
 from missile.compiler.ptx.assemble import assemble
-from missile.compiler.ptx.cubin import bind_symbol
 from missile.compiler.ptx.parser import parse
 from missile.compiler.ptx.rewrite import Placement, rewrite
 from missile.compiler.ptx.transfer import transfer_ptx
@@ -29,29 +29,18 @@ _TRANSFER = "transfer"
 
 @dataclass(frozen=True, slots=True)
 class ColoredKernels:
-    """Code of one package for one shape of translation, not bound to colors. cubins: by kernel id."""
+    """Code of one package for one shape of translation, of any tenant. cubins: by kernel id."""
 
     shape: Shape
     cubins: Mapping[str, bytes]
     transfer: bytes
-
-    def bound(self, constants: bytes) -> ColoredKernels:
-        """The same code for the tenant with `constants` (`TenantMemory.constants`): a copy of bytes, no compilation.
-
-        MisuseError when the constants are for another shape.
-        """
-        return ColoredKernels(
-            self.shape,
-            {name: bind_symbol(cubin, CONSTANTS, constants) for name, cubin in self.cubins.items()},
-            bind_symbol(self.transfer, CONSTANTS, constants),
-        )
 
 
 def shape_name(shape: Shape) -> str:
     """The folder that code for `shape` lies in: different for shapes that need different code."""
     bits = "".join(f".{bit}" for bit in shape.layout.inner_bits if bit >= shape.layout.index_bits[0])
     frame = f"{shape.layout.page_bytes >> 10}k-{shape.unit_bytes}{bits}"
-    parts = [str(shape.form), frame, f"m{shape.masks}", str(shape.space), f"x{shape.page_xors}", str(shape.escape)]
+    parts = [str(shape.form), frame, f"m{shape.masks}", str(shape.space), f"x{int(shape.page_xors)}", str(shape.escape)]
     return "-".join(parts)
 
 

@@ -11,7 +11,6 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from missile.coloring.shape import CONSTANTS
 from missile.compiler.ptx.access import AccessKind, global_accesses
 from missile.compiler.ptx.flow import destinations
 from missile.compiler.ptx.syntax import (
@@ -51,8 +50,8 @@ class Touch:
 class Thread:
     """Where a thread stands and what it is given.
 
-    parameters: the arguments, little-endian. constants: of the tenant, for rewritten kernels. table: what lies in global
-    memory at `table_address` (a translation's table). data: the n-th word that the thread loads (not from the table).
+    parameters: the arguments, little-endian; a tenant's constants are the last of a rewritten kernel. table: what lies in
+    global memory at `table_address` (a translation's table). data: the n-th word that the thread loads (not from the table).
     """
 
     parameters: Sequence[bytes]
@@ -60,7 +59,6 @@ class Thread:
     block: tuple[int, int, int] = (0, 0, 0)
     threads: tuple[int, int, int] = (128, 1, 1)
     blocks: tuple[int, int, int] = (1, 1, 1)
-    constants: bytes = b""
     table: bytes = b""
     table_address: int = 0
     data: Callable[[int], int] = field(default=lambda _: 0)
@@ -192,15 +190,12 @@ class _Run:
             self._loaded += 1
 
     def _load_own(self, instruction: Instruction) -> None:
-        """Parameters, constants and the table are known."""
+        """Parameters and the table are known."""
         (address,) = [o for o in instruction.operands if isinstance(o, Address)]
         size = _width(instruction.parts[-1]) // 8
         parts = instruction.parts
         if "param" in parts and address.base in self._parameters:
             self._spread_words(instruction.operands[0], self._parameters[address.base][address.offset :], size)
-        elif "const" in parts:
-            where = self._where(address, instruction)
-            self._spread_words(instruction.operands[0], self._thread.constants[where:], size)
         elif "shared" in parts and SHARED_TABLE in self._symbols:
             start = self._where(address, instruction) - self._symbols[SHARED_TABLE]
             if 0 <= start < len(self._thread.table):
@@ -297,14 +292,14 @@ class _Run:
 
 
 def _symbols(module: Module, function: Function) -> dict[str, int]:
-    """Addresses of variables: constants from 0, everything else somewhere else."""
+    """Addresses of variables: far from each other."""
     found: dict[str, int] = {}
     at = _SHARED_BASE
     for declaration in (*module.variables, *function.flat()):
         if isinstance(declaration, Declaration) and declaration.space != "reg":
             for name, _ in declaration.names:
-                found[name] = 0 if name == CONSTANTS else at
-                at += 0 if name == CONSTANTS else 1 << 20
+                found[name] = at
+                at += 1 << 20
     return found
 
 

@@ -109,18 +109,24 @@ class _Parser:
         entry = self._next().text == ".entry"
         if not entry and self._peek_text() == "(":
             self._parameters()  # what it returns
-        name = self._next().text
-        self._kernel = name
-        parameters = self._parameters() if self._peek_text() == "(" else ()
+        named = self._next()
+        self._kernel = name = named.text
+        parameters: tuple[Parameter, ...] | None = None
+        parameters_end = named.end
+        if self._peek_text() == "(":
+            parameters = self._parameters()
+            parameters_end = self._tokens[self._at - 1].start
         while self._peek_text() in _TUNING:
             self._next()
             while self._peek_kind() is TokenKind.NUMBER or self._peek_text() == ",":
                 self._next()
         if self._peek_text() == ";":
-            return Function(name, entry, parameters, None, start, self._next().end)
+            return Function(name, entry, parameters or (), None, start, self._next().end)
         opening = self._expect("{")
         body, end = self._statements()
-        return Function(name, entry, parameters, body, start, end, opening.end)
+        return Function(
+            name, entry, parameters or (), body, start, end, opening.end, parameters_end, parameters is not None
+        )
 
     def _parameters(self) -> tuple[Parameter, ...]:
         self._expect("(")

@@ -14,7 +14,7 @@ from missile.compiler.ptx.access import Access, AccessKind, global_accesses
 from missile.compiler.ptx.flow import Flow
 from missile.compiler.ptx.parser import parse
 from missile.compiler.ptx.syntax import Declaration, Function, Module, Name
-from missile.compiler.ptx.translate import Emitter, module_declarations, prologue
+from missile.compiler.ptx.translate import PARAMETER, Emitter, module_declarations, prologue
 from missile.errors import MisuseError, UnsupportedError
 
 __all__ = ["Placement", "Rewritten", "rewrite"]
@@ -46,15 +46,15 @@ class _Edit:
 def rewrite(source: str, shape: Shape, *, name: str = "", placement: Placement = Placement.DEFINITION) -> Rewritten:
     """Translate every access to global memory in the PTX text `source` by translations of `shape`.
 
-    Kernels then read `missile_color` in their const bank, which is zero until a tenant's constants are bound.
+    Every entry point then takes one more parameter, the last: the tenant's constants (`TenantMemory.constants`), by value.
     UnsupportedError naming the kernel for what can't be translated; MisuseError for PTX that was rewritten already.
     """
     module = parse(source, name)
-    if any(declared == CONSTANTS for variable in module.variables for declared, _ in variable.names):
+    if any(parameter.name == CONSTANTS for function in module.functions for parameter in function.parameters):
         raise MisuseError(f"Kernel {name or module.entries[0]!r} is colored already.")
     if "missile_" in source:
         raise UnsupportedError(f"Kernel {name!r} has names that begin with 'missile_', which translations use.")
-    edits = [_Edit(module.head_end, module.head_end, "\n" + "\n".join(module_declarations(shape)))]
+    edits = [_Edit(module.head_end, module.head_end, "".join(f"\n{line}" for line in module_declarations(shape)))]
     counts: dict[AccessKind, int] = {}
     translations = 0
     for function in module.functions:
@@ -62,6 +62,7 @@ def rewrite(source: str, shape: Shape, *, name: str = "", placement: Placement =
             continue
         accesses = global_accesses(module, function)
         _check(function, accesses, shape)
+        edits.append(_parameter(function))
         for access in accesses:
             if not access.table:
                 counts[access.kind] = counts.get(access.kind, 0) + 1
@@ -71,7 +72,17 @@ def rewrite(source: str, shape: Shape, *, name: str = "", placement: Placement =
     return Rewritten(_apply(source, edits), counts, translations)
 
 
+def _parameter(function: Function) -> _Edit:
+    where = function.parameters_end
+    added = f",\n\t{PARAMETER}\n" if function.parameters else PARAMETER
+    return _Edit(where, where, added if function.listed else f"({added})")
+
+
 def _check(function: Function, accesses: Iterable[Access], shape: Shape) -> None:
+    if accesses and not function.entry:
+        raise UnsupportedError(
+            f"Kernel {function.name!r} can't be colored: it is a function that kernels call, and touches global memory."
+        )
     piece = shape.layout.piece_bytes
     for access in accesses:
         # An access is aligned to its size, or the GPU faults: so one that is no larger than a piece lies in one.

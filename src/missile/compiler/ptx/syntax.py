@@ -160,7 +160,10 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """An entry point or a device function. body: None for a declaration only. body_start: behind the opening brace."""
+    """An entry point or a device function. body: None for a declaration only. body_start: behind the opening brace.
+
+    parameters_end: where one more parameter may be added: before the closing parenthesis (listed), else behind the name.
+    """
 
     name: str
     entry: bool
@@ -169,6 +172,8 @@ class Function:
     start: int
     end: int
     body_start: int = 0
+    parameters_end: int = 0
+    listed: bool = False
 
     def instructions(self) -> tuple[Instruction, ...]:
         """All instructions in the order of the text, those of inner scopes among them."""

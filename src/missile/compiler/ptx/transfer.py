@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from missile.coloring.shape import Shape
-from missile.compiler.ptx.translate import Emitter, module_declarations, prologue
+from missile.compiler.ptx.translate import PARAMETER, Emitter, module_declarations, prologue
 
 __all__ = ["CHUNK_BYTES", "GATHER", "SCATTER", "THREADS", "blocks_for", "transfer_ptx"]
 
@@ -18,9 +18,10 @@ def blocks_for(nbytes: int) -> int:
 
 
 def transfer_ptx(shape: Shape, target: str = "sm_90") -> str:
-    """PTX with two kernels, both of (plain address u64, logical address u64, bytes u64), the addresses multiples of 16.
+    """PTX with two kernels, both of (plain address u64, logical address u64, bytes u64, the tenant's constants by value).
+    The addresses are multiples of 16.
 
-    `missile_scatter` copies from plain to colored memory, `missile_gather` the other way. Bind constants of `shape` to it.
+    `missile_scatter` copies from plain to colored memory, `missile_gather` the other way.
     """
     head = [".version 8.0", f".target {target}", ".address_size 64", *module_declarations(shape)]
     return "\n".join([*head, _kernel(shape, SCATTER, scatter=True), _kernel(shape, GATHER, scatter=False), ""])
@@ -66,5 +67,5 @@ def _kernel(shape: Shape, name: str, *, scatter: bool) -> str:
         "finished:",
         "ret;",
     ]
-    parameters = ", ".join(f".param .u64 {name}_{what}" for what in ("plain", "logical", "size"))
-    return f".visible .entry {name}({parameters})\n{{\n\t" + "\n\t".join(body) + "\n}"
+    parameters = [*(f".param .u64 {name}_{what}" for what in ("plain", "logical", "size")), PARAMETER]
+    return f".visible .entry {name}({', '.join(parameters)})\n{{\n\t" + "\n\t".join(body) + "\n}"

@@ -9,9 +9,12 @@ from collections.abc import Callable
 
 from missile.coloring.shape import CONSTANTS, Escape, Field, Form, Shape, TableSpace
 
-__all__ = ["SHARED_TABLE", "Emitter", "module_declarations", "prologue"]
+__all__ = ["PARAMETER", "SHARED_TABLE", "Emitter", "module_declarations", "prologue"]
 
 SHARED_TABLE = "missile_table"
+
+# The constants arrive with the launch: a first touch of a const bank of the module's own would miss in every launch.
+PARAMETER = f".param .align 8 .b8 {CONSTANTS}[{Field.BYTES}]"
 
 
 class Emitter:
@@ -77,7 +80,7 @@ class Emitter:
 
     def _constant(self, kind: str, offset: int, code: list[str]) -> str:
         register = self.wide() if kind.endswith("64") else self._word()
-        code.append(f"ld.const.{kind} {register}, [{CONSTANTS}+{offset}];")
+        code.append(f"ld.param.{kind} {register}, [{CONSTANTS}+{offset}];")
         return register
 
     # --- steps
@@ -136,11 +139,11 @@ class Emitter:
         """XOR the page's constant into `value`, in place."""
         if not self._shape.page_xors:
             return
-        address, half, word = self._word(), self._take("h"), self._word()
+        address, half, word = self.wide(), self._take("h"), self._word()
+        table = self._constant("u64", Field.TABLE, code)
         code += [
-            f"mov.u32 {address}, {CONSTANTS};",
-            f"mad.lo.u32 {address}, {page}, 2, {address};",
-            f"ld.const.u16 {half}, [{address}+{self._shape.xors_at}];",
+            f"mad.wide.u32 {address}, {page}, 2, {table};",
+            f"ld.global.nc.u16 {half}, [{address}+{self._shape.xors_at}];",
             f"cvt.u32.u16 {word}, {half};",
             f"xor.b32 {value}, {value}, {word};",
         ]
@@ -172,12 +175,10 @@ class Emitter:
             code += [f"mad.wide.u32 {entry}, {place}, 2, {table};", f"ld.global.nc.u16 {half}, [{entry}];"]
         else:
             address = self._word()
-            shared = self._shape.space is TableSpace.SHARED
-            symbol, at = (SHARED_TABLE, 0) if shared else (CONSTANTS, Field.ARRAYS)
             code += [
-                f"mov.u32 {address}, {symbol};",
+                f"mov.u32 {address}, {SHARED_TABLE};",
                 f"mad.lo.u32 {address}, {place}, 2, {address};",
-                f"ld.{'shared' if shared else 'const'}.u16 {half}, [{address}+{at}];",
+                f"ld.shared.u16 {half}, [{address}];",
             ]
         code.append(f"cvt.u32.u16 {unit}, {half};")
 
@@ -230,11 +231,9 @@ class Emitter:
 
 def module_declarations(shape: Shape) -> list[str]:
     """Variables that a module with translations needs."""
-    # Visible, so that the assembler can't conclude that nobody ever writes them.
-    found = [f".visible .const .align 16 .b8 {CONSTANTS}[{shape.constant_bytes}];"]
-    if shape.form is Form.IN_PAGE and shape.space is TableSpace.SHARED:
-        found.append(f".shared .align 16 .b8 {SHARED_TABLE}[{2 * shape.table_entries}];")
-    return found
+    if shape.form is not Form.IN_PAGE or shape.space is not TableSpace.SHARED:
+        return []
+    return [f".shared .align 16 .b8 {SHARED_TABLE}[{2 * shape.table_entries}];"]
 
 
 def prologue(shape: Shape) -> list[str]:
@@ -251,7 +250,7 @@ def prologue(shape: Shape) -> list[str]:
         "missile_copy:",
         f"setp.ge.u32 %missile_more, %missile_i, {shape.table_entries // 8};",
         "@%missile_more bra missile_copied;",
-        f"ld.const.u64 %missile_g, [{CONSTANTS}+{Field.TABLE}];",
+        f"ld.param.u64 %missile_g, [{CONSTANTS}+{Field.TABLE}];",
         "mad.wide.u32 %missile_g, %missile_i, 16, %missile_g;",
         "ld.global.nc.v4.u32 {%missile_v0, %missile_v1, %missile_v2, %missile_v3}, [%missile_g];",
         f"mov.u32 %missile_s, {SHARED_TABLE};",
