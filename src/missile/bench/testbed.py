@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
 
 from missile.bench.scenario import Scenario
 from missile.gpu import open_gpu, resolve
 from missile.gpu.interface import Gpu, GpuInfo
 from missile.runtime.loading import Roster, load_tenants
+from missile.runtime.mps import MpsPool, MpsSettings, is_mps
 from missile.runtime.policies import create_policy, policy_summaries
 from missile.runtime.records import RunRecord
 from missile.runtime.run import run, solo
@@ -18,13 +19,19 @@ from missile.runtime.tenant import Tenant
 __all__ = ["GpuTestbed", "open_testbed"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GpuTestbed:
-    """A GPU with a scenario's tenants loaded. `why`: why `auto` chose this device, "" when it was named."""
+    """A GPU with a scenario's tenants loaded. `why`: why `auto` chose this device, "" when it was named.
+
+    Tenants are found by name: one that is run may have other arrivals, objectives or weights than the one loaded. Owns what
+    the `mps` policy needs, which is made when it is first asked for; `close` ends that. GPU and roster stay the caller's.
+    """
 
     gpu: Gpu
     roster: Roster
     why: str = ""
+    seed: int = 0
+    _pool: MpsPool | None = field(default=None, init=False)
 
     @property
     def info(self) -> GpuInfo:
@@ -34,24 +41,40 @@ class GpuTestbed:
         return describe_policy(policy)
 
     def solo(self, tenant: Tenant, *, seed: int, duration_ns: int, warmup_ns: int) -> RunRecord:
-        return solo(self.gpu, self.roster, tenant.name, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
+        return solo(
+            self.gpu, self._view([tenant]), tenant.name, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns
+        )
 
     def shared(
         self, tenants: Sequence[Tenant], policy: str, *, seed: int, duration_ns: int, warmup_ns: int
     ) -> RunRecord:
-        names = {tenant.name for tenant in tenants}
-        # A view: the testbed's roster owns the models.
-        chosen = Roster(
-            self.gpu, [loaded for loaded in self.roster.tenants if loaded.tenant.name in names], ExitStack()
-        )
-        return run(self.gpu, chosen, policy, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
+        if is_mps(policy):
+            if self._pool is None:
+                self._pool = MpsPool(self.info.device, seed=self.seed)
+            return self._pool.run(tenants, policy, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
+        return run(self.gpu, self._view(tenants), policy, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
+
+    def _view(self, tenants: Sequence[Tenant]) -> Roster:
+        """A roster of `tenants` on the models that are loaded, which stay this testbed's."""
+        loaded = {entry.tenant.name: entry for entry in self.roster.tenants}
+        return Roster(self.gpu, [replace(loaded[t.name], tenant=t) for t in tenants], ExitStack())
+
+    def close(self) -> None:
+        """End the processes of the `mps` policy. Idempotent."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
 
 def describe_policy(policy: str) -> str:
     """What `policy` (a name, or a name with options) does. MisuseError or UnsupportedError as `create_policy`."""
     name, _, options = policy.partition(":")
-    create_policy(policy)
-    text = policy_summaries()[name]
+    if is_mps(policy):
+        MpsSettings.parse(policy)
+        text = "every tenant in a process of its own under NVIDIA's MPS, each with its share of the SMs."
+    else:
+        create_policy(policy)
+        text = policy_summaries()[name]
     return text[:1].upper() + text[1:] + (f" Here with {options}." if options else "")
 
 
@@ -65,4 +88,6 @@ def open_testbed(scenario: Scenario, on_load: Callable[[str], None] | None = Non
         describe_policy(policy)
     device, why = resolve(scenario.device)
     with open_gpu(device, seed=scenario.seed) as gpu, load_tenants(gpu, scenario.tenants, progress=on_load) as roster:
-        yield GpuTestbed(gpu, roster, why)
+        testbed = GpuTestbed(gpu, roster, why, scenario.seed)
+        with closing(testbed):
+            yield testbed
