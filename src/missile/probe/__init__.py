@@ -10,6 +10,7 @@ from types import ModuleType
 
 from missile.probe.channel_map import REFERENCE_PAGE, ChannelMap, Interference, Topology, Verdict, Witness
 from missile.probe.map_file import read_map, write_map
+from missile.probe.reuse import map_for, verify
 from missile.probe.session import probe, probe_gpu
 
 __all__ = [
@@ -19,9 +20,11 @@ __all__ = [
     "Topology",
     "Verdict",
     "Witness",
+    "map_for",
     "probe",
     "probe_gpu",
     "read_map",
+    "verify",
     "write_map",
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +19,7 @@ from missile.probe.learning import Reference, classify, learn_reference, learn_r
 from missile.probe.pool import PagePool
 from missile.probe.sampling import Sampler
 from missile.probe.structure import describe, renamed
+from missile.probe.takeover import PageHash, taken_over
 from missile.probe.topology import find_topology
 from missile.probe.witnesses import contention_witness, held_out_witness, spectral_witness
 
@@ -57,13 +58,15 @@ def probe_gpu(
     sms: int = 16,
     interference: bool = True,
     seed: int = 0,
+    known: ChannelMap | None = None,
     progress: Progress = lambda _: None,
 ) -> ChannelMap:
     """See `probe`.
 
     pages: how many pages, spread over the memory, to classify (None: 64 GiB on hardware, 512 on a simulated GPU, less
     where less is free). samples: granules measured in each. sms: how many SMs measure them. interference: measure what
-    colors do to each other, too. progress: called with one line from time to time.
+    colors do to each other, too. known: a map of another GPU of this kind: where the reference page fits its patterns,
+    how pages relate is taken over from it and not measured. progress: called with one line from time to time.
     """
     if samples < 16 or sms < 1 or (pages is not None and pages < 2):
         raise MisuseError("A probe needs at least 2 pages, 16 samples a page and 1 SM.")
@@ -78,13 +81,12 @@ def probe_gpu(
         progress("measuring fingerprints of the reference page from all SMs")
         reference = learn_reference(sampler, int(pool.addresses[0]), gpu.info.page_bytes)
         clock.lap("reference page")
-        progress(f"{reference.balls.count} latency classes; measuring how pages relate")
-        related = learn_relation(sampler, reference, pool.addresses[1 : 1 + RELATED_PAGES].tolist())
-        centres = reference.balls.centres[related.ball]
-        structure = describe(related.model, centres)
-        model = renamed(related.model, structure.names)
-        order = np.argsort(structure.names)
-        metric = settle_metric(reference, related.ball[order], sms)
+        hash_ = taken_over(known, reference) if known is not None else None
+        if hash_ is None:
+            progress(f"{reference.balls.count} latency classes; measuring how pages relate")
+            hash_ = _measured_hash(sampler, reference, pool.addresses[1 : 1 + RELATED_PAGES].tolist())
+        model, ball = hash_.model, hash_.ball
+        metric = settle_metric(reference, ball, sms)
         clock.lap("relation of pages")
         progress(f"{model.slices} slices; classifying {count} pages")
         constants = classify(
@@ -105,17 +107,25 @@ def probe_gpu(
             layout=reference.layout,
             model=model,
             metric=metric,
-            linear_masks=tuple(reference.layout.mask_to_address(mask) for mask in structure.masks),
-            digits=structure.digits,
+            linear_masks=tuple(reference.layout.mask_to_address(mask) for mask in hash_.masks),
+            digits=hash_.digits,
             colors=tuple((slice_,) for slice_ in range(model.slices)),
             frame_bytes=reference.layout.granule_bytes,
-            topology=find_topology(centres[order], reference.sms),
+            topology=find_topology(reference.balls.centres[ball], reference.sms),
             confidence=0.0,
             seconds=0.0,
         )
-        spectral = spectral_witness(reference.prints.mean(), reference.balls, structure.masks)
+        spectral = spectral_witness(reference.prints.mean(), reference.balls, hash_.masks)
         draft = replace(draft, witnesses=(spectral,))
         return _verified(gpu, sampler, draft, reference, pool.addresses, constants, clock, interference, progress)
+
+
+def _measured_hash(sampler: Sampler, reference: Reference, pages: Sequence[int]) -> PageHash:
+    """From whole measurements of `pages`."""
+    related = learn_relation(sampler, reference, pages)
+    structure = describe(related.model, reference.balls.centres[related.ball])
+    ball = related.ball[np.argsort(structure.names)]
+    return PageHash(renamed(related.model, structure.names), ball, structure.masks, structure.digits)
 
 
 def _verified(
