@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from missile.compiler.package import Buffer
+from missile.compiler.package import Buffer, BufferKind, ModelPackage
 
-__all__ = ["ALIGNMENT", "Placement", "pack", "plan_scratch"]
+__all__ = ["ALIGNMENT", "Placement", "pack", "place_buffers", "plan_scratch"]
 
 ALIGNMENT = 512  # bytes: one L2 granule, and what the widest vector access needs
 
@@ -28,6 +28,21 @@ def pack(buffers: Iterable[Buffer], *, alignment: int = ALIGNMENT) -> Placement:
         offsets[buffer.id] = end
         end += _aligned(buffer.nbytes, alignment)
     return Placement(offsets, end)
+
+
+def place_buffers(package: ModelPackage) -> dict[BufferKind, Placement]:
+    """Where each kind of a package's buffers lies in a region of its own, for the kinds that it has.
+
+    Weights lie in order of first use, so that they can be brought in from the front while the plan runs.
+    """
+    places = {}
+    for kind in BufferKind:
+        members = [b for b in package.buffers if b.kind is kind]
+        if kind is BufferKind.WEIGHT:
+            members.sort(key=lambda b: b.first)
+        if members:
+            places[kind] = plan_scratch(members) if kind is BufferKind.SCRATCH else pack(members)
+    return places
 
 
 def plan_scratch(buffers: Iterable[Buffer], *, alignment: int = ALIGNMENT) -> Placement:
