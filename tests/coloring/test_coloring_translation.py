@@ -14,6 +14,7 @@ from missile.coloring.shape import Escape, Field, Form, Shape, TableSpace
 from missile.coloring.translation import (
     ArithmeticTranslation,
     InPageTranslation,
+    PairTranslation,
     ShadowTranslation,
     Translation,
 )
@@ -22,6 +23,7 @@ from missile.probe.layout import PageLayout
 
 HALVES = PageLayout(1 << 16, (*range(8), 9))
 PLAIN = PageLayout(1 << 18, tuple(range(12)))
+PIECES = PageLayout(1 << 16, tuple(range(8)))
 MASKS = (0x29000, 0x32000, 0x14000)  # over address bits; one of bits 12 to 14 in each
 
 
@@ -42,6 +44,9 @@ def translations(seed: int) -> list[Translation]:
     found.append(ArithmeticTranslation(Shape(Form.ARITHMETIC, PLAIN, masks=3), MASKS, colors, pages))
     shape = Shape(Form.ARITHMETIC, PLAIN, masks=3, page_xors=True)
     found.append(ArithmeticTranslation(shape, MASKS, colors, pages, rng.integers(0, 8, pages)))
+    shape = Shape(Form.PAIR, PIECES)
+    choices = rng.integers(0, 2, (pages, PIECES.granules // 2))
+    found += [PairTranslation(shape, choices), PairTranslation(shape, np.repeat(choices, 2, axis=1))]
     return found
 
 
@@ -124,6 +129,18 @@ def test_tenants_with_disjoint_colors_never_meet(seed: int) -> None:
     assert sum(map(len, owned)) == len(set().union(*owned)) == 4 * PLAIN.granules
 
 
+@given(st.integers(0, 10_000))
+def test_two_tenants_of_pairs_have_every_frame_between_them(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    shape = Shape(Form.PAIR, PIECES)
+    choices = rng.integers(0, 2, (int(rng.integers(1, 9)), PIECES.granules // 2))
+    one, other = (PairTranslation(shape, taken) for taken in (choices, 1 - choices))
+    frames = np.arange(one.frames + 1)
+    assert (one.locate(frames) ^ other.locate(frames) == 256).all()
+    assert len(set(one.locate(frames).tolist()) | set(other.locate(frames).tolist())) == 2 * len(frames)
+    assert one.table().nbytes == -(-len(frames) // 32) * 4
+
+
 @given(st.integers(0, 10_000), st.integers(1, 4))
 def test_linear_colors_are_recognised(seed: int, masks: int) -> None:
     rng = np.random.default_rng(seed)
@@ -161,6 +178,12 @@ def test_colors_that_are_not_linear_are_not_taken_for_it() -> None:
         (lambda: ShadowTranslation(Shape(Form.SHADOW, HALVES), [0, 256], 1), "outside"),
         (lambda: Shape(Form.ARITHMETIC, HALVES, masks=2), "contiguous"),
         (lambda: Shape(Form.ARITHMETIC, PLAIN), "1 to 4 masks"),
+        (lambda: Shape(Form.PAIR, HALVES), "contiguous"),
+        (lambda: Shape(Form.PAIR, PIECES, page_xors=True), "no constants"),
+        (lambda: PairTranslation(Shape(Form.SHADOW, PIECES), [[0] * 128]), "shadow"),
+        (lambda: PairTranslation(Shape(Form.PAIR, PIECES), [[0] * 127]), "128 choices"),
+        (lambda: PairTranslation(Shape(Form.PAIR, PIECES), [[2] * 128]), "0 or 1"),
+        (lambda: PairTranslation(Shape(Form.PAIR, PIECES), [[0, 1] * 128]), "both of a pair"),
         (lambda: Divider(0), "by 0"),
     ],
 )

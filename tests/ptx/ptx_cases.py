@@ -21,6 +21,7 @@ from missile.coloring.shape import Form, Shape, TableSpace
 from missile.coloring.translation import (
     ArithmeticTranslation,
     InPageTranslation,
+    PairTranslation,
     ShadowTranslation,
     Translation,
 )
@@ -31,6 +32,7 @@ WRITE = os.environ.get("MISSILE_GOLDEN") == "write"
 
 GRANULE = PageLayout(2 << 20, (*range(8), 9))
 FRAME = PageLayout(2 << 20, tuple(range(12)))
+PIECE = PageLayout(2 << 20, tuple(range(8)))
 MASKS = (0x89000, 0x10A000, 0xC4000)
 PAGES = 64
 
@@ -52,6 +54,7 @@ SHAPES = {
     "arithmetic": Shape(Form.ARITHMETIC, FRAME, masks=3),
     "arithmetic-xors": Shape(Form.ARITHMETIC, FRAME, masks=3, page_xors=True),
     "shadow": Shape(Form.SHADOW, GRANULE),
+    "pair": Shape(Form.PAIR, PIECE),
 }
 
 
@@ -95,9 +98,17 @@ def translation(shape: Shape, rng: np.random.Generator) -> Translation:
     if shape.form is Form.SHADOW:
         units = np.concatenate([page * layout.page_bytes + layout.offsets() for page in range(4)])
         return ShadowTranslation(shape, rng.permutation(units)[: int(rng.integers(2, 9000))] // shape.unit_bytes, 4)
+    if shape.form is Form.PAIR:
+        return pairs(shape, int(rng.integers(1, PAGES)), bool(rng.integers(2)), rng)
     places = rng.permutation(layout.granules)[: int(rng.integers(1, layout.granules + 1))]
     xors = rng.integers(0, layout.granules, PAGES) if shape.page_xors else ()
     return InPageTranslation(shape, places, PAGES, xors)
+
+
+def pairs(shape: Shape, pages: int, whole: bool, rng: np.random.Generator) -> PairTranslation:
+    """Random choices of one of two, or (`whole`) random swaps."""
+    choices = rng.integers(0, 2, (pages, shape.layout.granules // 2))
+    return PairTranslation(shape, np.repeat(choices, 2, axis=1) if whole else choices)
 
 
 def parameters(name: str, base: int, stride: int) -> list[bytes]:

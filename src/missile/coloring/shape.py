@@ -25,6 +25,7 @@ MAX_MASKS = 4  # 16 colors of 4 bits are a 64-bit word
 
 
 class Form(StrEnum):
+    PAIR = "pair"  # one of every two neighbouring pieces, by a bit for each
     ARITHMETIC = "arithmetic"  # colors are parities of address bits
     IN_PAGE = "in-page"  # a table of one page's frames, the same for every page up to an XOR
     SHADOW = "shadow"  # a shadow page table: an entry for every frame
@@ -57,12 +58,14 @@ class Field:
     COLORS = 32  # u64: parities of color i in bits 4i to 4i+3
     MASKS = 40  # u32 each
     ESCAPES = 56  # u64: address of a u64 counter
-    BYTES = 64
+    SCALE = 64  # u32: bytes of physical memory for each piece of logical memory (pair form)
+    BYTES = 72
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     """layout: how a page is cut into frames; the frame is the layout's granule. masks: how many (arithmetic form only).
+    In the pair form frames are contiguous, and the lowest address bit above a frame tells two neighbours apart.
 
     page_xors: whether pages can have constants that are XORed to a frame's place in its page.
     space: where the in-page table is looked up. MisuseError for a shape that no code can be written for.
@@ -80,12 +83,12 @@ class Shape:
         if self.form is Form.ARITHMETIC:
             if not 1 <= self.masks <= MAX_MASKS:
                 raise MisuseError(f"The arithmetic form takes 1 to {MAX_MASKS} masks, not {self.masks}.")
-            if bits != tuple(range(len(bits))):
-                raise MisuseError("The arithmetic form needs frames that are contiguous.")
         elif self.masks:
             raise MisuseError(f"The {self.form} form has no masks.")
-        if self.form is Form.SHADOW and self.page_xors:
-            raise MisuseError("A shadow page table has no constants of pages.")
+        if self.form in (Form.ARITHMETIC, Form.PAIR) and bits != tuple(range(len(bits))):
+            raise MisuseError(f"The {self.form} form needs frames that are contiguous.")
+        if self.form in (Form.SHADOW, Form.PAIR) and self.page_xors:
+            raise MisuseError(f"The {self.form} form has no constants of pages.")
         if self.units_per_page > 1 << 16:
             raise MisuseError("A page has more places for frames than a table entry of 16 bits can name.")
 

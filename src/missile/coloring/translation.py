@@ -1,4 +1,4 @@
-"""Logical to physical addresses of one tenant, in three forms behind one interface. The reference for what kernels compute.
+"""Logical to physical addresses of one tenant, in four forms behind one interface. The reference for what kernels compute.
 
 Logical memory is a run of frames, numbered from 0. Physical offsets count from the start of the range that the tenant's
 pages are mapped into, in the tenant's own order. One frame more than the tenant uses is the guard frame: accesses outside
@@ -19,7 +19,7 @@ from missile.coloring.shape import MAX_MASKS, Escape, Field, Form, Shape
 from missile.errors import MisuseError
 from missile.probe.layout import PageLayout
 
-__all__ = ["ArithmeticTranslation", "InPageTranslation", "ShadowTranslation", "Translation"]
+__all__ = ["ArithmeticTranslation", "InPageTranslation", "PairTranslation", "ShadowTranslation", "Translation"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -262,3 +262,40 @@ class ShadowTranslation(_Translation):
 
     def table(self) -> npt.NDArray[np.uint32]:
         return self._units.astype(np.uint32)
+
+
+class PairTranslation(_Translation):
+    """One frame of every two neighbours, by a bit for each logical frame; or all frames, neighbours swapped or not.
+
+    choices: 0 or 1, shape (pages, frames of the tenant in a page): which of the two is taken. A page has one for each pair,
+    or (the tenant has all frames) one for each frame, then the same for both of a pair: 1 where they are swapped.
+    """
+
+    def __init__(self, shape: Shape, choices: npt.ArrayLike) -> None:
+        if shape.form is not Form.PAIR:
+            raise MisuseError(f"Choices of one of two do not go with the {shape.form} form.")
+        taken = np.atleast_2d(np.asarray(choices, np.int64))
+        pages, places = taken.shape
+        granules = shape.layout.granules
+        if places not in (granules // 2, granules) or not np.isin(taken, (0, 1)).all():
+            raise MisuseError(f"A page has {granules // 2} choices of 0 or 1, or {granules}.")
+        self.whole = places == granules
+        if self.whole and (taken[:, 0::2] != taken[:, 1::2]).any():
+            raise MisuseError("Where all frames are the tenant's, both of a pair are swapped or none.")
+        super().__init__(shape, pages, pages * places)
+        self._choices = taken.reshape(-1)
+        self._scale = 1 if self.whole else 2  # frames of physical memory for each of the tenant's
+
+    def locate(self, frames: npt.ArrayLike) -> Ints:
+        frame = np.asarray(frames, np.int64)
+        return np.asarray((frame * self._scale ^ self._choices[frame]) << self.shape.frame_bits, np.int64)
+
+    def table(self) -> npt.NDArray[np.uint32]:
+        """A bit for each frame, placed so that turning its word left by the frame's number brings it to the address bit."""
+        frame = np.arange(len(self._choices))
+        bits = np.zeros(-(-len(frame) // 32) * 32, np.uint8)
+        bits[(frame & ~31) | (self.shape.frame_bits - frame & 31)] = self._choices
+        return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
+
+    def _fill(self, out: bytearray) -> None:
+        struct.pack_into("<I", out, Field.SCALE, self._scale << self.shape.frame_bits)

@@ -46,6 +46,7 @@ class Emitter:
             Form.IN_PAGE: self._in_page,
             Form.ARITHMETIC: self._arithmetic,
             Form.SHADOW: self._shadow,
+            Form.PAIR: self._pair,
         }[self._shape.form]
         rest, physical = form(frame, self._within(low, code))
         return code + rest, physical
@@ -227,6 +228,29 @@ class Emitter:
             f"mad.wide.u32 {start}, {unit}, {self._shape.unit_bytes}, {base};",
         ]
         return code, self._sum(start, within, code)
+
+    def _pair(self, frame: str, within: str) -> tuple[list[str], str]:
+        code: list[str] = []
+        bit = self._shape.frame_bits
+        word, bits, entry, start = self._word(), self._word(), self.wide(), self.wide()
+        low, high, physical = self._word(), self._word(), self.wide()
+        table = self._constant("u64", Field.TABLE, code)
+        base = self._constant("u64", Field.BASE, code)
+        scale = self._constant("u32", Field.SCALE, code)
+        code += [
+            f"shr.u32 {word}, {frame}, 5;",
+            f"mad.wide.u32 {entry}, {word}, 4, {table};",
+            f"ld.global.nc.b32 {bits}, [{entry}];",
+            f"mad.wide.u32 {start}, {frame}, {scale}, {base};",
+            f"mov.b64 {{{low}, {high}}}, {start};",
+            # Below the frame the start is zero: what lies in the frame is put in without a carry.
+            f"or.b32 {low}, {low}, {within};",
+            f"shf.l.wrap.b32 {bits}, {bits}, {bits}, {frame};",
+            f"and.b32 {bits}, {bits}, {1 << bit};",
+            f"xor.b32 {low}, {low}, {bits};",
+            f"mov.b64 {physical}, {{{low}, {high}}};",
+        ]
+        return code, physical
 
 
 def module_declarations(shape: Shape) -> list[str]:
