@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +36,12 @@ __all__ = [
     "HostBuffer",
     "Kernel",
     "Launch",
+    "Left",
     "Level",
     "Module",
     "PhysicalPage",
+    "PreemptControl",
+    "Preemption",
     "Priority",
     "SmPartition",
     "SmSplit",
@@ -165,12 +168,74 @@ class Module(Protocol):
     def close(self) -> None: ...
 
 
+class Left(NamedTuple):
+    """Where a preempted model stands: blocks of `step` have left, and so have all of what was launched after it.
+
+    request: what `PreemptControl.begin` had returned for it, modulo 65,536.
+    """
+
+    request: int
+    step: int
+
+
+class PreemptControl(Protocol):
+    """One model's switch: while its flag is up, blocks of launches that name it (`Launch.preempt`) leave as they start.
+
+    What launches do whose blocks look at the control (docs/design/preemption.md has the protocol, and why it is right):
+
+    - A block that has started for good always ends; only one that starts while the flag is up leaves, and is remembered.
+    - Once a block of a step has left, all blocks of what was launched later leave too, until `resume` is reached in stream
+      order: the flag may be lowered at any time, and nothing runs before what it depends on.
+    - After `resume`, blocks of earlier steps leave (they have run), those of the step resumed run if they had left, those
+      of later steps all run. So the same launches, and the same graph, serve to start and to resume.
+
+    Launches of one control run one after another; where their stream changes, the new one waits for the old one.
+    """
+
+    @property
+    def address(self) -> int:
+        """Of the control block in device memory, which rewritten kernels take as an argument; 0 on a simulated GPU."""
+
+    def begin(self, stream: Stream) -> int:
+        """In `stream`'s order, before the first launch of every request. Returns the request's number."""
+
+    def raise_flag(self) -> None:
+        """Blocks that start from now on leave. Does not wait; takes effect within microseconds, whatever streams hold."""
+
+    def lower_flag(self) -> None:
+        """Blocks run again, but for what follows blocks that have left. Does not wait."""
+
+    def left(self) -> Left | None:
+        """Where blocks have left since the last `resume`, None where none have. Never blocks.
+
+        Final when all launches have ended; while they run, not None says that the flag has taken hold.
+        """
+
+    def resume(self, stream: Stream, left: Left) -> None:
+        """In `stream`'s order: what is launched next resumes at `left`, the answer of `left()`, which is None afterwards.
+
+        All launches of this control have ended. Next is launched what holds `left.step`, then all that followed it; steps
+        of other requests need their `begin` again.
+        """
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Preemption:
+    """What a launch's blocks look at when they start. step: its place in the model's plan; later launches have higher ones."""
+
+    control: PreemptControl
+    step: int
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """One kernel launch.
 
     params: each argument's bytes, little-endian, at the width the kernel declares, in order.
     work: what it asks of the GPU; the simulator needs it, hardware ignores it.
+    preempt: what lets its blocks leave. The simulator obeys it; hardware ignores it, there the kernel's code does it.
     """
 
     kernel: Kernel
@@ -179,6 +244,7 @@ class Launch:
     shared_bytes: int = 0
     params: tuple[bytes, ...] = ()
     work: KernelWork | None = None
+    preempt: Preemption | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,8 +378,16 @@ class Gpu(Protocol):
     def load_module(self, image: bytes, *, name: str = "") -> Module:
         """Load PTX text or a cubin. `name` appears in errors: "TENANT" or "TENANT/WHAT", of which faults name the tenant."""
 
-    def create_graph(self, operations: Sequence[Launch | Fill | Copy]) -> Graph:
-        """A graph that runs `operations` one after another."""
+    def create_graph(
+        self, operations: Sequence[Launch | Fill | Copy], *, within: Sequence[Launch | Fill | Copy] | None = None
+    ) -> Graph:
+        """A graph that runs `operations` one after another.
+
+        within: the sequence that they are a piece of, if they are; the simulator takes its working set, hardware ignores it.
+        """
+
+    def create_preempt_control(self) -> PreemptControl:
+        """A control with its flag down and nothing left."""
 
     def split_sms(self, counts: Sequence[int]) -> SmSplit:
         """Split all SMs once into disjoint partitions of at least `counts` SMs (rounded up to the granularity).

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from missile.errors import GpuError, InternalError
 from missile.gpu.interface import Event, Gpu
-from missile.runtime.policies.interface import Policy, Snapshot
+from missile.runtime.policies.interface import Advance, Policy, Preempt, Reject, Snapshot, Start, Wake
 from missile.runtime.requests import RequestLog
-from missile.runtime.stage import Slot, Stage
+from missile.runtime.stage import MOST_PIECES, Slot, Stage
 
 __all__ = ["NEVER", "Engine", "Span"]
 
@@ -44,11 +44,20 @@ class Span(NamedTuple):
 
 
 class _Flight(NamedTuple):
-    """A request that the GPU has."""
+    """A piece of a request that the GPU has: all of it, or segments [first, last) of a cut one.
+
+    number: how many pieces of the tenant were given to the GPU before. done: the event at its end. ends: with it, the
+    request has finished.
+    """
 
     tenant: int
+    number: int
     request: int
     slot: Slot
+    done: Event
+    ends: bool
+    first: int = 0
+    last: int = 0
 
 
 class Engine:
@@ -95,7 +104,18 @@ class Engine:
         self._queued = [0] * len(logs)
         self._running = [0] * len(logs)
         self._oldest = [0] * len(logs)
-        self._snapshot = Snapshot(0, self._queued, self._running, self._oldest, tuple(depth))
+        self._launched = [0] * len(logs)
+        self._pending = [0] * len(logs)
+        self._preempted = [False] * len(logs)
+        self._snapshot = Snapshot(
+            0, self._queued, self._running, self._oldest, tuple(depth), self._launched, self._pending, self._preempted
+        )
+        self._segments = [stage.segments(tenant) for tenant in range(len(logs))]
+        # Pieces of each tenant that the GPU was given, and that were taken off their lanes: in the same order.
+        self._given = [0] * len(logs)
+        self._taken = [0] * len(logs)
+        self._stopped: list[list[_Flight]] = [[] for _ in logs]  # pieces that a preemption may have cut short
+        self._wake_at = 0
         self._lanes: list[deque[_Flight]] = [deque() for _ in range(lanes)]
         self._unread: deque[_Flight] = deque()
         self._gaps = np.zeros(_GAPS, np.int64)
@@ -108,8 +128,12 @@ class Engine:
 
     @property
     def in_flight(self) -> tuple[str, ...]:
-        """Tenants that have requests on the GPU."""
-        return tuple(log.tenant.name for log in self.logs if log.started > log.finished)
+        """Tenants that have work on the GPU."""
+        return tuple(
+            log.tenant.name
+            for log, given, taken in zip(self.logs, self._given, self._taken, strict=True)
+            if given > taken
+        )
 
     def run(self, progress: Callable[[int], None] | None = None, progress_ns: int = NEVER) -> None:
         """Serve until the span is over or `stopping` is set, then let what runs on the GPU end.
@@ -125,7 +149,7 @@ class Engine:
             now = self.now_ns = clock() - origin
             changed = self._admit(now)
             changed |= self._collect()
-            if changed:
+            if changed or now >= self._wake_at:
                 self._decide(now)
             if self._unread:
                 self._read_times(yielding=True)
@@ -135,7 +159,7 @@ class Engine:
                 report_at = now + progress_ns
                 progress(now)
             look_up = min(now + step, span.end if now < span.end else span.limit)
-            deadline = min(self._next_arrival(), look_up)
+            deadline = min(self._next_arrival(), look_up, self._wake_at)
             self._note_gap(clock() - origin - now)
             gpu.wait(self._heads(), origin + deadline)
         self._settle(clock)
@@ -166,26 +190,51 @@ class Engine:
     # --- completions
     def _heads(self) -> list[Event]:
         """What each busy lane finishes next."""
-        return [lane[0].slot.done for lane in self._lanes if lane]
+        return [lane[0].done for lane in self._lanes if lane]
 
     def _collect(self) -> bool:
-        """Take finished requests off their lanes."""
+        """Take finished pieces off their lanes, those of each tenant in order."""
         collected = False
-        for lane in self._lanes:
-            while lane and lane[0].slot.done.done():
-                flight = lane.popleft()
-                tenant = flight.tenant
-                done = self._gpu.now_ns() - self._origin
-                self.logs[tenant].done[flight.request] = done
-                self._running[tenant] -= 1
-                self._unread.append(flight)
-                if (loop := self._loops[tenant]) is not None:
-                    if loop.think_ms:
-                        heappush(self._thinking, (done + int(loop.think_ms * 1e6), tenant))
-                    else:
-                        self._arrive(tenant, done)
-                collected = True
+        blocked = True
+        while blocked:
+            blocked = False
+            progress = False
+            for lane in self._lanes:
+                while lane and lane[0].done.done():
+                    if lane[0].number != self._taken[lane[0].tenant]:
+                        blocked = True  # its tenant's former piece, on another lane, has finished too and comes first
+                        break
+                    self._take(lane.popleft())
+                    progress = True
+            collected |= progress
+            blocked &= progress
         return collected
+
+    def _take(self, flight: _Flight) -> None:
+        tenant = flight.tenant
+        self._taken[tenant] += 1
+        if self._preempted[tenant]:
+            self._stopped[tenant].append(flight)
+            if self._taken[tenant] == self._given[tenant]:
+                self._settle_preempted(tenant)
+        else:
+            self._finish(flight)
+
+    def _finish(self, flight: _Flight) -> None:
+        """A piece is whole."""
+        tenant = flight.tenant
+        self._pending[tenant] -= flight.last - flight.first
+        if not flight.ends:
+            return
+        done = self._gpu.now_ns() - self._origin
+        self.logs[tenant].done[flight.request] = done
+        self._running[tenant] -= 1
+        self._unread.append(flight)
+        if (loop := self._loops[tenant]) is not None:
+            if loop.think_ms:
+                heappush(self._thinking, (done + int(loop.think_ms * 1e6), tenant))
+            else:
+                self._arrive(tenant, done)
 
     def _read_times(self, *, yielding: bool = False) -> None:
         """Note when finished requests ran. After `_decide`, because asking the GPU takes microseconds.
@@ -195,11 +244,11 @@ class Engine:
         while self._unread:
             if yielding and len(self._unread) == 1 and self._next_arrival() <= self._gpu.now_ns() - self._origin:
                 return
-            tenant, request, slot = self._unread[0]
-            log = self.logs[tenant]
-            log.start[request] = slot.start.time_ns() - self._origin
-            log.end[request] = slot.end.time_ns() - self._origin
-            log.finished = request + 1
+            flight = self._unread[0]
+            log = self.logs[flight.tenant]
+            log.start[flight.request] = flight.slot.start.time_ns() - self._origin
+            log.end[flight.request] = flight.slot.end.time_ns() - self._origin
+            log.finish(flight.request)
             self._unread.popleft()
 
     def _caught_up(self) -> bool:
@@ -208,23 +257,102 @@ class Engine:
             log.finished == log.arrived for log, loop in zip(self.logs, self._loops, strict=True) if loop is None
         )
 
-    # --- starts
+    # --- what the policy asks for
     def _decide(self, now: int) -> None:
         self._snapshot.now_ns = now
-        for tenant, lane in self._policy.decide(self._snapshot):
-            if not self._queued[tenant] or self._running[tenant] >= self._snapshot.depth[tenant]:
-                raise InternalError(f"Policy {self._policy.name!r} started a request that can't be started.")
-            log = self.logs[tenant]
-            request = log.started
-            log.started = request + 1
-            slot, launched = self._stage.enqueue(tenant, lane, request)
+        if now >= self._wake_at:
+            self._wake_at = NEVER
+        for action in self._policy.decide(self._snapshot):
+            if isinstance(action, Start):
+                self._start(action.tenant, action.lane)
+            elif isinstance(action, Advance):
+                self._advance(action.tenant, action.lane, action.segments)
+            elif isinstance(action, Preempt):
+                self._preempt(action.tenant)
+            elif isinstance(action, Reject):
+                self._reject(action.tenant)
+            elif isinstance(action, Wake):
+                self._wake_at = action.at_ns
+
+    def _refuse(self, what: str) -> InternalError:
+        return InternalError(f"Policy {self._policy.name!r} {what}.")
+
+    def _start(self, tenant: int, lane: int) -> None:
+        if self._segments[tenant]:
+            raise self._refuse("started a whole request of a tenant that it had cut into segments")
+        request = self._open(tenant)
+        slot, launched = self._stage.enqueue(tenant, lane, request)
+        log = self.logs[tenant]
+        log.dispatch[request] = launched - self._origin
+        log.lane[request] = lane
+        self._lanes[lane].append(_Flight(tenant, self._given[tenant], request, slot, slot.done, True))
+        self._given[tenant] += 1
+
+    def _open(self, tenant: int) -> int:
+        """Take the oldest queued request. Its number."""
+        if not self._queued[tenant] or self._running[tenant] >= self._snapshot.depth[tenant]:
+            raise self._refuse("started a request that can't be started")
+        log = self.logs[tenant]
+        request = log.started
+        log.started = request + 1
+        self._running[tenant] += 1
+        self._queued[tenant] -= 1
+        if self._queued[tenant]:
+            self._oldest[tenant] = int(log.arrival[request + 1])
+        return request
+
+    def _advance(self, tenant: int, lane: int, count: int) -> None:
+        first, log = self._launched[tenant], self.logs[tenant]
+        last = first + count
+        if not 0 < count <= self._segments[tenant] - first or self._preempted[tenant]:
+            raise self._refuse("advanced a tenant that can't be advanced so far")
+        if self._given[tenant] - self._taken[tenant] >= MOST_PIECES:
+            raise self._refuse(f"gave the GPU more than {MOST_PIECES} pieces of one tenant at once")
+        request = log.started - 1 if first else self._open(tenant)
+        slot, mark, launched = self._stage.advance(tenant, lane, request, first, last)
+        if not first:
             log.dispatch[request] = launched - self._origin
             log.lane[request] = lane
-            self._lanes[lane].append(_Flight(tenant, request, slot))
-            self._running[tenant] += 1
-            self._queued[tenant] -= 1
-            if self._queued[tenant]:
-                self._oldest[tenant] = int(log.arrival[request + 1])
+        ends = last == self._segments[tenant]
+        self._lanes[lane].append(_Flight(tenant, self._given[tenant], request, slot, mark, ends, first, last))
+        self._given[tenant] += 1
+        self._launched[tenant] = 0 if ends else last
+        self._pending[tenant] += count
+
+    def _preempt(self, tenant: int) -> None:
+        if self._given[tenant] == self._taken[tenant] or self._preempted[tenant]:
+            return
+        if self._running[tenant] > 1:
+            raise self._refuse("preempted a tenant with more than one request on the GPU")
+        self._preempted[tenant] = self._stage.preempt(tenant)
+
+    def _settle_preempted(self, tenant: int) -> None:
+        """All that a preempted tenant had on the GPU has ended: count what is whole, go back to what is not."""
+        self._preempted[tenant] = False
+        whole_until = self._stage.settle(tenant)
+        stopped, self._stopped[tenant] = self._stopped[tenant], []
+        for flight in stopped:
+            if whole_until is None or flight.last <= whole_until:
+                self._finish(flight)
+        if whole_until is None:
+            return
+        self._pending[tenant] = 0
+        self._launched[tenant] = whole_until
+        if not whole_until:  # as if the request had not been started
+            log = self.logs[tenant]
+            log.started -= 1
+            self._running[tenant] -= 1
+            self._queued[tenant] += 1
+            self._oldest[tenant] = int(log.arrival[log.started])
+
+    def _reject(self, tenant: int) -> None:
+        if not self._queued[tenant] or self._loops[tenant] is not None or self._segments[tenant]:
+            raise self._refuse("rejected a request that can't be rejected")
+        log = self.logs[tenant]
+        log.reject()
+        self._queued[tenant] -= 1
+        if self._queued[tenant]:
+            self._oldest[tenant] = int(log.arrival[log.started])
 
     # --- the rest
     def _note_gap(self, length: int) -> None:

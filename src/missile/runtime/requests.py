@@ -9,14 +9,17 @@ from missile.errors import InternalError
 from missile.runtime.records import TenantRecord
 from missile.runtime.tenant import Tenant
 
-__all__ = ["RequestLog"]
+__all__ = ["REJECTED", "RequestLog"]
 
 Times = npt.NDArray[np.int64]
+
+REJECTED = -1
 
 
 class RequestLog:
     """Requests are numbered in arrival order, and a tenant's requests start and finish in that order, so three counters
-    say everything: `arrived` >= `started` >= `finished`. Times in ns since the run's start.
+    say everything: `arrived` >= `started` >= `finished`. Times in ns since the run's start. A rejected request counts as
+    started and, when those before it have finished, as finished; its `lane` is `REJECTED` and its other times mean nothing.
 
     capacity: room for this many requests; a closed loop that outgrows it doubles it.
     """
@@ -37,6 +40,20 @@ class RequestLog:
         self.arrival[self.arrived] = now_ns
         self.arrived += 1
 
+    def reject(self) -> None:
+        """Refuse the oldest request that was not started."""
+        self.lane[self.started] = REJECTED
+        self.started += 1
+        if self.finished == self.started - 1:
+            self.finished = self.started
+
+    def finish(self, request: int) -> None:
+        """All times of `request` and of those before it are noted."""
+        after = request + 1
+        while after < self.started and self.lane[after] == REJECTED:
+            after += 1
+        self.finished = after
+
     def _grow(self) -> None:
         for name in ("arrival", "dispatch", "start", "end", "done", "lane"):
             old = getattr(self, name)
@@ -53,11 +70,16 @@ class RequestLog:
             raise InternalError(f"Tenant {self.tenant.name!r}: {n} requests finished of {self.started} started.")
         deciding = self.done if self.tenant.closed_loop is not None else self.arrival
         inside = (deciding[:n] >= begin_ns) & (deciding[:n] < end_ns)
+        refused = inside & (self.lane[:n] == REJECTED)
+        inside &= ~refused
         if self.tenant.closed_loop is not None:
             unfinished = 0
         else:
             waiting = self.arrival[n : self.arrived]
-            unfinished = int(np.count_nonzero((waiting >= begin_ns) & (waiting < end_ns)))
+            late = (waiting >= begin_ns) & (waiting < end_ns)
+            turned_away = late & (self.lane[n : self.arrived] == REJECTED)
+            unfinished = int(np.count_nonzero(late & ~turned_away))
+            refused = np.concatenate((refused, turned_away))
         return TenantRecord(
             name=self.tenant.name,
             **{
@@ -65,5 +87,6 @@ class RequestLog:
                 for name in ("arrival", "dispatch", "start", "end", "done", "lane")
             },
             unfinished=unfinished,
+            rejected=int(np.count_nonzero(refused)),
             error=error,
         )

@@ -14,6 +14,7 @@ from missile.gpu.interface import Gpu
 from missile.runtime.engine import Engine, Span
 from missile.runtime.loading import LoadedTenant, Roster, load_tenants
 from missile.runtime.policies import Policy, create_policy
+from missile.runtime.policies.interface import BriefedPolicy
 from missile.runtime.policies.streams import StreamsPolicy
 from missile.runtime.records import RunRecord, TenantRecord
 from missile.runtime.requests import RequestLog
@@ -139,9 +140,12 @@ def _engine(
         for loaded in ready
     ]
     logs = []
-    for loaded, times, length in zip(ready, arrivals, stage.rehearse(), strict=True):
+    briefs = stage.rehearse()
+    if isinstance(policy, BriefedPolicy):
+        policy.brief(briefs)
+    for loaded, times, found in zip(ready, arrivals, briefs, strict=True):
         # A closed loop's number of requests is not known before: room for it running alone all the time.
-        room = len(times) if loaded.tenant.closed_loop is None else span.limit // length + 64
+        room = len(times) if loaded.tenant.closed_loop is None else span.limit // int(min(found.service_ns)) + 64
         logs.append(RequestLog(loaded.tenant, room))
     return Engine(gpu, stage, policy, logs, arrivals, lanes=lanes, depth=[loaded.depth for loaded in ready], span=span)
 
@@ -166,6 +170,7 @@ def _serve(engine: Engine, progress: Callable[[float], None] | None, simulated: 
 def _strike(gpu: Gpu, stage: Stage) -> None:
     """Take the stage down once nothing runs on it; a lost context has nothing to wait for."""
     with suppress(GpuError):
+        stage.clear()
         gpu.synchronize()
     stage.close()
 

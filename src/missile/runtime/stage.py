@@ -1,17 +1,26 @@
-"""What a run needs on the GPU, made before its clock starts: lanes as streams, events, and every graph run once."""
+"""What a run needs on the GPU, made before its clock starts: lanes as streams, events, segments, and every graph run once.
+
+Host-device copies of requests are issued in `_copy_in` and `_copy_out` and nowhere else, both on the stream of the request's
+lane: whoever brings a copy path of its own connects it there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from itertools import cycle
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from missile.errors import GpuError, InternalError
-from missile.gpu.interface import Event, Gpu, SmPartition, Stream
+from missile.gpu.interface import Copy, Event, Fill, Gpu, Graph, Launch, PreemptControl, SmPartition, Stream
 from missile.runtime.loading import LoadedTenant, RunnableModel
-from missile.runtime.policies.interface import Layout
+from missile.runtime.policies.interface import Layout, Segment, TenantBrief
+from missile.runtime.segments import cut
 
-__all__ = ["Slot", "Stage"]
+__all__ = ["MOST_PIECES", "Slot", "Stage"]
+
+MOST_PIECES = 16
+"""Pieces of one tenant's requests (what one `Advance` gives the GPU) that may be in flight at once."""
 
 
 class Slot(NamedTuple):
@@ -22,10 +31,31 @@ class Slot(NamedTuple):
     done: Event
 
 
+@runtime_checkable
+class _CuttableModel(Protocol):
+    """A `BoundModel`: a model whose operations are known one by one."""
+
+    @property
+    def operations(self) -> Sequence[Launch | Fill | Copy]: ...
+
+
+class _Cut(NamedTuple):
+    """A tenant's model in segments: a graph for each, and events for the ends of pieces, used in turn.
+
+    control: what stops its kernels, if they look at one. segment_of: by step, as the control counts them.
+    """
+
+    segments: tuple[Segment, ...]
+    graphs: tuple[Graph, ...]
+    next_mark: Callable[[], Event]
+    control: PreemptControl | None
+    segment_of: Mapping[int, int]
+
+
 class Stage:
     """Streams for a layout's lanes and slots for the tenants' requests. Owns both until `close`; models stay the roster's.
 
-    Tenants and lanes go by number. After an error in construction nothing is held.
+    Tenants and lanes go by number. After an error in construction nothing is held. `rehearse` comes before everything else.
     """
 
     def __init__(self, gpu: Gpu, tenants: Sequence[LoadedTenant], layout: Layout) -> None:
@@ -34,12 +64,23 @@ class Stage:
         self._models: tuple[RunnableModel, ...] = tuple(t.model for t in tenants if t.model is not None)
         if len(self._models) != len(self._tenants):
             raise InternalError("A tenant without a model was brought to a run.")
+        self._wanted = layout.segment_ns or (None,) * len(self._tenants)
         with ExitStack() as undo:
             self._streams = tuple(_streams(gpu, layout, undo))
             # More than can be in flight: a finished request's times are read after the next one has been started.
             self._slots = tuple(tuple(_slot(gpu, undo) for _ in range(2 * t.depth + 1)) for t in tenants)
             self._resources = undo.pop_all()
-        self._lane_of: list[int | None] = [None] * len(self._tenants)
+        self._cuts: list[_Cut | None] = [None] * len(self._tenants)
+        self._forget()
+
+    def _forget(self) -> None:
+        """As if nothing had run: no tenant has been on a lane."""
+        count = len(self._tenants)
+        self._lane_of: list[int | None] = [None] * count
+        self._tail: list[Event | None] = [None] * count  # the end of the last thing that each tenant was given
+        self._copied_in = [-1] * count  # the last request whose input was copied
+        self._resume_at: list[int | None] = [None] * count  # the step that a stopped tenant goes on with
+        self._resumed = [False] * count  # its control thinks of a resumed request
 
     def enqueue(self, tenant: int, lane: int, request: int) -> tuple[Slot, int]:
         """Give request number `request` of `tenant` to the GPU: input copy, kernels, output copy. Never blocks.
@@ -47,48 +88,177 @@ class Stage:
         Returns its slot, and the host's time (ns, the GPU's clock) when its kernels had been launched. Requests of a tenant
         run one after another even when its lane changes: its buffers exist once.
         """
-        loaded, model, slots = self._tenants[tenant], self._models[tenant], self._slots[tenant]
+        slots = self._slots[tenant]
         slot, stream = slots[request % len(slots)], self._streams[lane]
         if self._lane_of[tenant] != lane:
-            if self._lane_of[tenant] is not None:
-                stream.wait(slots[(request - 1) % len(slots)].done)
-            self._lane_of[tenant] = lane
-        if loaded.inputs:
-            stream.copy_to_device(model.input_address, loaded.inputs[request % loaded.depth])
+            self._change_lane(tenant, lane)
+        self._copy_in(tenant, stream, request)
         stream.record(slot.start)
-        stream.launch_graph(model.graph)
+        stream.launch_graph(self._models[tenant].graph)
         launched = self._gpu.now_ns()
         stream.record(slot.end)
-        if loaded.outputs:
-            stream.copy_to_host(loaded.outputs[request % loaded.depth], model.output_address)
+        self._copy_out(tenant, stream, request)
         stream.record(slot.done)
+        self._tail[tenant] = slot.done
         return slot, launched
 
-    def rehearse(self) -> list[int]:
-        """Run every model once in every partition that there is a lane for; instantiates graphs. Blocks.
+    def advance(self, tenant: int, lane: int, request: int, first: int, last: int) -> tuple[Slot, Event, int]:
+        """Give segments [first, last) of the cut tenant's request to the GPU, after what it was given before. Never blocks.
 
-        Returns each tenant's shortest time from start to end, ns. A GpuError names the tenant.
+        Returns the request's slot, the event at this piece's end (the slot's `done` where it ends the request), and the
+        host's time when its kernels had been launched. A segment may be given again after it was preempted; the input is
+        not copied again, since kernels may have worked in place on it.
         """
-        lanes: dict[int, int] = {}
-        for lane, stream in enumerate(self._streams):
-            lanes.setdefault(id(stream.partition), lane)
-        lengths = []
+        mine = self._cuts[tenant]
+        if mine is None:
+            raise InternalError(f"Tenant number {tenant} was advanced and is not cut into segments.")
+        slots = self._slots[tenant]
+        slot, stream = slots[request % len(slots)], self._streams[lane]
+        if self._lane_of[tenant] != lane:
+            self._change_lane(tenant, lane)
+        if self._resume_at[tenant] is not None or self._resumed[tenant]:
+            self._set_control(tenant, stream, request)
+        if self._copied_in[tenant] != request:
+            self._copied_in[tenant] = request
+            self._copy_in(tenant, stream, request)
+            stream.record(slot.start)
+        for graph in mine.graphs[first:last]:
+            stream.launch_graph(graph)
+        launched = self._gpu.now_ns()
+        if last == len(mine.graphs):
+            stream.record(slot.end)
+            self._copy_out(tenant, stream, request)
+            mark = slot.done
+        else:
+            mark = mine.next_mark()
+        stream.record(mark)
+        self._tail[tenant] = mark
+        return slot, mark, launched
+
+    def segments(self, tenant: int) -> int:
+        """Into how many segments the tenant's model is cut; 0 where its requests are started whole."""
+        mine = self._cuts[tenant]
+        return 0 if mine is None else len(mine.segments)
+
+    def preempt(self, tenant: int) -> bool:
+        """Make the tenant's blocks leave as they start. False, and nothing done, where its kernels don't look at a flag.
+
+        `settle` follows when what it has on the GPU has ended; until then it is given nothing. All of that is one request's:
+        the control tells steps apart, not requests.
+        """
+        mine = self._cuts[tenant]
+        if mine is None or mine.control is None:
+            return False
+        mine.control.raise_flag()
+        return True
+
+    def settle(self, tenant: int) -> int | None:
+        """What the preempted tenant had on the GPU has ended. The first segment that is not whole; None: all are.
+
+        `advance` goes on there.
+        """
+        mine = self._cuts[tenant]
+        if mine is None or mine.control is None:
+            raise InternalError(f"Tenant number {tenant} was settled and can't be preempted.")
+        mine.control.lower_flag()
+        step = self._resume_at[tenant] = mine.control.left()
+        return None if step is None else mine.segment_of[step]
+
+    def _set_control(self, tenant: int, stream: Stream, request: int) -> None:
+        mine, step = self._cuts[tenant], self._resume_at[tenant]
+        if mine is None or mine.control is None:
+            return
+        if step is not None:
+            mine.control.resume(stream, step)
+            self._resume_at[tenant] = None
+            self._resumed[tenant] = True
+        elif self._copied_in[tenant] != request:
+            # The resumed request is whole. Not sooner: it may have been stopped again, which a reset forgets.
+            mine.control.reset(stream)
+            self._resumed[tenant] = False
+
+    def _change_lane(self, tenant: int, lane: int) -> None:
+        tail = self._tail[tenant]
+        if tail is not None:
+            self._streams[lane].wait(tail)
+        self._lane_of[tenant] = lane
+
+    def _copy_in(self, tenant: int, stream: Stream, request: int) -> None:
+        loaded = self._tenants[tenant]
+        if loaded.inputs:
+            stream.copy_to_device(self._models[tenant].input_address, loaded.inputs[request % loaded.depth])
+
+    def _copy_out(self, tenant: int, stream: Stream, request: int) -> None:
+        loaded = self._tenants[tenant]
+        if loaded.outputs:
+            stream.copy_to_host(loaded.outputs[request % loaded.depth], self._models[tenant].output_address)
+
+    # --- before the clock starts
+    def rehearse(self) -> list[TenantBrief]:
+        """Cut what the layout wants cut, and run every model in every partition that there is a lane for. Blocks.
+
+        Instantiates all graphs. A GpuError names the tenant.
+        """
+        briefs = []
         for tenant, loaded in enumerate(self._tenants):
-            seen = []
-            for lane in lanes.values():
-                try:
-                    slot, _ = self.enqueue(tenant, lane, 0)
-                    self._gpu.synchronize()
-                    seen.append(slot.end.time_ns() - slot.start.time_ns())
-                except GpuError as error:
-                    error.tenant = error.tenant or loaded.tenant.name
-                    raise
-            lengths.append(max(min(seen), 1))
-        self._lane_of = [None] * len(self._tenants)
-        return lengths
+            try:
+                briefs.append(self._rehearse(tenant))
+            except GpuError as error:
+                error.tenant = error.tenant or loaded.tenant.name
+                raise
+        self._forget()
+        return briefs
+
+    def _rehearse(self, tenant: int) -> TenantBrief:
+        model, wanted = self._models[tenant], self._wanted[tenant]
+        service: dict[int, int] = {}  # by partition
+        for stream, lane in self._places():
+            slot, _ = self.enqueue(tenant, lane, 0)
+            self._gpu.synchronize()
+            service[id(stream.partition)] = max(slot.end.time_ns() - slot.start.time_ns(), 1)
+        by_lane = tuple(float(service[id(stream.partition)]) for stream in self._streams)
+        operations = model.operations if isinstance(model, _CuttableModel) else ()
+        segments = cut(operations, min(by_lane), wanted)
+        if wanted is not None:
+            self._cuts[tenant] = self._make_cut(model, operations, segments)
+            for _, lane in self._places():
+                self._copied_in[tenant] = -1
+                self.advance(tenant, lane, 0, 0, len(segments))
+                self._gpu.synchronize()
+        made = self._cuts[tenant]
+        return TenantBrief(by_lane, segments, made is not None and made.control is not None)
+
+    def _places(self) -> list[tuple[Stream, int]]:
+        """One lane of each partition, the whole GPU counting as one."""
+        lanes = {id(stream.partition): lane for lane, stream in reversed(list(enumerate(self._streams)))}
+        return [(self._streams[lane], lane) for lane in sorted(lanes.values())]
+
+    def _make_cut(
+        self, model: RunnableModel, operations: Sequence[Launch | Fill | Copy], segments: tuple[Segment, ...]
+    ) -> _Cut:
+        marks = []
+        for _ in range(MOST_PIECES + 1):
+            marks.append(self._gpu.create_event(timing=False))
+            self._resources.callback(marks[-1].close)
+        graphs = [model.graph]
+        if len(segments) > 1:
+            graphs.clear()
+            for segment in segments:
+                graphs.append(self._gpu.create_graph(operations[segment.first : segment.last], within=operations))
+                self._resources.callback(graphs[-1].close)
+        control, segment_of = _preemption(operations, segments)
+        return _Cut(segments, tuple(graphs), cycle(marks).__next__, control, segment_of)
+
+    def clear(self) -> None:
+        """Leave no control with its flag up or in the middle of a request: the models outlive the stage."""
+        for tenant, mine in enumerate(self._cuts):
+            lane = self._lane_of[tenant]
+            if mine is not None and mine.control is not None and lane is not None:
+                mine.control.lower_flag()
+                mine.control.reset(self._streams[lane])
 
     def close(self) -> None:
-        """Give streams and events back. Idempotent. The caller has made sure that nothing runs on them."""
+        """Give streams, events and segments back. Idempotent. The caller has made sure that nothing runs on them."""
         self._resources.close()
 
 
@@ -106,6 +276,23 @@ def _streams(gpu: Gpu, layout: Layout, undo: ExitStack) -> list[Stream]:
         undo.callback(stream.close)
         streams.append(stream)
     return streams
+
+
+def _preemption(
+    operations: Sequence[Launch | Fill | Copy], segments: Sequence[Segment]
+) -> tuple[PreemptControl | None, dict[int, int]]:
+    """The control that all launches look at, if they do, and the segment of each step."""
+    looking = [operation.preempt for operation in operations if isinstance(operation, Launch)]
+    controls = {id(found.control): found.control for found in looking if found is not None}
+    # One that looks at none would run on, on what the kernels that left have not written.
+    if len(controls) != 1 or None in looking or any(not isinstance(operation, Launch) for operation in operations):
+        return None, {}
+    segment_of = {}
+    for index, segment in enumerate(segments):
+        for operation in operations[segment.first : segment.last]:
+            if isinstance(operation, Launch) and operation.preempt is not None:
+                segment_of[operation.preempt.step] = index
+    return next(iter(controls.values())), segment_of
 
 
 def _slot(gpu: Gpu, undo: ExitStack) -> Slot:

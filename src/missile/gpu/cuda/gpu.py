@@ -11,14 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from missile.errors import MisuseError, OutOfMemoryError, UnsupportedError
+from missile.gpu.calls import DriverCalls
 from missile.gpu.cuda import info as device_info
 from missile.gpu.cuda import partitions
 from missile.gpu.cuda.buffers import CudaBuffer, CudaHostBuffer, CudaPage, CudaRange, near
+from missile.gpu.cuda.calls import driver_calls
 from missile.gpu.cuda.clock import EventClock
 from missile.gpu.cuda.driver import Driver, load
 from missile.gpu.cuda.graphs import CudaGraph
 from missile.gpu.cuda.lab import MemoryLab
 from missile.gpu.cuda.modules import CudaModule
+from missile.gpu.cuda.preempt import CONTROL_BYTES, CudaPreemptControl
 from missile.gpu.cuda.streams import CudaEvent, CudaStream
 from missile.gpu.interface import (
     ContentionResult,
@@ -130,6 +133,10 @@ class CudaGpu:
         names = dict.fromkeys(name for stream in self._streams.values() for name in stream.unfinished_tenants())
         return tuple(name for name in names if name)
 
+    def driver_calls(self) -> DriverCalls:
+        """For `missile.gpu.calls.HasDriverCalls`: copies without Python."""
+        return driver_calls(self._cu)
+
     # --- execution
     def create_stream(self, *, priority: Priority = Priority.LOW, partition: SmPartition | None = None) -> CudaStream:
         if partition is not None:
@@ -145,8 +152,22 @@ class CudaGpu:
     def load_module(self, image: bytes, *, name: str = "") -> CudaModule:
         return self._own(CudaModule(self._cu, image, name, self._shared_limit))
 
-    def create_graph(self, operations: Sequence[Launch | Fill | Copy]) -> CudaGraph:
+    def create_graph(
+        self, operations: Sequence[Launch | Fill | Copy], *, within: Sequence[Launch | Fill | Copy] | None = None
+    ) -> CudaGraph:
         return self._own(CudaGraph(self._cu, operations, self._capture))
+
+    def create_preempt_control(self) -> CudaPreemptControl:
+        with contextlib.ExitStack() as undo:
+            block = self.allocate(CONTROL_BYTES)
+            undo.callback(block.free)
+            answer = self.allocate_host(CONTROL_BYTES)
+            undo.callback(answer.free)
+            native = self._native_stream(Priority.HIGH, None)
+            undo.callback(self._cu.release, "cuStreamDestroy", native)
+            control = CudaPreemptControl(self._cu, native, block, answer, self._disown)
+            undo.pop_all()
+        return self._own(control)
 
     def split_sms(self, counts: Sequence[int]) -> SmSplit:
         if self._sm_limits is None:

@@ -132,8 +132,10 @@ class SimulatedGpu:
         self._engine.check()
         return SimModule(image, name, self.spec)
 
-    def create_graph(self, operations: Sequence[Launch | Fill | Copy]) -> SimGraph:
-        keeps = working_set([_work_of(operation) for operation in operations])
+    def create_graph(
+        self, operations: Sequence[Launch | Fill | Copy], *, within: Sequence[Launch | Fill | Copy] | None = None
+    ) -> SimGraph:
+        keeps = working_set([_work_of(operation) for operation in (operations if within is None else within)])
         return SimGraph([self._engine.prepare(operation, keeps) for operation in operations])
 
     def split_sms(self, counts: Sequence[int]) -> SmSplit:
