@@ -12,7 +12,7 @@ from itertools import cycle
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from missile.errors import GpuError, InternalError
-from missile.gpu.interface import Copy, Event, Fill, Gpu, Graph, Launch, PreemptControl, SmPartition, Stream
+from missile.gpu.interface import Copy, Event, Fill, Gpu, Graph, Launch, Left, PreemptControl, SmPartition, Stream
 from missile.runtime.loading import LoadedTenant, RunnableModel
 from missile.runtime.policies.interface import Layout, Segment, TenantBrief
 from missile.runtime.segments import cut
@@ -42,13 +42,12 @@ class _CuttableModel(Protocol):
 class _Cut(NamedTuple):
     """A tenant's model in segments: a graph for each, and events for the ends of pieces, used in turn.
 
-    control: what stops its kernels, if they look at one. segment_of: by step, as the control counts them.
+    segment_of: by step, as the control counts them; empty without one.
     """
 
     segments: tuple[Segment, ...]
     graphs: tuple[Graph, ...]
     next_mark: Callable[[], Event]
-    control: PreemptControl | None
     segment_of: Mapping[int, int]
 
 
@@ -71,6 +70,8 @@ class Stage:
             self._slots = tuple(tuple(_slot(gpu, undo) for _ in range(2 * t.depth + 1)) for t in tenants)
             self._resources = undo.pop_all()
         self._cuts: list[_Cut | None] = [None] * len(self._tenants)
+        self._operations = tuple(m.operations if isinstance(m, _CuttableModel) else () for m in self._models)
+        self._controls = tuple(_control(operations) for operations in self._operations)
         self._forget()
 
     def _forget(self) -> None:
@@ -79,8 +80,7 @@ class Stage:
         self._lane_of: list[int | None] = [None] * count
         self._tail: list[Event | None] = [None] * count  # the end of the last thing that each tenant was given
         self._copied_in = [-1] * count  # the last request whose input was copied
-        self._resume_at: list[int | None] = [None] * count  # the step that a stopped tenant goes on with
-        self._resumed = [False] * count  # its control thinks of a resumed request
+        self._left: list[Left | None] = [None] * count  # where a stopped tenant goes on
 
     def enqueue(self, tenant: int, lane: int, request: int) -> tuple[Slot, int]:
         """Give request number `request` of `tenant` to the GPU: input copy, kernels, output copy. Never blocks.
@@ -93,6 +93,8 @@ class Stage:
         if self._lane_of[tenant] != lane:
             self._change_lane(tenant, lane)
         self._copy_in(tenant, stream, request)
+        if (control := self._controls[tenant]) is not None:
+            control.begin(stream)
         stream.record(slot.start)
         stream.launch_graph(self._models[tenant].graph)
         launched = self._gpu.now_ns()
@@ -116,11 +118,15 @@ class Stage:
         slot, stream = slots[request % len(slots)], self._streams[lane]
         if self._lane_of[tenant] != lane:
             self._change_lane(tenant, lane)
-        if self._resume_at[tenant] is not None or self._resumed[tenant]:
-            self._set_control(tenant, stream, request)
+        control, left = self._controls[tenant], self._left[tenant]
+        if control is not None and left is not None:
+            control.resume(stream, left)
+            self._left[tenant] = None
         if self._copied_in[tenant] != request:
             self._copied_in[tenant] = request
             self._copy_in(tenant, stream, request)
+            if control is not None:
+                control.begin(stream)
             stream.record(slot.start)
         for graph in mine.graphs[first:last]:
             stream.launch_graph(graph)
@@ -144,12 +150,12 @@ class Stage:
         """Make the tenant's blocks leave as they start. False, and nothing done, where its kernels don't look at a flag.
 
         `settle` follows when what it has on the GPU has ended; until then it is given nothing. All of that is one request's:
-        the control tells steps apart, not requests.
+        the next one's input would be copied over that of a request that is not whole.
         """
-        mine = self._cuts[tenant]
-        if mine is None or mine.control is None:
+        control = self._controls[tenant]
+        if control is None or self._cuts[tenant] is None:
             return False
-        mine.control.raise_flag()
+        control.raise_flag()
         return True
 
     def settle(self, tenant: int) -> int | None:
@@ -157,25 +163,12 @@ class Stage:
 
         `advance` goes on there.
         """
-        mine = self._cuts[tenant]
-        if mine is None or mine.control is None:
+        control, mine = self._controls[tenant], self._cuts[tenant]
+        if control is None or mine is None:
             raise InternalError(f"Tenant number {tenant} was settled and can't be preempted.")
-        mine.control.lower_flag()
-        step = self._resume_at[tenant] = mine.control.left()
-        return None if step is None else mine.segment_of[step]
-
-    def _set_control(self, tenant: int, stream: Stream, request: int) -> None:
-        mine, step = self._cuts[tenant], self._resume_at[tenant]
-        if mine is None or mine.control is None:
-            return
-        if step is not None:
-            mine.control.resume(stream, step)
-            self._resume_at[tenant] = None
-            self._resumed[tenant] = True
-        elif self._copied_in[tenant] != request:
-            # The resumed request is whole. Not sooner: it may have been stopped again, which a reset forgets.
-            mine.control.reset(stream)
-            self._resumed[tenant] = False
+        control.lower_flag()
+        left = self._left[tenant] = control.left()
+        return None if left is None else mine.segment_of[left.step]
 
     def _change_lane(self, tenant: int, lane: int) -> None:
         tail = self._tail[tenant]
@@ -217,7 +210,7 @@ class Stage:
             self._gpu.synchronize()
             service[id(stream.partition)] = max(slot.end.time_ns() - slot.start.time_ns(), 1)
         by_lane = tuple(float(service[id(stream.partition)]) for stream in self._streams)
-        operations = model.operations if isinstance(model, _CuttableModel) else ()
+        operations = self._operations[tenant]
         segments = cut(operations, min(by_lane), wanted)
         if wanted is not None:
             self._cuts[tenant] = self._make_cut(model, operations, segments)
@@ -225,8 +218,7 @@ class Stage:
                 self._copied_in[tenant] = -1
                 self.advance(tenant, lane, 0, 0, len(segments))
                 self._gpu.synchronize()
-        made = self._cuts[tenant]
-        return TenantBrief(by_lane, segments, made is not None and made.control is not None)
+        return TenantBrief(by_lane, segments, self._controls[tenant] is not None)
 
     def _places(self) -> list[tuple[Stream, int]]:
         """One lane of each partition, the whole GPU counting as one."""
@@ -246,16 +238,21 @@ class Stage:
             for segment in segments:
                 graphs.append(self._gpu.create_graph(operations[segment.first : segment.last], within=operations))
                 self._resources.callback(graphs[-1].close)
-        control, segment_of = _preemption(operations, segments)
-        return _Cut(segments, tuple(graphs), cycle(marks).__next__, control, segment_of)
+        return _Cut(segments, tuple(graphs), cycle(marks).__next__, _steps(operations, segments))
 
     def clear(self) -> None:
-        """Leave no control with its flag up or in the middle of a request: the models outlive the stage."""
-        for tenant, mine in enumerate(self._cuts):
+        """Leave no control with its flag up or in the middle of a request: the models outlive the stage.
+
+        Nothing that was preempted may be on the GPU.
+        """
+        for tenant, control in enumerate(self._controls):
             lane = self._lane_of[tenant]
-            if mine is not None and mine.control is not None and lane is not None:
-                mine.control.lower_flag()
-                mine.control.reset(self._streams[lane])
+            if control is None or lane is None:
+                continue
+            control.lower_flag()
+            left = self._left[tenant] or control.left()
+            if left is not None:
+                control.resume(self._streams[lane], left)
 
     def close(self) -> None:
         """Give streams, events and segments back. Idempotent. The caller has made sure that nothing runs on them."""
@@ -278,21 +275,21 @@ def _streams(gpu: Gpu, layout: Layout, undo: ExitStack) -> list[Stream]:
     return streams
 
 
-def _preemption(
-    operations: Sequence[Launch | Fill | Copy], segments: Sequence[Segment]
-) -> tuple[PreemptControl | None, dict[int, int]]:
-    """The control that all launches look at, if they do, and the segment of each step."""
-    looking = [operation.preempt for operation in operations if isinstance(operation, Launch)]
+def _control(operations: Sequence[Launch | Fill | Copy]) -> PreemptControl | None:
+    """The control that all operations look at, or None: one that looks at none would run on what others have not written."""
+    looking = [operation.preempt if isinstance(operation, Launch) else None for operation in operations]
     controls = {id(found.control): found.control for found in looking if found is not None}
-    # One that looks at none would run on, on what the kernels that left have not written.
-    if len(controls) != 1 or None in looking or any(not isinstance(operation, Launch) for operation in operations):
-        return None, {}
-    segment_of = {}
-    for index, segment in enumerate(segments):
-        for operation in operations[segment.first : segment.last]:
-            if isinstance(operation, Launch) and operation.preempt is not None:
-                segment_of[operation.preempt.step] = index
-    return next(iter(controls.values())), segment_of
+    return next(iter(controls.values())) if len(controls) == 1 and None not in looking else None
+
+
+def _steps(operations: Sequence[Launch | Fill | Copy], segments: Sequence[Segment]) -> dict[int, int]:
+    """The segment of each step that a control may name."""
+    return {
+        operation.preempt.step: index
+        for index, segment in enumerate(segments)
+        for operation in operations[segment.first : segment.last]
+        if isinstance(operation, Launch) and operation.preempt is not None
+    }
 
 
 def _slot(gpu: Gpu, undo: ExitStack) -> Slot:
