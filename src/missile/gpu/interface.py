@@ -223,7 +223,7 @@ class PreemptControl(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Preemption:
-    """What a launch's blocks look at when they start. step: its place in the model's plan; later launches have higher ones."""
+    """What a launch's blocks look at when they start. step: its place in the model's plan; what comes later has more."""
 
     control: PreemptControl
     step: int
