@@ -48,7 +48,7 @@ def package(tmp_path: Path) -> ModelPackage:
 
 
 def test_code_is_kept_and_read_again(package: ModelPackage, tmp_path: Path) -> None:
-    made = color_kernels(package, tmp_path, SHAPE, workers=2)
+    made = color_kernels(package, tmp_path, SHAPE)
     again = read_colored(package, tmp_path, SHAPE)
     assert again == made
     assert set(made.cubins) == {"add_relu", "gather"}

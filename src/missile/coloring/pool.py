@@ -192,6 +192,11 @@ class TenantMemory:
         return self._share.tenant
 
     @property
+    def colors(self) -> tuple[int, ...]:
+        """Of the channel map."""
+        return self._share.colors
+
+    @property
     def translation(self) -> Translation:
         return self._share.translation
 

@@ -18,7 +18,7 @@ from missile.errors import MisuseError
 from missile.gpu.interface import Fill, Gpu, Graph, HostBuffer, Kernel, Launch, Stream
 from missile.gpu.work import KernelWork
 
-__all__ = ["BoundModel", "Operation", "bind"]
+__all__ = ["BoundModel", "Operation", "bind", "used_bytes"]
 
 Operation = Launch | Fill
 

@@ -2,22 +2,24 @@
 
 They lie beside the plain ones, in `colored/SHAPE/`: a cubin for each kernel, and `transfer.cubin` with the kernels that move
 data in and out. Each takes one parameter more than the plain kernel, the last: the tenant's constants
-(`TenantMemory.constants`), by value. Nothing here touches a GPU. What is not here yet: a plan that runs on colored
-buffers (see docs/design/colored-execution.md).
+(`TenantMemory.constants`), by value. Nothing here touches a GPU; `bind_colored` makes a plan of it.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 from missile.coloring.shape import Shape
 from missile.compiler.package import ModelPackage
 from missile.compiler.ptx.assemble import assemble
-from missile.compiler.ptx.parser import parse
+from missile.compiler.ptx.fill import fill_entry
 from missile.compiler.ptx.rewrite import Placement, rewrite
 from missile.compiler.ptx.transfer import transfer_ptx
 from missile.errors import MisuseError
@@ -25,6 +27,7 @@ from missile.errors import MisuseError
 __all__ = ["ColoredKernels", "color_kernels", "read_colored", "shape_name"]
 
 _TRANSFER = "transfer"
+_FEWEST_PER_WORKER = 4  # kernels: a process takes longer to start than fewer take to compile
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +53,11 @@ def color_kernels(
     shape: Shape,
     *,
     placement: Placement = Placement.DEFINITION,
-    workers: int = 4,
+    executor: Executor | None = None,
 ) -> ColoredKernels:
     """Rewrite and assemble every kernel of `package`, which lies in `directory`, for `shape`, and keep the code there.
 
+    executor: who does the work; None starts as many processes as there are cores.
     UnsupportedError naming the kernel that can't be colored; then nothing is kept. Replaces what was kept for the shape.
     """
     sources = {}
@@ -67,19 +71,39 @@ def color_kernels(
             ) from None
     if not sources:
         raise MisuseError(f"Package {package.name!r} has no kernels to color.")
-    targets = {parse(text, name).target for name, text in sources.items()}
+    targets = {_target(text, name) for name, text in sources.items()}
     if len(targets) != 1:
         raise MisuseError(
             f"The kernels of package {package.name!r} are for different GPUs: {', '.join(sorted(targets))}."
         )
     (arch,) = targets
-    texts = {name: rewrite(text, shape, name=name, placement=placement).ptx for name, text in sources.items()}
-    texts[_TRANSFER] = transfer_ptx(shape, arch)
-    with ThreadPoolExecutor(workers) as pool:
-        pending = {name: pool.submit(assemble, text, arch=arch, name=name) for name, text in texts.items()}
-        cubins = {name: future.result() for name, future in pending.items()}
-    _keep(cubins, directory / "colored" / shape_name(shape))
-    return ColoredKernels(shape, {name: cubins[name] for name in sources}, cubins[_TRANSFER])
+    transfer = assemble(transfer_ptx(shape, arch) + fill_entry(shape), arch=arch, name=_TRANSFER)
+    tasks = [(name, text, shape, placement, arch) for name, text in sources.items()]
+    count = min(os.cpu_count() or 1, -(-len(tasks) // _FEWEST_PER_WORKER))
+    if executor is not None:
+        done = executor.map(_colored, tasks)
+    elif count > 1:
+        # Started afresh: a copy of a process that has a GPU open, or threads, is no place to work in.
+        with ProcessPoolExecutor(count, get_context("spawn")) as own:
+            done = own.map(_colored, tasks)
+    else:
+        done = iter([_colored(task) for task in tasks])
+    cubins = dict(zip(sources, done, strict=True))
+    _keep(cubins | {_TRANSFER: transfer}, directory / "colored" / shape_name(shape))
+    return ColoredKernels(shape, cubins, transfer)
+
+
+def _colored(task: tuple[str, str, Shape, Placement, str]) -> bytes:
+    name, text, shape, placement, arch = task
+    return assemble(rewrite(text, shape, name=name, placement=placement).ptx, arch=arch, name=name)
+
+
+def _target(text: str, name: str) -> str:
+    """The GPU that PTX is for: in its first lines, so that the rest need not be parsed for it."""
+    found = re.search(r"^\s*\.target\s+([\w]+)", text, re.MULTILINE)
+    if found is None:
+        raise MisuseError(f"The PTX of kernel {name!r} does not say which GPU it is for.")
+    return found[1]
 
 
 def read_colored(package: ModelPackage, directory: Path, shape: Shape) -> ColoredKernels:

@@ -23,7 +23,7 @@ class Sink(Protocol):
     """Where contents go. Both enqueue work on `stream` and return."""
 
     def put(self, stream: Stream, kind: BufferKind, offset: int, staging: HostBuffer, nbytes: int) -> None:
-        """Bring `staging`'s first bytes, at most `STAGING_BYTES`, to the buffers of `kind`, `offset` bytes from their start."""
+        """Bring `staging`'s first bytes to `offset` of the memory of `kind`; at most `STAGING_BYTES`."""
 
     def zero(self, stream: Stream, kind: BufferKind, nbytes: int) -> None:
         """Fill all buffers of `kind`, `nbytes` together, with zeros."""

@@ -8,6 +8,7 @@ off is what makes the kernels' times add up to the whole plan's, measured as one
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ from missile.compiler.bind import BoundModel, bind
 from missile.compiler.package import Bound, KernelProfile, KernelStep, ModelPackage, Step
 from missile.gpu.interface import Event, Gpu, GpuInfo, Stream
 
-__all__ = ["Limits", "classify", "profile_package", "share_total"]
+__all__ = ["Limits", "classify", "measure_steps", "profile_package", "share_total"]
 
 _SHORTEST_NS = 400.0
 _CHUNK = 60  # steps timed at once: their launches and events must fit into a stream's queue behind the work before
@@ -52,9 +53,20 @@ def profile_package(
 
     repeats: timed passes over the kernels; runs: timed runs of the whole plan; the median of each counts.
     """
-    model = bind(package, directory, gpu, tenant=package.name)
+    with closing(bind(package, directory, gpu, tenant=package.name)) as model:
+        total, times = measure_steps(model, gpu, repeats=repeats, runs=runs)
+    limits = Limits.of(gpu.info)
+    steps = tuple(_timed(step, float(time), limits) for step, time in zip(package.steps, times, strict=True))
+    return package.model_copy(update={"steps": steps, "solo_ns": total})
+
+
+def measure_steps(model: BoundModel, gpu: Gpu, *, repeats: int = 7, runs: int = 30) -> tuple[float, Times]:
+    """Duration of `model`'s plan as one graph, and of each of its operations where it stands, shape (operations,), ns.
+
+    The second add up to the first. repeats, runs: as `profile_package`'s.
+    """
     stream = gpu.create_stream()
-    events = [gpu.create_event() for _ in range(min(_CHUNK, len(package.steps)) + 1)]
+    events = [gpu.create_event() for _ in range(min(_CHUNK, len(model.operations)) + 1)]
     try:
         total = _whole(model, stream, events, runs)
         raw = np.median([_pass(model, gpu, stream, events, total) for _ in range(repeats)], axis=0)
@@ -63,11 +75,7 @@ def profile_package(
         for event in events:
             event.close()
         stream.close()
-        model.close()
-    limits = Limits.of(gpu.info)
-    times = share_total(raw, total)
-    steps = tuple(_timed(step, float(time), limits) for step, time in zip(package.steps, times, strict=True))
-    return package.model_copy(update={"steps": steps, "solo_ns": total})
+    return total, share_total(raw, total)
 
 
 def share_total(raw: Times, total: float, shortest: float = _SHORTEST_NS) -> Times:
