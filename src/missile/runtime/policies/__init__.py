@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from missile.errors import MisuseError, UnsupportedError
 from missile.runtime.policies.interface import Action, Lane, Layout, Policy, Snapshot, Start
+from missile.runtime.policies.orion import OrionPolicy
 from missile.runtime.policies.partition import PartitionPolicy
 from missile.runtime.policies.priority import PriorityPolicy
 from missile.runtime.policies.streams import StreamsPolicy
@@ -31,9 +32,10 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "streams": StreamsPolicy,
     "priority": PriorityPolicy,
     "partition": PartitionPolicy,
+    "orion": OrionPolicy,
 }
 
-RESERVED: tuple[str, ...] = ("orion", "missile")
+RESERVED: tuple[str, ...] = ("missile",)
 """Names of policies that are planned."""
 
 _SWITCH = {"on": 1.0, "off": 0.0}
