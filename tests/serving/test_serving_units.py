@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,11 @@ from hypothesis import strategies as st
 from missile.errors import InternalError
 from missile.serving.arena import MINIMUM_BLOCK, Arena
 from missile.serving.engine.queues import BatchLimits, Scheduler
+from missile.serving.engine.spin import Spin
 from missile.serving.link import Call, CallKind
 from missile.serving.measures import Measures
 from missile.serving.protocol.request import from_numbers, to_numbers
+from missile.serving.protocol.rest import InferDecoder
 from missile.serving.refusal import Refusal
 from missile.serving.ring import Ring
 from missile.serving.tensors import (
@@ -272,3 +276,69 @@ def test_attainment_and_burn() -> None:
     assert measures.burn(300) == pytest.approx((6 / 101) / 0.1)
     assert measures.rate() == 10.0
     assert Measures().attainment(10) is None
+
+
+# --- staying awake
+
+
+@given(st.integers(1, 10**7), st.integers(1, 400))
+def test_spinning_follows_the_rate_of_calls(limit: int, percent: int) -> None:
+    """Calls that come evenly keep the engine awake exactly when their gap is within the limit, and only for a while."""
+    spin = Spin(limit)
+    gap = max(1, limit * percent // 100)
+    now = 10**12
+    for _ in range(200):
+        now += gap
+        spin.called(now)
+    if gap <= 0.99 * limit:
+        assert now + 2 * gap <= spin.until_ns() <= now + 3 * limit
+    elif gap >= 1.01 * limit:
+        assert spin.until_ns() == 0
+
+
+def test_spinning_is_not_put_off_long_by_a_pause() -> None:
+    spin = Spin(4_000_000)
+    now = 10**12
+    for _ in range(30):
+        now += 1_000_000
+        spin.called(now)
+    now += 3600 * 10**9
+    assert spin.until_ns() < now
+    for _ in range(16):
+        now += 1_000_000
+        spin.called(now)
+    assert spin.until_ns() > now
+    assert Spin(0).until_ns() == 0
+
+
+# --- heads that were read before
+
+
+def _decode(decoder: InferDecoder, head: dict[str, Any], tail: bytes = b"") -> Any:
+    text = json.dumps(head).encode()
+    return decoder.decode(memoryview(text + tail), str(len(text)) if tail else None)
+
+
+def test_a_known_head_takes_its_new_data() -> None:
+    decoder = InferDecoder(8)
+    entry = {"name": "a", "datatype": "UINT8", "shape": [1, 3], "parameters": {"binary_data_size": 3}}
+    place = {"shared_memory_region": "r", "shared_memory_byte_size": 1}
+    region = {"name": "b", "datatype": "UINT8", "shape": [1], "parameters": place}
+    head = {"inputs": [entry, region], "id": "x", "parameters": {"priority": 3}}
+    for data in (b"abc", b"def"):
+        asked = _decode(decoder, head, data)
+        assert [None if one.raw is None else bytes(one.raw) for one in asked.inputs] == [data, None]
+        assert (asked.id, asked.parameters["priority"], asked.inputs[1].region) == ("x", 3, ("r", 0, 1))
+    for wrong in (b"", b"ab", b"abcd"):
+        with pytest.raises(Refusal, match="binary data"):
+            _decode(decoder, head, wrong)
+    assert bytes(_decode(decoder, head, b"ghi").inputs[0].raw) == b"ghi"
+
+
+def test_heads_with_numbers_are_read_each_time() -> None:
+    decoder = InferDecoder(8)
+    for number in range(3):
+        asked = _decode(decoder, {"inputs": [{"name": "a", "datatype": "INT8", "shape": [1], "data": [number]}]})
+        assert asked.inputs[0].numbers == [number]
+    with pytest.raises(Refusal, match="at most 8"):
+        _decode(decoder, {"inputs": [{"name": "a"}] * 9})

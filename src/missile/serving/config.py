@@ -83,7 +83,7 @@ class ServerConfig(_Strict):
     tokens: list[Token] = Field(default_factory=list)
     repository_control: bool = False  # load and unload by clients
     shared_memory: Literal["auto", "on", "off"] = "auto"  # auto: only on a loopback address
-    spin_us: int = Field(default=100, ge=0, le=1_000_000)  # the engine looks for the next call before it sleeps
+    spin_us: int = Field(default=4000, ge=0, le=1_000_000)  # mean gap between calls up to which the engine stays awake
     cpu_threads: int = Field(default=0, ge=0)  # 0: what PyTorch chooses
     drain_seconds: float = Field(default=30.0, ge=0)
     watchdog_seconds: float = Field(default=60.0, gt=0)  # an engine silent for this long is started anew

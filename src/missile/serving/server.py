@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import ssl
@@ -120,6 +121,8 @@ class Server:
         host = f"[{server.host}]" if ":" in server.host else server.host
         scheme = "https" if server.tls_certificate else "http"
         await self._registry.apply(self._config.tenants)
+        gc.collect()
+        gc.freeze()  # what lives as long as the server is not to be looked through while requests wait
         return Endpoints(f"{scheme}://{host}:{http_port}", f"{host}:{grpc_port}" if grpc_port else "")
 
     async def _start_grpc(self, server: ServerConfig) -> int:

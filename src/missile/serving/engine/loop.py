@@ -15,6 +15,7 @@ from missile.errors import GpuError, InternalError, MissileError
 from missile.serving.config import TenantConfig
 from missile.serving.engine.executor import Batch, Executor
 from missile.serving.engine.queues import BatchLimits, Scheduler
+from missile.serving.engine.spin import Spin
 from missile.serving.link import Call, CallKind, Link, Outcome, ring
 from missile.serving.tensors import ERROR_BYTES, BlockLayout, ModelSignature
 
@@ -23,6 +24,8 @@ __all__ = ["EngineLoop", "batch_limits"]
 log = logging.getLogger("missile.engine")
 
 FACTS_EVERY_NS = 500_000_000
+CONTROL_EVERY_NS = 2_000_000
+BACKLOG_NS = 1_000_000
 
 
 def batch_limits(tenant: TenantConfig) -> BatchLimits:
@@ -39,14 +42,14 @@ class EngineLoop:
     """Owns one link's engine side. `run` returns when told to stop, or when the front end is gone.
 
     patience_ns: a batch that runs longer ends `run` with an InternalError that names the tenant's slot (0: none does).
-    spin_ns: how long it looks for the next call before it sleeps. Waking a sleeping process costs its waker and the call.
+    spin_ns: the longest mean gap between calls for which it stays awake (see `Spin`).
     """
 
     def __init__(self, link: Link, executor: Executor, folder: Path, *, spin_ns: int = 0, patience_ns: int = 0) -> None:
         self._link = link
         self._executor = executor
         self._folder = folder
-        self._spin_ns = spin_ns
+        self._spinning = Spin(spin_ns if len(os.sched_getaffinity(0)) > 1 else 0)
         self._batch_patience_ns = patience_ns
         self._scheduler = Scheduler()
         self._limits: dict[int, BatchLimits] = {}
@@ -64,7 +67,7 @@ class EngineLoop:
         poller = select.poll()
         for descriptor in (link.call_bell.descriptor, self._executor.bell, link.control.fileno()):
             poller.register(descriptor, select.POLLIN)
-        next_facts = 0
+        next_facts = next_look = 0
         while not self._gone and not (self._stopping and not self._limits):
             self._take_calls()
             self._dispatch()
@@ -75,11 +78,14 @@ class EngineLoop:
                 self._check_batches(now)
                 self._send_facts()
                 next_facts = now + FACTS_EVERY_NS
-            if len(link.calls) or self._spin(now):
+            if now >= next_look:  # the loop may be too busy to sleep, where it would be told
+                self._take_control()
+                next_look = now + CONTROL_EVERY_NS
+            if len(link.calls) or self._executor.polling or self._spin(poller, next_facts):
                 continue
             link.call_bell.arm()
             if not len(link.calls) and not self._loaded and not self._collect():
-                for descriptor, _ in poller.poll(self._patience_ms(next_facts)):
+                for descriptor, _ in poller.poll(max(0.0, (self._wake_ns(next_facts) - time.monotonic_ns()) / 1e6)):
                     if descriptor == link.control.fileno():
                         self._take_control()
                     elif descriptor == self._executor.bell:
@@ -87,28 +93,27 @@ class EngineLoop:
             link.call_bell.quiet()
         self._executor.close()
 
-    def _spin(self, now: int) -> bool:
-        """Look for the next call for a while; True when there is one, or something else to do."""
-        until = now + self._spin_ns
+    def _spin(self, poller: select.poll, next_facts: int) -> bool:
+        """Look for the next call while that is worth it; False when there is none, or something else to do."""
         calls = self._link.calls
+        until = min(self._spinning.until_ns(), self._wake_ns(next_facts))
         while time.monotonic_ns() < until:
-            if len(calls) or self._loaded or self._executor.polling:
+            if len(calls):
                 return True
             os.sched_yield()
+            if poller.poll(0):
+                break
         return False
 
-    def _patience_ms(self, next_facts: int) -> float:
-        """How long the loop may sleep: until the next facts, or until a waiting batch is due and could start."""
+    def _wake_ns(self, next_facts: int) -> int:
+        """Until when the loop has nothing to do unless it is called: the next facts, or a waiting batch that may start."""
         if self._backlog:
-            return 1.0  # the front end has to make room first
-        if self._executor.polling:
-            return 0.0
-        now = time.monotonic_ns()
+            return time.monotonic_ns() + BACKLOG_NS  # the front end has to make room first
         until = next_facts
         for latency_sensitive in (True, False):
             if self._executor.free(latency_sensitive) and (due := self._scheduler.next_due_ns()) is not None:
                 until = min(until, due)
-        return max(0.0, (until - now) / 1e6)
+        return until
 
     # --- calls
 
@@ -116,6 +121,7 @@ class EngineLoop:
         pop = self._link.calls.pop
         while (fields := pop()) is not None:
             call = Call._make(fields)
+            self._spinning.called(call.arrival_ns)
             if call.kind == CallKind.CANCEL:
                 self._scheduler.cancel(call.id)
             elif call.slot in self._unloading or not self._scheduler.push(call):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import ssl
 import time
 from collections import deque
@@ -31,6 +32,7 @@ _READ = 64 * 1024
 _SPARE = 4 << 20  # a body buffer up to this size is kept for the connection's next request
 _MAX_HEAD = 32 * 1024
 _MAX_HEADERS = 100
+_SWEEP_S = 0.2  # between two looks for connections that are late
 
 
 @dataclass(slots=True)
@@ -92,7 +94,9 @@ class _Connection(asyncio.BufferedProtocol):
         self._spare: bytearray | None = None
         self._queue: deque[HttpRequest] = deque()
         self._task: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._deadline = (
+            math.inf
+        )  # on the loop's clock; the server looks now and then (a timer for each phase costs more)
         self._drained: asyncio.Future[None] | None = None
         self._refused: Refusal | None = None
         self._head_ns = 0
@@ -337,15 +341,17 @@ class _Connection(asyncio.BufferedProtocol):
             self._transport.close()
 
     def _arm(self, seconds: float) -> None:
-        self._disarm()
-        self._timer = self._server.loop.call_later(seconds, self._timed_out)
+        self._deadline = self._server.loop.time() + seconds
 
     def _disarm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._deadline = math.inf
 
-    def _timed_out(self) -> None:
+    def end_if_late(self, now: float) -> None:
+        """Hang up at once when the phase that the connection is in has lasted too long."""
+        if now > self._deadline:
+            self.abort()
+
+    def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
 
@@ -370,10 +376,12 @@ class HttpServer:
     closing: bool = False
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _server: asyncio.Server | None = None
+    _sweeper: asyncio.TimerHandle | None = None
 
     async def start(self, host: str, port: int, context: ssl.SSLContext | None = None) -> int:
         """The port it listens on. OSError when it can't."""
         self._server = await self.loop.create_server(lambda: _Connection(self), host, port, ssl=context, backlog=1024)
+        self._sweep()
         return int(self._server.sockets[0].getsockname()[1])
 
     async def handle(self, request: HttpRequest) -> HttpResponse:
@@ -387,6 +395,13 @@ class HttpServer:
             log.exception("a request failed unexpectedly")
             return error_response(Refusal(Reason.FAILED, "The server failed on this request; its log says why."))
 
+    def _sweep(self) -> None:
+        """End connections that are late, and look again soon."""
+        now = self.loop.time()
+        for connection in list(self.connections):
+            connection.end_if_late(now)
+        self._sweeper = self.loop.call_later(_SWEEP_S, self._sweep)
+
     def count_refusal(self, refusal: Refusal) -> None:
         if self.on_refusal is not None:
             self.on_refusal(refusal)
@@ -396,6 +411,8 @@ class HttpServer:
         self.closing = True
         if self._server is not None:
             self._server.close()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         give_up = time.monotonic() + patience_s
         while True:
             for connection in [c for c in self.connections if c.idle]:
@@ -405,4 +422,4 @@ class HttpServer:
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
             with contextlib.suppress(Exception):
-                connection._timed_out()
+                connection.abort()

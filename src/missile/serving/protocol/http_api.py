@@ -13,7 +13,7 @@ from missile.serving.gateway import Result
 from missile.serving.metrics import Metrics
 from missile.serving.protocol.http1 import HttpRequest, HttpResponse
 from missile.serving.protocol.request import bind, invalid
-from missile.serving.protocol.rest import HEADER_LENGTH, decode_infer, encode_infer, inflate, parse_object
+from missile.serving.protocol.rest import HEADER_LENGTH, InferDecoder, encode_infer, inflate, parse_object
 from missile.serving.protocol.trace import trace_context
 from missile.serving.refusal import Reason, Refusal
 from missile.serving.regions import Region
@@ -45,6 +45,7 @@ class HttpApi:
         self._services = services
         self._metrics = metrics
         self._loopback = services.config.loopback
+        self._decoder = InferDecoder(services.config.limits.tensors)
         self._paths: dict[bytes, list[str]] = {}  # targets seen, taken apart
         self._view = resources.files("missile.serving.static").joinpath("view.html").read_bytes()
 
@@ -169,7 +170,7 @@ class HttpApi:
         services = self._services
         services.check_open()
         tenant = services.registry.find(name, version)
-        asked = decode_infer(self._body(request), request.headers.get(HEADER_LENGTH), services.config.limits.tensors)
+        asked = self._decoder.decode(self._body(request), request.headers.get(HEADER_LENGTH))
         inference, outputs = bind(asked, tenant, services.regions, principal, request.arrival_ns, request.head_ns)
         headers = trace_context(request.headers)
         with await services.gateway.infer(inference) as result:

@@ -14,10 +14,12 @@ from missile.serving.refusal import Reason, Refusal
 from missile.serving.regions import RegionSlice
 from missile.serving.tensors import DATATYPES, ModelSignature
 
-__all__ = ["HEADER_LENGTH", "decode_infer", "encode_infer", "inflate", "parse_object"]
+__all__ = ["HEADER_LENGTH", "InferDecoder", "encode_infer", "inflate", "parse_object"]
 
 HEADER_LENGTH = "inference-header-content-length"
 _SCALARS = (str, int, float, bool)
+_KEPT_BYTES = 4096  # longer heads are read each time
+_KEPT_HEADS = 256
 
 
 def inflate(body: memoryview, encoding: str, limit: int) -> memoryview:
@@ -51,43 +53,68 @@ def parse_object(body: memoryview | bytes, what: str = "The body") -> dict[str, 
     return value
 
 
-def decode_infer(body: memoryview, header_length: str | None, max_tensors: int) -> InferRequest:
-    """Read an infer request. Only forms are checked here; `bind` checks it against the model."""
-    size = len(body)
-    if header_length is not None:
-        if not header_length.isdecimal() or len(header_length) > 12 or int(header_length) > size:
-            raise invalid("Inference-Header-Content-Length must be a number of bytes within the body.")
-        size = int(header_length)
-    raw = parse_object(body[:size], "The request")
-    tail = _Tail(body[size:])
-    inputs = [_input(entry, tail) for entry in _entries(raw, "inputs", max_tensors, required=True)]
-    tail.check_used()
-    parameters = _parameters(raw, "the request")
-    binary = parameters.get("binary_data_output")
-    outputs = [_output(entry, binary) for entry in _entries(raw, "outputs", max_tensors)]
-    request_id = raw.get("id", "")
-    if not isinstance(request_id, str):
-        raise invalid("The request's id must be a string.")
-    return InferRequest(inputs, outputs, request_id, parameters)
+class InferDecoder:
+    """Reads infer requests. Only forms are checked here; `bind` checks them against the model.
+
+    Clients send the same JSON again and again when tensors come behind it or by shared memory, so what was read of such a
+    head is kept, by its bytes.
+    """
+
+    def __init__(self, max_tensors: int) -> None:
+        self._max_tensors = max_tensors
+        self._known: dict[bytes, tuple[InferRequest, tuple[int, ...]]] = {}
+
+    def decode(self, body: memoryview, header_length: str | None) -> InferRequest:
+        """header_length: the header of that name (`HEADER_LENGTH`), None when there was none."""
+        size = len(body)
+        if header_length is not None:
+            if not header_length.isdecimal() or len(header_length) > 12 or int(header_length) > size:
+                raise invalid("Inference-Header-Content-Length must be a number of bytes within the body.")
+            size = int(header_length)
+        head = bytes(body[:size]) if size <= _KEPT_BYTES else b""
+        found = self._known.get(head)
+        if found is None:
+            found = self._read(body[:size])
+            if head and not any(one.numbers is not None for one in found[0].inputs):
+                if len(self._known) >= _KEPT_HEADS:
+                    self._known.clear()
+                self._known[head] = found
+        request, sizes = found
+        return request if not sizes and size == len(body) else _with_tail(request, sizes, body[size:])
+
+    def _read(self, head: memoryview) -> tuple[InferRequest, tuple[int, ...]]:
+        """The request without its binary data, and how many bytes of them each input has (-1: none)."""
+        raw = parse_object(head, "The request")
+        inputs, sizes = [], []
+        for entry in _entries(raw, "inputs", self._max_tensors, required=True):
+            given, nbytes = _input(entry)
+            inputs.append(given)
+            sizes.append(nbytes)
+        parameters = _parameters(raw, "the request")
+        binary = parameters.get("binary_data_output")
+        outputs = [_output(entry, binary) for entry in _entries(raw, "outputs", self._max_tensors)]
+        request_id = raw.get("id", "")
+        if not isinstance(request_id, str):
+            raise invalid("The request's id must be a string.")
+        request = InferRequest(inputs, outputs, request_id, parameters)
+        return request, tuple(sizes) if any(nbytes >= 0 for nbytes in sizes) else ()
 
 
-class _Tail:
-    """The binary data behind the JSON, handed out in order."""
-
-    def __init__(self, data: memoryview) -> None:
-        self._data = data
-        self._used = 0
-
-    def take(self, nbytes: int, name: str) -> memoryview:
-        if nbytes > len(self._data) - self._used:
-            raise invalid(f"Input {name!r} claims {nbytes} bytes of binary data, but the body ends before.")
-        part = self._data[self._used : self._used + nbytes]
-        self._used += nbytes
-        return part
-
-    def check_used(self) -> None:
-        if self._used != len(self._data):
-            raise invalid(f"The body has {len(self._data) - self._used} bytes of binary data that no input claims.")
+def _with_tail(request: InferRequest, sizes: tuple[int, ...], tail: memoryview) -> InferRequest:
+    """`request` with the binary data behind the JSON handed out in order."""
+    used = 0
+    inputs = list(request.inputs)
+    for index, nbytes in enumerate(sizes):
+        if nbytes < 0:
+            continue
+        given = inputs[index]
+        if nbytes > len(tail) - used:
+            raise invalid(f"Input {given.name!r} claims {nbytes} bytes of binary data, but the body ends before.")
+        inputs[index] = GivenInput(given.name, given.datatype, given.shape, tail[used : used + nbytes])
+        used += nbytes
+    if used != len(tail):
+        raise invalid(f"The body has {len(tail) - used} bytes of binary data that no input claims.")
+    return InferRequest(inputs, request.outputs, request.id, request.parameters)
 
 
 def _entries(raw: dict[str, Any], key: str, most: int, *, required: bool = False) -> list[dict[str, Any]]:
@@ -137,7 +164,8 @@ def _region(parameters: dict[str, Any], name: str) -> tuple[str, int, int] | Non
     )
 
 
-def _input(entry: dict[str, Any], tail: _Tail) -> GivenInput:
+def _input(entry: dict[str, Any]) -> tuple[GivenInput, int]:
+    """An input, and how many bytes of binary data it claims (-1: none)."""
     name = _text(entry, "name", "An input")
     datatype = _text(entry, "datatype", f"Input {name!r:.80}")
     shape = entry.get("shape")
@@ -149,15 +177,13 @@ def _input(entry: dict[str, Any], tail: _Tail) -> GivenInput:
         raise invalid(f"Input {name!r:.80} needs a 'shape' (a list of whole numbers).")
     parameters = _parameters(entry, f"input {name!r:.80}")
     region = _region(parameters, name)
-    raw = None
-    if "binary_data_size" in parameters:
-        raw = tail.take(_size(parameters, "binary_data_size", name), name)
+    binary = _size(parameters, "binary_data_size", name) if "binary_data_size" in parameters else -1
     numbers = entry.get("data")
     if numbers is not None and not isinstance(numbers, list):
         raise invalid(f"The data of input {name!r:.80} must be a list.")
-    if (raw is not None) + (numbers is not None) + (region is not None) != 1:
+    if (binary >= 0) + (numbers is not None) + (region is not None) != 1:
         raise invalid(f"Input {name!r:.80} needs exactly one of 'data', 'binary_data_size' and 'shared_memory_region'.")
-    return GivenInput(name, datatype, tuple(shape), raw, numbers, region)
+    return GivenInput(name, datatype, tuple(shape), None, numbers, region), binary
 
 
 def _output(entry: dict[str, Any], binary: Any) -> WantedOutput:
