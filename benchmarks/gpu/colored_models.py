@@ -1,0 +1,415 @@
+"""Whole models in colored memory against the same packages in plain memory: the same bits, and what it costs.
+
+    PYTHONPATH=src python3 benchmarks/gpu/colored_models.py -o OUT --packages DIR --map MAP.json [--models a,b]
+
+DIR has a package directory for each model. Every variant (a form of translation and a set of colors) runs in one process
+with the plain package, by turns. Pages are taken to be alike, as the reference page of the map: which slices they really
+have makes no difference to what a translation computes or costs. OUT gets `models.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from missile.coloring.pool import ColoredPool, TenantMemory
+from missile.coloring.shape import Form, TableSpace
+from missile.coloring.shares import Demand, Share, plan_shares
+from missile.compiler.bind import BoundModel, bind
+from missile.compiler.bind_colored import bind_colored, colored_bytes
+from missile.compiler.colored import ColoredKernels, color_kernels, read_colored, shape_name
+from missile.compiler.mover import Mover
+from missile.compiler.package import BufferKind, KernelStep, ModelPackage, read_package
+from missile.compiler.planning import place_buffers
+from missile.compiler.profile import measure_steps
+from missile.errors import MissileError
+from missile.gpu import open_gpu
+from missile.gpu.interface import Fill, Gpu, Graph, Launch, Stream
+from missile.probe.channel_map import ChannelMap
+from missile.probe.map_file import read_map
+
+_BATCH = 10  # launches between two waits
+_ROUNDS = 6
+_TRANSFER_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Variant:
+    """colors: how many of the map's, chosen at random where not all. timed: whether by turns with the plain package."""
+
+    name: str
+    form: Form
+    space: TableSpace
+    colors: int
+    timed: bool = True
+
+    def share(self, channel_map: ChannelMap, pages: int, nbytes: int, rng: np.random.Generator) -> Share:
+        chosen = rng.permutation(len(channel_map.colors))[: self.colors]
+        demand = Demand("tenant", tuple(chosen.tolist()), nbytes)
+        constants = np.zeros((pages, 3), np.int64)
+        return plan_shares(channel_map, constants, [demand], form=self.form, space=self.space)[0]
+
+
+def variants(colors: int) -> dict[str, Variant]:
+    found = []
+    for form, space in (
+        (Form.IN_PAGE, TableSpace.SHARED),
+        (Form.IN_PAGE, TableSpace.GLOBAL),
+        (Form.SHADOW, TableSpace.SHARED),
+    ):
+        name = str(form) if form is Form.SHADOW else f"{form}-{space}"
+        found.append(Variant(f"{name}-all", form, space, colors))
+        found.append(Variant(f"{name}-half", form, space, colors // 2))
+    return {variant.name: variant for variant in found}
+
+
+def build(packages: dict[str, tuple[ModelPackage, Path]], shapes: Sequence[Any]) -> dict[str, Any]:
+    """Code for every shape that is not there yet: seconds and kernels by model, or what was refused."""
+    started = time.perf_counter()
+    report: dict[str, Any] = {"models": {}}
+    context = multiprocessing.get_context("spawn")
+    cores = os.cpu_count() or 1
+    with ProcessPoolExecutor(cores, context) as workers, ThreadPoolExecutor(len(packages) * len(shapes)) as threads:
+        pending: dict[tuple[str, str], Future[ColoredKernels]] = {}
+        for name, (package, directory) in packages.items():
+            for shape in shapes:
+                if not (directory / "colored" / shape_name(shape)).is_dir():
+                    key = (name, shape_name(shape))
+                    pending[key] = threads.submit(color_kernels, package, directory, shape, executor=workers)
+        for (name, shape), future in pending.items():
+            try:
+                future.result()
+                report["models"].setdefault(name, {})[shape] = len(packages[name][0].kernels)
+            except MissileError as error:
+                report["models"].setdefault(name, {})[shape] = str(error)
+                print(error, flush=True)
+    return report | {"seconds": time.perf_counter() - started, "processes": cores}
+
+
+class Timer:
+    """Durations of one graph's launches, ns."""
+
+    def __init__(self, gpu: Gpu, stream: Stream) -> None:
+        self._stream = stream
+        self._events = [(gpu.create_event(), gpu.create_event()) for _ in range(_BATCH)]
+
+    def batch(self, graph: Graph) -> list[int]:
+        for start, end in self._events:
+            self._stream.record(start)
+            self._stream.launch_graph(graph)
+            self._stream.record(end)
+        self._stream.synchronize()
+        return [end.time_ns() - start.time_ns() for start, end in self._events]
+
+    def by_turns(self, graphs: dict[str, Graph]) -> dict[str, float]:
+        """Median duration of each."""
+        taken: dict[str, list[int]] = {name: [] for name in graphs}
+        for graph in graphs.values():
+            self.batch(graph)
+        for _ in range(_ROUNDS):
+            for name, graph in graphs.items():
+                taken[name] += self.batch(graph)
+        return {name: statistics.median(times) for name, times in taken.items()}
+
+
+class Contents:
+    """What a run left in a model's memory: scratch, state and output, by kind."""
+
+    def __init__(self, gpu: Gpu, stream: Stream, package: ModelPackage) -> None:
+        self._gpu, self._stream, self._package = gpu, stream, package
+        self._places = place_buffers(package)
+        kinds = (BufferKind.SCRATCH, BufferKind.STATE, BufferKind.OUTPUT)
+        self.regions = {kind: self._places[kind].nbytes for kind in kinds if kind in self._places}
+        self._host = gpu.allocate_host(max(self.regions.values()), tenant="check")
+        self._input = gpu.allocate_host(max(package.input_bytes * 2, 1 << 20), tenant="check")
+        view = self._input.array
+        view[:] = 0
+        if all(spec.dtype in ("float16", "torch.float16") for spec in package.inputs):
+            noise = np.random.default_rng(0).standard_normal(view.nbytes // 2, dtype=np.float32).astype(np.float16)
+            view[:] = noise.view(np.uint8)
+
+    def base(self, model: BoundModel, kind: BufferKind) -> int:
+        name, offset = next(iter(self._places[kind].offsets.items()))
+        return model.addresses[name] - offset
+
+    def run(self, model: BoundModel, mover: Mover | None) -> dict[BufferKind, Any]:
+        """The same input on cleared scratch; call it on a model that has not run yet."""
+        stream = self._stream
+        if BufferKind.SCRATCH in self.regions:
+            base, nbytes = self.base(model, BufferKind.SCRATCH), self.regions[BufferKind.SCRATCH]
+            stream.launch(Fill(base, nbytes) if mover is None else mover.fill(base, nbytes, 0))
+        if model.input_bytes:
+            stream.copy_to_device(model.input_address, self._input, nbytes=model.input_bytes)
+        stream.launch_graph(model.graph)
+        stream.synchronize()
+        found = {}
+        for kind, nbytes in self.regions.items():
+            if kind is BufferKind.OUTPUT:  # as it leaves
+                stream.copy_to_host(self._host, model.output_address, nbytes=model.output_bytes)
+                nbytes = model.output_bytes
+            elif mover is None:
+                stream.copy_to_host(self._host, self.base(model, kind), nbytes=nbytes)
+            else:
+                plain = self._gpu.allocate(nbytes, tenant="check")
+                stream.launch(mover.gather(plain.address, self.base(model, kind), nbytes))
+                stream.copy_to_host(self._host, plain.address, nbytes=nbytes)
+                stream.synchronize()
+                plain.free()
+            stream.synchronize()
+            found[kind] = self._host.array[:nbytes].copy()
+        return found
+
+    def close(self) -> None:
+        self._host.free()
+        self._input.free()
+
+
+def transfer_speed(gpu: Gpu, timer: Timer, mover: Mover, memory: TenantMemory) -> dict[str, float]:
+    """Bytes moved per second by the scatter and the gather kernel (each byte is read and written)."""
+    nbytes = min(_TRANSFER_BYTES, memory.limit - memory.in_use)
+    if nbytes < 1 << 20:
+        return {}
+    logical, plain = memory.allocate(nbytes), gpu.allocate(nbytes, tenant="check")
+    out = {}
+    for name, launch in (
+        ("scatter", mover.scatter(plain.address, logical.address, nbytes)),
+        ("gather", mover.gather(plain.address, logical.address, nbytes)),
+    ):
+        graph = gpu.create_graph([launch])
+        timer.batch(graph)
+        out[f"{name}_bytes_per_s"] = nbytes / statistics.median(timer.batch(graph)) * 1e9
+        graph.close()
+    logical.free()
+    plain.free()
+    return out
+
+
+def kind_of(kernel: str) -> str:
+    """Class of a kernel by the name that Inductor gave it."""
+    if "_tem_" in kernel or "_mm" in kernel.split("fused")[0]:
+        return "convolution" if "convolution" in kernel else "GEMM"
+    return "reduction" if any(part in kernel for part in ("_red_", "_per_")) else "pointwise"
+
+
+class ModelRun:
+    """One model, plain and in its variants."""
+
+    def __init__(
+        self, gpu: Gpu, pool: ColoredPool, channel_map: ChannelMap, name: str, package: ModelPackage, directory: Path
+    ):
+        self._gpu, self._pool, self._map = gpu, pool, channel_map
+        self.name, self.package, self.directory = name, package, directory
+
+    def run(self, chosen: Sequence[Variant], rng: np.random.Generator, deadline: float) -> dict[str, Any]:
+        with ExitStack() as undo:
+            stream = self._gpu.create_stream()
+            undo.callback(stream.close)
+            contents = Contents(self._gpu, stream, self.package)
+            undo.callback(contents.close)
+            timer = Timer(self._gpu, stream)
+            started = time.perf_counter()
+            plain = bind(self.package, self.directory, self._gpu, tenant=self.name)
+            undo.callback(plain.close)
+            row: dict[str, Any] = {
+                "model": self.name,
+                "batch": self.package.batch,
+                "kernels": len(self.package.steps),
+                "bind_seconds": time.perf_counter() - started,
+                "bytes": colored_bytes(self.package),
+                "variants": {},
+            }
+            expected = contents.run(plain, None)
+            row["output_distinct_bytes"] = len(np.unique(expected[BufferKind.OUTPUT]))
+            for variant in chosen:
+                if time.monotonic() > deadline:
+                    row["variants"][variant.name] = {"error": "out of time"}
+                    continue
+                try:
+                    row["variants"][variant.name] = self._variant(variant, plain, expected, contents, timer, rng)
+                except Exception as error:
+                    row["variants"][variant.name] = {"error": f"{type(error).__name__}: {error}"}
+                    traceback.print_exc()
+                    if getattr(error, "usable", "") == "nothing":
+                        raise
+            return row
+
+    def _variant(
+        self,
+        variant: Variant,
+        plain: BoundModel,
+        expected: dict[BufferKind, Any],
+        contents: Contents,
+        timer: Timer,
+        rng: np.random.Generator,
+    ) -> dict[str, Any]:
+        with ExitStack() as undo:
+            clock = time.perf_counter
+            marks = [clock()]
+            share = variant.share(self._map, self._pool.page_count, colored_bytes(self.package) + (1 << 20), rng)
+            marks.append(clock())
+            memory = self._pool.attach(share)
+            undo.callback(memory.close)
+            marks.append(clock())
+            code = read_colored(self.package, self.directory, share.translation.shape)
+            model = bind_colored(self.package, self.directory, self._gpu, memory, kernels=code)
+            undo.callback(model.close)
+            marks.append(clock())
+            module = self._gpu.load_module(code.transfer, name="check")
+            undo.callback(module.close)
+            mover = Mover(module, memory)
+            got = contents.run(model, mover)
+            same = {str(kind): bool(np.array_equal(got[kind], expected[kind])) for kind in expected}
+            row: dict[str, Any] = {
+                "colors": list(share.colors),
+                "shape": shape_name(share.translation.shape),
+                "same_bits": all(same.values()),
+                "same": same,
+                "table_bytes": memory.table_bytes,
+                "memory_bytes": memory.limit,
+                "pages": len(share.pages),
+                "seconds": dict(zip(("plan", "attach", "bind"), np.diff(marks).tolist(), strict=True)),
+            }
+            if not variant.timed:
+                return row
+            inner = self._gpu.create_graph([op for op in model.operations if not _moves(op)])
+            undo.callback(inner.close)
+            times = timer.by_turns({"plain": plain.graph, "colored": model.graph, "kernels": inner})
+            row |= {f"{name}_ns": value for name, value in times.items()}
+            row["ratio"] = times["colored"] / times["plain"]
+            row["ratio_kernels"] = times["kernels"] / times["plain"]
+            row |= transfer_speed(self._gpu, timer, mover, memory)
+            return row | {"classes": self._classes(plain, model)}
+
+    def _classes(self, plain: BoundModel, model: BoundModel) -> dict[str, Any]:
+        """Time by class of kernel, plain and colored, ns; and the ten steps that lose most."""
+        _, before = measure_steps(plain, self._gpu, repeats=2, runs=5)
+        _, after = measure_steps(model, self._gpu, repeats=2, runs=5)
+        own = [not _moves(op) for op in model.operations]
+        after = after[np.asarray(own)]
+        classes: dict[str, list[float]] = {}
+        lost = []
+        for step, was, now in zip(self.package.steps, before.tolist(), after.tolist(), strict=True):
+            kernel = step.kernel if isinstance(step, KernelStep) else "fill"
+            sums = classes.setdefault(kind_of(kernel), [0.0, 0.0])
+            sums[0] += was
+            sums[1] += now
+            lost.append((now - was, kernel, was, now))
+        lost.sort(reverse=True)
+        return {
+            "ns": {kind: {"plain": a, "colored": b, "ratio": b / a} for kind, (a, b) in classes.items()},
+            "worst": [{"kernel": k, "plain_ns": round(a), "colored_ns": round(b)} for _, k, a, b in lost[:10]],
+        }
+
+
+def _moves(operation: Any) -> bool:
+    return isinstance(operation, Launch) and operation.kernel.name.startswith("missile_")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--packages", type=Path, required=True)
+    parser.add_argument("--map", type=Path, required=True)
+    parser.add_argument("--models", default="")
+    parser.add_argument("--variants", default="")
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--build-only", action="store_true", help="compile the colored kernels and stop: needs no GPU")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    channel_map = read_map(arguments.map)
+    known = variants(len(channel_map.colors))
+    chosen = [known[name] for name in arguments.variants.split(",") if name] or list(known.values())
+    names = [name for name in arguments.models.split(",") if name] or sorted(
+        path.name for path in arguments.packages.iterdir() if (path / "package.json").is_file()
+    )
+    packages = {name: (read_package(arguments.packages / name), arguments.packages / name) for name in names}
+    rng = np.random.default_rng(11)
+    shapes = list(dict.fromkeys(v.share(channel_map, 8, 1 << 20, rng).translation.shape for v in chosen))
+    result: dict[str, Any] = {
+        "stand_in_weights": True,
+        "map": channel_map.gpu,
+        "build": build(packages, shapes),
+        "rows": [],
+    }
+    print(f"built in {result['build']['seconds']:.1f} s", flush=True)
+    if arguments.build_only:
+        return
+    fewest = min(v.colors for v in chosen) / len(channel_map.colors)
+    largest = max(colored_bytes(package) for package, _ in packages.values()) + _TRANSFER_BYTES
+    with open_gpu(arguments.device) as gpu:
+        result |= {"gpu": gpu.info.name, "driver": gpu.info.driver}
+        begin = time.perf_counter()
+        with ColoredPool(gpu, math.ceil(largest / fewest * 1.15 / channel_map.page_bytes) + 8) as pool:
+            result["pool"] = {"pages": pool.page_count, "seconds": time.perf_counter() - begin}
+            for name, (package, directory) in packages.items():
+                row = {"model": name, "error": "out of time"}
+                if time.monotonic() < started + arguments.seconds:
+                    try:
+                        run = ModelRun(gpu, pool, channel_map, name, package, directory)
+                        row = run.run(chosen, rng, started + arguments.seconds)
+                    except Exception as error:
+                        row = {"model": name, "error": f"{type(error).__name__}: {error}"}
+                        traceback.print_exc()
+                result["rows"].append(row)
+                result["seconds"] = time.monotonic() - started
+                arguments.output.mkdir(parents=True, exist_ok=True)
+                (arguments.output / "models.json").write_text(json.dumps(result, indent=1) + "\n")
+                print(_line(row), flush=True)
+                if "usable" in row.get("error", "") or "context is lost" in row.get("error", ""):
+                    break
+    report(result, [variant.name for variant in chosen])
+
+
+def _line(row: dict[str, Any]) -> str:
+    cells = [
+        f"{name} {v['ratio']:.3f} ({v['ratio_kernels']:.3f}){'' if v['same_bits'] else ' WRONG'}"
+        if "ratio" in v
+        else f"{name} {'same' if v.get('same_bits') else v.get('error', 'WRONG')}"
+        for name, v in row.get("variants", {}).items()
+    ]
+    return f"{row['model']:20s} {row.get('error', '')}" + "; ".join(cells)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
+
+
+def report(result: dict[str, Any], names: Sequence[str]) -> None:
+    """Geometric means over the models, as a whole and by class of kernel."""
+    result["mean"] = {}
+    for name in names:
+        rows = [row["variants"][name] for row in result["rows"] if "ratio" in row.get("variants", {}).get(name, {})]
+        classes = sorted({kind for row in rows for kind in row["classes"]["ns"]})
+        by_class = {
+            kind: _mean([r["classes"]["ns"][kind]["ratio"] for r in rows if kind in r["classes"]["ns"]])
+            for kind in classes
+        }
+        result["mean"][name] = {
+            "models": len(rows),
+            "ratio": _mean([row["ratio"] for row in rows]),
+            "ratio_kernels": _mean([row["ratio_kernels"] for row in rows]),
+            "worst": max((row["ratio"] for row in rows), default=math.nan),
+            "same_bits": sum(row["same_bits"] for row in rows),
+            "classes": by_class,
+        }
+        print(f"{name:24s}", json.dumps(result["mean"][name]), flush=True)
+    print(f"{result['seconds']:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
