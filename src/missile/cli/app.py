@@ -1,7 +1,8 @@
 """The `missile` command: which verbs there are, and the one place where an error becomes a sentence and an exit code.
 
-A verb lives in `missile.cli.VERB` and offers a Typer function named `command`. Only the verb that was asked for is
-imported, so that `missile --help` is quick and a missing extra concerns only the verbs that need it.
+A verb lives in `missile.cli.VERB` (of two words: `VERB_WORD`) and offers a Typer function named `command`. Only the
+verb that was asked for is imported, so that `missile --help` is quick and a missing extra concerns only the verbs that
+need it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ __all__ = ["VERBS", "main"]
 VERBS: dict[str, str] = {
     "doctor": "What was found here, and what works on it.",
     "bench": "Run LS and BE tenants under each policy; table, results.json and report.html.",
+    "bench isolation": "What a neighbour costs, with shared and with disjoint colors of memory.",
     "probe": "Recover a GPU's channel map by measurement, and verify it.",
     "map": "Slice and color of in-page addresses, from a channel map.",
     "compile": "Compile a model into a package of Triton kernels.",
@@ -48,6 +50,8 @@ _EXTRAS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (0 done, 1 failed, 2 misuse, 130 interrupted) and never raises."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if " ".join(arguments[:2]) in VERBS:
+        arguments[:2] = [" ".join(arguments[:2])]
     try:
         return _dispatch(arguments)
     except KeyboardInterrupt:
@@ -104,7 +108,7 @@ def _not_loaded() -> None: ...
 
 
 def _load(verb: str) -> Callable[..., Any]:
-    name = f"missile.cli.{verb}"
+    name = f"missile.cli.{verb.replace(' ', '_')}"
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
