@@ -41,6 +41,7 @@ def throughput(gpu: Gpu, report: Report, seconds: float) -> dict[str, Any]:
             "bytes_per_s": {direction: result.rate(direction) for direction in directions},
             "of_raw": {direction: round(result.rate(direction) / raw[direction], 4) for direction in directions},
             "cpu_cores": round(result.cpu_seconds * 1e9 / result.duration_ns, 4),
+            "engine_cpu_cores": round(result.engine_cpu_seconds * 1e9 / result.duration_ns, 4),
             "steps_per_s": round(result.steps * 1e9 / result.duration_ns),
         }
         print(f"  {name}: {out[name]}", flush=True)

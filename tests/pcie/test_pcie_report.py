@@ -34,8 +34,7 @@ def test_percentiles_are_only_given_when_there_are_enough_copies() -> None:
     few = latency_summary(np.arange(99, dtype=np.int64) * 1000)
     assert (few["p50_us"], few["p99_us"]) == (49.0, None)
     many = latency_summary(np.arange(1000, dtype=np.int64) * 1000)
-    assert many["p99_us"] == pytest.approx(989, abs=1)
-    assert many["p999_us"] == pytest.approx(998, abs=1)
+    assert (many["p50_us"], many["p99_us"], many["p999_us"]) == (499.0, 989.0, 998.0)  # each a time that a copy had
     assert latency_summary(np.empty(0, np.int64))["max_us"] is None
 
 
@@ -45,7 +44,7 @@ def test_windows_count_each_arrival_where_it_belongs() -> None:
         "b h2d": np.array([[10, 1], [19, 2]]),
         "a d2h": np.array([[5, 999]]),
     }
-    result = LoadResult(30, {}, {}, chunks, 0.0, 0)
+    result = LoadResult(30, {}, {}, chunks, 0.0, 0.0, 0)
     names, table = windows(result, Direction.H2D, 10, step_ns=5, skip_ns=0)
     assert names == ["a", "b"]
     assert table.tolist() == [[10, 0], [10, 1], [20, 3], [20, 2], [40, 0]]
@@ -55,7 +54,7 @@ def test_windows_count_each_arrival_where_it_belongs() -> None:
 def test_share_deviation_sees_a_wrong_share() -> None:
     times = np.arange(1, 200) * 1_000_000
     even = np.stack([times, np.full(199, 100)], axis=1)
-    result = LoadResult(200_000_000, {}, {}, {"a h2d": even, "b h2d": even}, 0.0, 0)
+    result = LoadResult(200_000_000, {}, {}, {"a h2d": even, "b h2d": even}, 0.0, 0.0, 0)
     assert share_deviation(result, {"a": 1, "b": 1})["worst"] == 0
     wrong = share_deviation(result, {"a": 1, "b": 3})
     assert wrong["worst"] == pytest.approx(1.0)
@@ -76,7 +75,7 @@ def test_chosen_chunks_reach_the_rate_and_keep_the_latency(raw: float, overhead_
     best = max(rates.values())
     assert g.short <= g.shared <= g.solo
     assert rates[g.solo] >= 0.985 * best or g.solo == max(rates)
-    assert options.depth * g.short / rates[g.short] + MIB / best + 20e-6 <= 130e-6 + 1e-9 or g.short == min(rates)
+    assert options.depth * g.short / rates[g.short] + MIB / best + 15e-6 <= 130e-6 + 1e-9 or g.short == min(rates)
 
 
 def test_the_link_of_the_simulated_gpu_is_measured_as_specified() -> None:
@@ -116,6 +115,8 @@ def test_the_command_prints_tables_and_writes_whole_files(tmp_path: Path, capsys
     assert "priority" in text
     values = json.loads((out / "pcie.json").read_text())
     assert values["simulated"] is True
+    assert values["chosen"]["native"] is False  # there is no driver below a simulated GPU
+    assert values["to_host"]["latency"]["ls 1 MiB"]["p50_us"] < 150
     assert set(values["compared"]) == {"streams", "priority", "fifo", "missile"}
     assert values["shares"]["1:2:4"]["worst"] <= 0.02
     assert (out / "pcie.png").read_bytes().startswith(b"\x89PNG")

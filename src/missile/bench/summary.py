@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from missile.bench.results import Results, Run, TenantInfo
-from missile.runtime.metrics import nearest_rank, supports
+from missile.statistics import nearest_rank, supports
 
 __all__ = [
     "ALONE",

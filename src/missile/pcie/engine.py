@@ -14,9 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from missile.errors import GpuError, InternalError, MisuseError
+from missile.gpu.calls import HasDriverCalls
 from missile.gpu.interface import Event, Gpu, HostBuffer
 from missile.pcie.flight import LinkTiming
 from missile.pcie.lane import ChunkRecord, Lane, LaneStats
+from missile.pcie.native import NativeLane, library
+from missile.pcie.paced import PacedLane
 from missile.pcie.policy import FairLink, Granularity
 from missile.pcie.request import Request
 from missile.pcie.staging import StagingRing
@@ -41,7 +44,9 @@ class EngineOptions:
     they say when to look for its end.
     h2d_bypass, d2h_bypass: copies of latency-sensitive tenants of at most so many bytes overtake on a stream of their
     own (0: none do, the default, since hardware that does not let them overtake may starve that stream).
-    staging_slots: pinned buffers for pageable memory, each of one short chunk at most; 0 refuses pageable memory.
+    ahead: bytes that the GPU is given ahead while no latency-sensitive tenant is registered, at least (native only).
+    native: let a thread in C drive the link where there is a driver and a compiler; else, and on a simulated GPU, Python
+    does. staging_slots: pinned buffers for pageable memory, each of one short chunk at most; 0 refuses pageable memory.
     """
 
     h2d_rate: float
@@ -52,6 +57,8 @@ class EngineOptions:
     start_ns: float = 8_000.0
     h2d_bypass: int = 0
     d2h_bypass: int = 0
+    ahead: int = 0
+    native: bool = True
     staging_slots: int = 12
     staging_slot_bytes: int = MIB
 
@@ -92,22 +99,40 @@ class CopyEngine:
         self._staging = StagingRing(
             gpu, slots=options.staging_slots, slot_bytes=slot, executor=executor, wake=lambda: self.wake()
         )
-        rates = {
-            Direction.H2D: (options.h2d_rate, options.h2d_bypass),
-            Direction.D2H: (options.d2h_rate, options.d2h_bypass),
-        }
-        self.lanes = {
-            direction: Lane(
-                gpu,
-                direction,
-                FairLink(rate, options.granularity),
-                self._staging,
-                LinkTiming(1e9 / rate, options.copy_ns, options.start_ns),
-                depth=options.depth,
-                bypass=bypass,
-            )
-            for direction, (rate, bypass) in rates.items()
-        }
+        self.lanes = {direction: self._lane(direction) for direction in Direction}
+
+    def _lane(self, direction: Direction) -> Lane:
+        options = self.options
+        h2d = direction is Direction.H2D
+        rate, bypass = (options.h2d_rate, options.h2d_bypass) if h2d else (options.d2h_rate, options.d2h_bypass)
+        fair = FairLink(rate, options.granularity)
+        timing = LinkTiming(1e9 / rate, options.copy_ns, options.start_ns)
+        compiled, _ = library() if options.native and isinstance(self.gpu, HasDriverCalls) else (None, "")
+        if compiled is None:
+            return PacedLane(self.gpu, direction, fair, self._staging, timing, depth=options.depth, bypass=bypass)
+        assert isinstance(self.gpu, HasDriverCalls)
+        return NativeLane(
+            self.gpu,
+            direction,
+            fair,
+            self._staging,
+            timing,
+            depth=options.depth,
+            bypass=bypass,
+            ahead=options.ahead,
+            calls=self.gpu.driver_calls(),
+            library=compiled,
+        )
+
+    @property
+    def native(self) -> bool:
+        """Whether a thread in C drives the link."""
+        return all(isinstance(lane, NativeLane) for lane in self.lanes.values())
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU time of the threads in C; what `step` takes is its caller's."""
+        return sum(lane.cpu_ns for lane in self.lanes.values()) * 1e-9
 
     def __enter__(self) -> CopyEngine:
         return self

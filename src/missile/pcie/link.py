@@ -20,7 +20,8 @@ CHUNKS: Final = tuple(1 << power for power in range(16, 27))  # 64 KiB to 64 MiB
 LATENCY_SIZES: Final = (4 << 10, 64 << 10, MIB)
 BYPASS_SIZES: Final = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10)
 
-_HOST_NS: Final = 10_000  # between a copy's arrival and the scheduler's next step
+_HOST_NS: Final = 5_000  # between a copy's arrival and the scheduler's next step
+_AHEAD_NS: Final = 1_200_000  # of copying, given to the GPU while nobody is latency-sensitive: a host's short stops
 _BYPASS_CHUNK: Final = 4 * MIB
 _BYPASS_TRIES: Final = 24
 
@@ -201,6 +202,7 @@ def choose_options(
         d2h_rate=profile.raw(Direction.D2H),
         granularity=Granularity(solo=solo, shared=shared, short=min(short, shared)),
         depth=depth,
+        ahead=round(_AHEAD_NS * 1e-9 * profile.raw(Direction.H2D)),
         copy_ns=min(_overhead(profile, direction) for direction in Direction),
         start_ns=min(profile.latency[direction][min(LATENCY_SIZES)][0] for direction in Direction),
         h2d_bypass=profile.bypass[Direction.H2D],

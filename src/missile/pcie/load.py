@@ -54,7 +54,8 @@ class LoadResult:
 
     latency_ns: by tenant, arrival to seen done, in order of arrival; only copies that were done. unfinished: by tenant.
     chunks: by tenant and direction ("name h2d"), shape (n, 2): when each chunk (whole copy, without the scheduler) was
-    seen to have arrived, and its bytes. cpu_seconds: of the driving thread, which also makes the load.
+    seen to have arrived, and its bytes. cpu_seconds: of the driving thread, which also makes the load, and of the
+    engine's own threads (`engine_cpu_seconds`, 0 where there are none).
     """
 
     duration_ns: int
@@ -62,6 +63,7 @@ class LoadResult:
     unfinished: dict[str, int]
     chunks: dict[str, npt.NDArray[np.int64]]
     cpu_seconds: float
+    engine_cpu_seconds: float
     steps: int
 
     def rate(self, direction: Direction) -> float:
@@ -137,6 +139,7 @@ class _Run:
                 until = min(_FOREVER if due is None else due, coming - early, self._end)
                 sleeper.wait(copier.events(), max(until, soon))
             cpu = time.thread_time() - cpu
+            engine_cpu = copier.cpu_seconds if isinstance(copier, CopyEngine) else 0.0
         finally:
             gc.enable()
             copier.close()
@@ -148,7 +151,8 @@ class _Run:
             latency_ns={name: np.array(times, np.int64) for name, times in self._latency.items()},
             unfinished={name: self._issued[name] - len(times) for name, times in self._latency.items()},
             chunks={name: np.array(rows, np.int64).reshape(-1, 2) for name, rows in self._chunks.items()},
-            cpu_seconds=cpu,
+            cpu_seconds=cpu + engine_cpu,
+            engine_cpu_seconds=engine_cpu,
             steps=steps,
         )
 

@@ -15,13 +15,13 @@ from missile.errors import MisuseError
 from missile.pcie.bucket import TokenBucket
 from missile.pcie.weights import MIB, NICE_ZERO, Share
 
-__all__ = ["MAX_RESERVED", "FairLink", "Granularity", "Pick"]
+__all__ = ["FLOOR_CHUNKS", "MAX_RESERVED", "FairLink", "Granularity", "Pick"]
 
 MAX_RESERVED: Final = 0.95
 """Part of the link that guaranteed minimums may take: the rest keeps tenants without one from starving."""
 
 _UNITS_PER_BYTE: Final = NICE_ZERO
-_FLOOR_CHUNKS: Final = 8  # how much of a missed minimum is made up for, in chunks
+FLOOR_CHUNKS: Final = 8  # how much of a missed minimum is made up for, in chunks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,7 @@ class _Flow:
         self.awake = False
         self.throttled = False
         self.limit = None if share.limit is None else TokenBucket(share.limit, share.burst_bytes, full=True)
-        self.floor = TokenBucket(share.minimum, _FLOOR_CHUNKS * granularity.solo, full=False) if share.minimum else None
+        self.floor = TokenBucket(share.minimum, FLOOR_CHUNKS * granularity.solo, full=False) if share.minimum else None
 
 
 class FairLink:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from missile.gpu.interface import Gpu
@@ -43,13 +43,16 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was measured. compared: by way of copying; shares: by weights. `as_dict` is what the JSON holds."""
+    """What was measured. compared: by way of copying, to the device; to_host: the scheduler, the other way; shares: by
+    weights. native: the scheduler's hot loop was compiled code. `as_dict` is what the JSON holds."""
 
     link: LinkProfile
     options: EngineOptions
     plan: Plan
     compared: dict[str, LoadResult]
     alone: LoadResult
+    to_host: LoadResult
+    native: bool
     shares: dict[str, tuple[dict[str, float], LoadResult]]
 
     def as_dict(self) -> dict[str, Any]:
@@ -65,16 +68,19 @@ class Report:
                 "shared_bytes": granularity.shared,
                 "short_bytes": granularity.short,
                 "depth": self.options.depth,
+                "ahead_bytes": self.options.ahead if self.native else 0,
+                "native": self.native,
                 "bypass_bytes": {"h2d": self.options.h2d_bypass, "d2h": self.options.d2h_bypass},
             },
             "compared": {name: _compared(result) for name, result in self.compared.items()},
             "alone": _compared(self.alone),
+            "to_host": _compared(self.to_host, Direction.D2H),
             "shares": {name: share_deviation(result, weights) for name, (weights, result) in self.shares.items()},
         }
 
 
 def measure(gpu: Gpu, plan: Plan, *, progress: Callable[[str], None] | None = None) -> Report:
-    """Measure everything. Blocks for about 5 x `compare_s` + 4 x `shares_s`, and a second for the link."""
+    """Measure everything. Blocks for about 6 x `compare_s` + 4 x `shares_s`, and a second for the link."""
     say = progress or (lambda _: None)
     say("raw link")
     link = measure_link(gpu)
@@ -89,27 +95,38 @@ def measure(gpu: Gpu, plan: Plan, *, progress: Callable[[str], None] | None = No
         return run_load(gpu, copier, bulk, requests, duration_s=seconds, seed=plan.seed)
 
     say("latency-sensitive copies alone")
-    alone = run(CopyEngine(gpu, options), [], requests, plan.compare_s)
+    engine = CopyEngine(gpu, options)
+    native = engine.native
+    alone = run(engine, [], requests, plan.compare_s)
     compared = {}
     for how in Direct:
         say(f"beside bulk copies: {how}")
         compared[how.value] = run(DirectCopier(gpu, how), bulk, requests, plan.compare_s)
     say(f"beside bulk copies: {SCHEDULER}")
     compared[SCHEDULER] = run(CopyEngine(gpu, options), bulk, requests, plan.compare_s)
+    say(f"beside bulk copies to the host: {SCHEDULER}")
+    back = (Direction.D2H,)
+    to_host = run(
+        CopyEngine(gpu, options),
+        [replace(tenant, directions=back) for tenant in bulk],
+        [replace(tenant, direction=Direction.D2H) for tenant in requests],
+        plan.compare_s,
+    )
     shares = {}
     for case, weights in SHARE_CASES:
         say(f"shares {case}")
         named = {f"tenant {index + 1}": weight for index, weight in enumerate(weights)}
         tenants = [Bulk(name=name, share=Share(weight=weight), nbytes=64 * MIB) for name, weight in named.items()]
         shares[case] = (named, run(CopyEngine(gpu, options), tenants, [], plan.shares_s))
-    return Report(link, options, plan, compared, alone, shares)
+    return Report(link, options, plan, compared, alone, to_host, native, shares)
 
 
-def _compared(result: LoadResult) -> dict[str, Any]:
+def _compared(result: LoadResult, direction: Direction = Direction.H2D) -> dict[str, Any]:
     return {
         "seconds": result.duration_ns / 1e9,
-        "bytes_per_s": result.rate(Direction.H2D),
+        "bytes_per_s": result.rate(direction),
         "cpu_cores": round(result.cpu_seconds * 1e9 / result.duration_ns, 4),
+        "engine_cpu_cores": round(result.engine_cpu_seconds * 1e9 / result.duration_ns, 4),
         "latency": {name: latency_summary(times) for name, times in result.latency_ns.items()},
         "unfinished": result.unfinished,
     }

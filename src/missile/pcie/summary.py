@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from missile.pcie.load import LoadResult
 from missile.pcie.ticket import Direction
+from missile.statistics import nearest_rank, supports
 
 __all__ = ["jain", "latency_summary", "share_deviation", "windows"]
 
@@ -24,18 +25,22 @@ def jain(amounts: Sequence[float] | Floats) -> float:
 
 
 def latency_summary(times_ns: npt.NDArray[np.int64]) -> dict[str, float | int | None]:
-    """Copies, and p50, p99, p99.9 and maximum in microseconds (None where too few copies for the percentile)."""
-    count = len(times_ns)
+    """Copies, and p50, p99, p99.9 and maximum in microseconds: latencies that a copy had (None: no copy lies beyond)."""
+    ordered = np.sort(times_ns)
+    count = len(ordered)
 
-    def percentile(q: float) -> float | None:
-        return round(float(np.percentile(times_ns, q)) / 1e3, 2) if count * (100 - q) >= 99.99 else None
+    def at(rank: int) -> float:
+        return round(float(ordered[rank]) / 1e3, 2)
+
+    def quantile(q: float) -> float | None:
+        return at(nearest_rank(count, q)) if supports(count, q) else None
 
     return {
         "copies": count,
-        "p50_us": round(float(np.median(times_ns)) / 1e3, 2) if count else None,
-        "p99_us": percentile(99),
-        "p999_us": percentile(99.9),
-        "max_us": round(float(times_ns.max()) / 1e3, 2) if count else None,
+        "p50_us": quantile(0.5),
+        "p99_us": quantile(0.99),
+        "p999_us": quantile(0.999),
+        "max_us": at(-1) if count else None,
     }
 
 

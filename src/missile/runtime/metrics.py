@@ -12,15 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from missile.runtime.records import RunRecord, TenantRecord
+from missile.statistics import nearest_rank, supports
 
 __all__ = [
     "QUANTILES",
     "Quantile",
     "TenantMetrics",
     "attainment",
-    "nearest_rank",
     "quantile",
-    "supports",
     "tenant_metrics",
 ]
 
@@ -28,7 +27,6 @@ Samples = npt.NDArray[np.int64]
 
 QUANTILES = (0.5, 0.95, 0.99, 0.999)
 _NS_PER_S = 1e9
-_ROUNDING = 1e-9  # what n * q may be off an integer by, as a float
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +63,6 @@ class TenantMetrics:
     attainment: float | None
     goodput: float | None
     against_solo: float | None
-
-
-def supports(n: int, q: float) -> bool:
-    """Whether at least one of `n` samples would lie beyond the q-quantile (0 < q < 1)."""
-    return n * (1 - q) >= 1 - _ROUNDING
-
-
-def nearest_rank(n: int, q: float) -> int:
-    """Which of `n` sorted samples (n >= 1) is the q-quantile, counting from 0: the first with a share of q up to it."""
-    return max(int(np.ceil(q * n - _ROUNDING)), 1) - 1
 
 
 def quantile(samples: Samples, q: float, confidence: float = 0.95) -> Quantile | None:

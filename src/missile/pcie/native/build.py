@@ -1,0 +1,136 @@
+"""Compiling the hot loop, once per version of its source, and its functions as Python sees them."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, c_double, c_int, c_int32, c_int64, c_uint64, c_void_p
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+__all__ = ["CALLS", "Calls", "Chunks", "Library", "Options", "Report", "ShareC", "compile_shared", "library"]
+
+_SOURCES: Final = ("lane.c", "fair.h")
+_FLAGS: Final = ("-std=c11", "-O2", "-shared", "-fPIC", "-pthread")
+_PATIENCE_S: Final = 60
+
+Library = Any  # a ctypes.CDLL, whose functions have no static types
+
+CALLS: Final = ("set_context", "to_device", "to_host", "record", "query", "context")
+
+
+class Calls(ctypes.Structure):
+    _fields_ = tuple((name, c_void_p) for name in CALLS)
+
+
+class Chunks(ctypes.Structure):
+    _fields_ = (("solo", c_int64), ("shared", c_int64), ("short", c_int64))
+
+
+class Options(ctypes.Structure):
+    _fields_ = (
+        ("calls", Calls),
+        ("chunk", Chunks),
+        ("streams", c_void_p * 2),
+        ("chunk_events", POINTER(c_void_p)),
+        ("ns_per_byte", c_double),
+        ("copy_ns", c_double),
+        ("start_ns", c_double),
+        ("bypass", c_int64),
+        ("ahead", c_int64),
+        ("depth", c_int32),
+        ("to_host", c_int32),
+        ("floor_chunks", c_int32),
+    )
+
+
+class ShareC(ctypes.Structure):
+    _fields_ = (
+        ("units", c_int64),
+        ("credit", c_int64),
+        ("limit", c_int64),
+        ("burst", c_int64),
+        ("minimum", c_int64),
+        ("latency_sensitive", c_int32),
+    )
+
+
+class Report(ctypes.Structure):
+    _fields_ = tuple((name, c_int64) for name in ("kind", "id", "nbytes", "issued_ns", "done_ns", "state", "code"))
+
+
+_SIGNATURES: Final = {
+    "lane_open": (c_void_p, POINTER(Options)),
+    "lane_close": (None, c_void_p),
+    "lane_admit": (c_int, c_void_p, POINTER(ShareC)),
+    "lane_remove": (None, c_void_p, c_int),
+    "lane_submit": (c_uint64, c_void_p, c_int, c_void_p, c_uint64, c_int64, c_void_p, c_void_p),
+    "lane_cancel": (None, c_void_p, c_int, c_uint64),
+    "lane_abandon": (None, c_void_p),
+    "lane_step": (c_int64, c_void_p, c_void_p, c_int64, POINTER(c_int64)),
+    "lane_queued": (c_int64, c_void_p, c_int),
+    "lane_cpu_ns": (c_int64, c_void_p, POINTER(c_int64)),
+    "fair_open": (c_void_p, POINTER(Chunks)),
+    "fair_close": (None, c_void_p),
+    "fair_call_admit": (c_int, c_void_p, POINTER(ShareC), c_int),
+    "fair_call_remove": (None, c_void_p, c_int, c_int64),
+    "fair_call_wake": (None, c_void_p, c_int, c_int64),
+    "fair_call_sleep": (None, c_void_p, c_int, c_int64),
+    "fair_call_next": (c_int64, c_void_p, c_int64),
+    "fair_call_pick": (None, c_void_p, c_int64, c_int64, POINTER(c_int64)),
+    "fair_call_lag": (c_int64, c_void_p, c_int),
+}
+
+
+@functools.cache
+def library() -> tuple[Library | None, str]:
+    """The compiled hot loop, or None and why there is none, in a few words."""
+    folder = resources.files("missile.pcie.native")
+    sources = {name: folder.joinpath(name).read_bytes() for name in _SOURCES}
+    digest = hashlib.sha256(b"\0".join([*sources.values(), " ".join(_FLAGS).encode()])).hexdigest()[:16]
+    try:
+        path = _cache() / f"lane-{digest}.so"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            compile_shared(sources, path)
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, str(error)
+    for name, (result, *arguments) in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded, ""
+
+
+def compile_shared(sources: dict[str, bytes], target: Path) -> None:
+    """Compile `sources` (by file name; the first is what is compiled) into `target`, whole or not at all.
+
+    OSError says in a few words why not: no compiler, or what it said first.
+    """
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if compiler is None:
+        raise OSError("there is no C compiler (cc, gcc or clang)")
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        for name, content in sources.items():
+            (Path(scratch) / name).write_bytes(content)
+        made = Path(scratch) / target.name
+        command = [*compiler.split(), *_FLAGS, "-o", str(made), str(Path(scratch) / next(iter(sources)))]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
+        except subprocess.TimeoutExpired:
+            raise OSError(f"{compiler} did not come to an end") from None
+        if done.returncode:
+            raise OSError(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+        made.replace(target)
+
+
+def _cache() -> Path:
+    if chosen := os.environ.get("MISSILE_CACHE"):
+        return Path(chosen) / "native"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "missile" / "native"
