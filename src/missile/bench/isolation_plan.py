@@ -108,7 +108,7 @@ def schemes_of(channel_map: ChannelMap) -> tuple[Scheme, ...]:
     found = [
         Scheme("none", every, every),
         Scheme(f"{len(one)}/{count} + {len(other)}/{count}", one, other),
-        Scheme(f"{len(other)}/{count} + {len(one)}/{count}, sides changed", other, one),
+        Scheme(f"{len(other)}/{count} + {len(one)}/{count} swapped", other, one),
         Scheme(f"same {len(one)}/{count}", one, one),
     ]
     for few in (1, 2):

@@ -214,6 +214,6 @@ def read_isolation(path: Path) -> IsolationResults:
     except OSError as error:
         raise MisuseError(f"{path} can't be read: {error.strerror}.") from error
     except ValidationError as error:
-        raise MisuseError(f"{path} is not a result of `missile bench isolation`: {first_problem(error)}") from None
+        raise MisuseError(f"{path} is not a result of `missile bench isolation`: {first_problem(error)}.") from None
     except ValueError:
         raise MisuseError(f"{path} is not a whole result of `missile bench isolation`: it is truncated.") from None

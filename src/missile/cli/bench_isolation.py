@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 from missile.bench.isolation_plan import FULL, QUICK
+from missile.bench.isolation_plot import plot_isolation
 from missile.bench.isolation_results import outcomes
 from missile.bench.isolation_run import run_micro
-from missile.bench.isolation_table import render_isolation
+from missile.bench.isolation_table import render_isolation, render_markdown
 from missile.cli.output import DeviceOption, JsonOption, console, print_json, progress_bar
+from missile.files import write_whole
 from missile.gpu import open_gpu, resolve
 
 __all__ = ["command"]
@@ -21,7 +23,9 @@ def command(
     device: DeviceOption = "auto",
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", metavar="DIR", help="Where isolation.json goes; an unfinished run there goes on."),
+        typer.Option(
+            "--out", "-o", metavar="DIR", help="Where isolation.json and pictures go; an unfinished run goes on."
+        ),
     ] = Path("missile-out/isolation"),
     quick: Annotated[bool, typer.Option("--quick", help="Few cells: a look, or a test.")] = False,
     known: Annotated[
@@ -53,6 +57,8 @@ def command(
                     task, completed=done, total=count or None, description=text
                 ),
             )
+    write_whole(out / "isolation.md", render_markdown(results))
+    plot_isolation(results, out / "isolation.png")
     if json:
         print_json(
             {
