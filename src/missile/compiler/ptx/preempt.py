@@ -70,14 +70,14 @@ def make_preemptible(source: str, *, name: str = "", look: Look = Look.FRESH) ->
 def _parameters(function: Function, head: str) -> tuple[int, str]:
     """Where the parameters end, and the text to add there."""
     control, marks, step = PARAMETERS
-    added = f"\n\t.param .u64 {control},\n\t.param .u64 {marks},\n\t.param .u32 {step}\n"
-    closing = next((token for token in tokenize(head, function.name) if token.text == ")"), None)
+    added = f"\n\t.param .u64 {control},\n\t.param .u64 {marks},\n\t.param .u32 {step}"
+    tokens = tokenize(head, function.name)
+    closing = next((number for number, token in enumerate(tokens) if token.text == ")"), None)
     if closing is None:  # an entry without a list
-        at = re.search(rf"{re.escape(function.name)}\s*", head)
-        assert at is not None
-        return function.start + at.end(), f"({added})\n"
-    start = function.start + closing.start
-    return (start, "," + added) if function.parameters else (start, added)
+        behind = next(token.end for token in tokens if token.text == function.name)
+        return function.start + behind, f"({added}\n)"
+    last = tokens[closing - 1]
+    return function.start + last.end, ("," if function.parameters else "") + added
 
 
 def _is_line_of_threads(head: str) -> bool:

@@ -1,0 +1,555 @@
+"""Preemption of best-effort models on this machine's GPU: how fast, at what cost, and whether results stay the same.
+
+    PYTHONPATH=src python3 benchmarks/gpu/preempt.py -o OUT [--parts flag,overhead,latency,bits] [--models NAME ...]
+
+- flag: from the host's call that raises a flag to the GPU's answer, for each way to write it, on an idle GPU, beside a
+  model, and beside large copies.
+- overhead: whole models with the check in front of every block against the same without, by turns, nothing preempted.
+- latency: a model runs at low priority, the flag goes up at a random instant and a probe is launched at high priority that
+  ends when one block with all shared memory and 1024 threads runs on every SM; its time on an idle GPU is taken off.
+- bits: requests that are preempted again and again at random instants give the bytes that undisturbed ones give.
+
+Models are packages in Missile's cache. OUT gets `preempt.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from missile.compiler.bind import BoundModel, bind
+from missile.compiler.library import find_package
+from missile.compiler.package import BufferKind, KernelStep, ModelPackage
+from missile.compiler.preemptible import PreemptibleModel, build_preemptible, long_blocks, preempt_model
+from missile.compiler.ptx.preempt import Look
+from missile.gpu import open_gpu
+from missile.gpu.cuda.gpu import CudaGpu
+from missile.gpu.interface import Graph, Launch, Priority, Stream
+
+MODELS = ("densenet161", "bert_large", "decoder_1b")
+SEGMENT_NS = 300_000
+SHORT_NS, LONG_NS = 10_000, 30_000  # of a block: classes of kernels
+WATCH = r"""
+.version 8.0
+.target sm_90
+.address_size 64
+.visible .entry watch(.param .u64 word, .param .u64 answer, .param .u32 value)
+{
+	.reg .b64 %rd<3>; .reg .b32 %r<3>; .reg .pred %p<2>;
+	ld.param.b64 %rd1, [word];
+	ld.param.b64 %rd2, [answer];
+	ld.param.b32 %r2, [value];
+	st.relaxed.sys.global.b32 [%rd2+4], %r2;
+again:
+	ld.relaxed.sys.global.b32 %r1, [%rd1];
+	setp.ne.u32 %p1, %r1, %r2;
+	@%p1 bra again;
+	st.relaxed.sys.global.b32 [%rd2], %r2;
+	ret;
+}
+"""
+PROBE = r"""
+.version 8.0
+.target sm_90
+.address_size 64
+.visible .entry probe(.param .u64 counter, .param .u32 blocks)
+{
+	.reg .b64 %rd<5>; .reg .b32 %r<6>; .reg .pred %p<3>;
+	mov.u32 %r1, %tid.x;
+	setp.ne.u32 %p1, %r1, 0;
+	@%p1 bra together;
+	ld.param.b64 %rd1, [counter];
+	ld.param.b32 %r2, [blocks];
+	atom.global.add.u32 %r3, [%rd1], 1;
+	div.u32 %r3, %r3, %r2;
+	add.u32 %r3, %r3, 1;
+	mul.lo.u32 %r3, %r3, %r2;
+	mov.u64 %rd2, %globaltimer;
+again:
+	ld.relaxed.gpu.global.b32 %r4, [%rd1];
+	mov.u64 %rd3, %globaltimer;
+	sub.u64 %rd4, %rd3, %rd2;
+	setp.gt.u64 %p2, %rd4, 20000000;
+	@%p2 bra together;
+	setp.lt.u32 %p2, %r4, %r3;
+	@%p2 bra again;
+together:
+	bar.sync 0;
+	ret;
+}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--parts", default="flag,overhead,latency,bits")
+    parser.add_argument("--models", nargs="*", default=MODELS)
+    parser.add_argument("--preemptions", type=int, default=1000, help="of part bits, over all models")
+    parser.add_argument("--probes", type=int, default=200, help="of part latency, for each model")
+    parser.add_argument("--looks", nargs="*", default=[Look.FRESH], type=Look)
+    parser.add_argument("--note", default="", help="written into the results")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    with open_gpu("cuda:0") as gpu:
+        assert isinstance(gpu, CudaGpu)
+        results: dict[str, Any] = {"gpu": gpu.info.name, "driver": gpu.info.driver, "note": options.note}
+        parts: dict[str, Callable[[], Any]] = {
+            "flag": lambda: flag(gpu),
+            **{
+                f"{part}/{name}": lambda part=part, name=name: MEASUREMENTS[part](gpu, name, options)  # type: ignore[misc]
+                for part in MEASUREMENTS
+                for name in options.models
+            },
+        }
+        for label, measure in parts.items():
+            if label.partition("/")[0] not in options.parts.split(","):
+                continue
+            begin = time.perf_counter()
+            try:
+                results[label] = measure()
+            except Exception:
+                traceback.print_exc()
+                results[label] = {"error": traceback.format_exc(limit=1)}
+            print(f"{label} ({time.perf_counter() - begin:.1f} s): {json.dumps(_short(results[label]))}", flush=True)
+            (options.output / "preempt.json").write_text(json.dumps(results, indent=1))
+
+
+def _short(value: Any) -> Any:
+    """`value` without raw samples."""
+    return {k: _short(v) for k, v in value.items() if k != "raw"} if isinstance(value, dict) else value
+
+
+def spread(samples: list[float]) -> dict[str, Any]:
+    """Samples in us."""
+    array = np.asarray(samples)
+    found = {f"p{q}": round(float(np.percentile(array, q)), 2) for q in (50, 90, 99)} if len(array) else {}
+    return {
+        "n": len(array),
+        **found,
+        "max": round(float(array.max(initial=0.0)), 2),
+        "raw": [round(s, 2) for s in samples],
+    }
+
+
+# --- flag
+def flag(gpu: CudaGpu) -> dict[str, Any]:
+    """From before the call to the host's sight of the GPU's answer, us; and the call alone."""
+    module = gpu.load_module(WATCH.encode(), name="watch")
+    word, host, far = gpu.allocate(512), gpu.allocate_host(4096), gpu.allocate(256 << 20)
+    large = gpu.allocate_host(64 << 20)
+    watcher, copies = gpu.create_stream(priority=Priority.HIGH), gpu.create_stream()
+    writer = gpu.create_stream(priority=Priority.HIGH)
+    answers, source = host.array[:8].view(np.uint32), host.array[64:68].view(np.uint32)
+    direct = host.array[128:132].view(np.uint32)
+    cu = gpu._cu
+
+    def by_copy(value: int) -> None:
+        source[0] = value
+        writer.copy_to_device(word.address, host, offset=64, nbytes=4)
+
+    def by_store(value: int) -> None:
+        direct[0] = value
+
+    ways: dict[str, tuple[int, Callable[[int], None]]] = {
+        "cuStreamWriteValue32": (
+            word.address,
+            lambda value: cu("cuStreamWriteValue32", writer.handle, word.address, value, 0),
+        ),
+        "4-byte copy": (word.address, by_copy),
+        "cuMemsetD32Async": (word.address, lambda value: cu("cuMemsetD32Async", word.address, value, 1, writer.handle)),
+        "store to host memory that blocks read": (host.address + 128, by_store),
+    }
+    kernel = module.kernel("watch")
+    serial = 0
+    out: dict[str, Any] = {}
+    for load in ("idle", "copies"):
+        for name, (where, write) in ways.items():
+            total, call = [], []
+            for _ in range(200 if load == "idle" else 60):
+                serial += 1
+                params = (
+                    where.to_bytes(8, "little"),
+                    host.address.to_bytes(8, "little"),
+                    serial.to_bytes(4, "little"),
+                )
+                if load == "copies" and copies.idle():
+                    for _ in range(4):
+                        copies.copy_to_device(far.address, large)
+                watcher.launch(Launch(kernel, (1, 1, 1), (1, 1, 1), 0, params))
+                while answers[1] != serial:
+                    pass
+                time.sleep(2e-5)
+                begin = time.perf_counter_ns()
+                write(serial)
+                called = time.perf_counter_ns()
+                while answers[0] != serial:
+                    pass
+                total.append((time.perf_counter_ns() - begin) / 1e3)
+                call.append((called - begin) / 1e3)
+            out[f"{load}: {name}"] = {"answer_us": spread(total), "call_us": spread(call)}
+            gpu.synchronize()
+    for thing in (far, large, word, host):
+        thing.free()
+    return out
+
+
+# --- models
+_IMAGES: dict[tuple[str, Look], dict[str, bytes]] = {}
+
+
+class Loaded:
+    """A model as it is and preemptible, with segments of the latter. Close it."""
+
+    def __init__(self, gpu: CudaGpu, name: str, look: Look = Look.FRESH) -> None:
+        package, directory = find_package(name, None, gpu.info)
+        self.gpu, self.package = gpu, package
+        begin = time.perf_counter()
+        assert directory is not None
+        key = (name, look)
+        if key not in _IMAGES:
+            _IMAGES[key] = build_preemptible(package, directory, look=look, workers=os.cpu_count() or 4)
+        self.build_s = time.perf_counter() - begin
+        self.plain: BoundModel = bind(package, directory, gpu, tenant=name)
+        self.model: PreemptibleModel = preempt_model(self.plain, gpu, _IMAGES[key])
+        self.segments = _cut(package)
+        self.graphs: list[Graph] = [gpu.create_graph(self.model.operations[a:b]) for a, b in self.segments]
+        host = gpu.allocate_host(max(self.model.input_bytes, 1))
+        _fill_inputs(package, host.array)
+        self.stream = gpu.create_stream(priority=Priority.LOW)
+        if self.model.input_bytes:
+            self.stream.copy_to_device(self.model.input_address, host)
+        self.run()  # instantiates
+        self.solo_ns = min(_timed(self.run) for _ in range(5))
+
+    def run(self) -> None:
+        self.launch(0)
+        self.stream.synchronize()
+
+    def launch(self, first: int) -> None:
+        if first == 0:
+            self.model.control.begin(self.stream)
+        for graph in self.graphs[first:]:
+            self.stream.launch_graph(graph)
+
+    def resume(self) -> bool:
+        """Relaunch what is left, False where nothing is. All launches have ended."""
+        left = self.model.control.left()
+        if left is None:
+            return False
+        self.model.control.resume(self.stream, left)
+        self.launch_from(left.step)
+        return True
+
+    def launch_from(self, step: int) -> None:
+        first = next(index for index, (_, last) in enumerate(self.segments) if step < last)
+        for graph in self.graphs[first:]:
+            self.stream.launch_graph(graph)
+
+    def close(self) -> None:
+        for graph in self.graphs:
+            graph.close()
+        self.model.close()
+        self.stream.close()
+
+
+def _cut(package: ModelPackage) -> list[tuple[int, int]]:
+    pieces, first, length = [], 0, 0.0
+    for index, step in enumerate(package.steps):
+        length += step.profile.solo_ns if isinstance(step, KernelStep) and step.profile else 0.0
+        if length >= SEGMENT_NS or index + 1 == len(package.steps):
+            pieces.append((first, index + 1))
+            first, length = index + 1, 0.0
+    return pieces
+
+
+def _fill_inputs(package: ModelPackage, view: npt.NDArray[np.uint8]) -> None:
+    view[:] = 0
+    if all(spec.dtype in ("float16", "torch.float16") for spec in package.inputs):
+        values = np.random.default_rng(0).standard_normal(view.nbytes // 2, dtype=np.float32).astype(np.float16)
+        view[: values.nbytes] = values.view(np.uint8)
+
+
+def _timed(run: Callable[[], object]) -> int:
+    begin = time.perf_counter_ns()
+    run()
+    return time.perf_counter_ns() - begin
+
+
+def _gpu_ns(gpu: CudaGpu, stream: Stream, graph: Graph, count: int) -> float:
+    """Of one launch of `graph`, over `count` in a row, ns."""
+    start, end = gpu.create_event(), gpu.create_event()
+    stream.record(start)
+    for _ in range(count):
+        stream.launch_graph(graph)
+    stream.record(end)
+    stream.synchronize()
+    length = (end.time_ns() - start.time_ns()) / count
+    start.close()
+    end.close()
+    return float(length)
+
+
+# --- overhead
+def overhead(gpu: CudaGpu, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for look in options.looks:
+        loaded = Loaded(gpu, name, look)
+        stream = loaded.stream
+        pairs = []
+        for _ in range(15):
+            plain = _gpu_ns(gpu, stream, loaded.plain.graph, 5)
+            checked = _gpu_ns(gpu, stream, loaded.model.graph, 5)
+            pairs.append((plain, checked))
+        ratios = [checked / plain for plain, checked in pairs[2:]]
+        out[str(look)] = {
+            "plain_us": round(float(np.median([p for p, _ in pairs[2:]])) / 1e3, 1),
+            "checked_us": round(float(np.median([c for _, c in pairs[2:]])) / 1e3, 1),
+            "ratio": round(float(np.median(ratios)), 4),
+            "spread": [round(min(ratios), 4), round(max(ratios), 4)],
+            "build_s": round(loaded.build_s, 1),
+            "steps": _steps(gpu, loaded),
+        }
+        loaded.close()
+    return out
+
+
+def _steps(gpu: CudaGpu, loaded: Loaded) -> dict[str, Any]:
+    """The kernels that cost most, alone and many times in a row (so with a warm L2): (step, blocks, us, ratio)."""
+    heavy: dict[str, int] = {}
+    steps = loaded.package.steps
+    for index, step in enumerate(steps):
+        if isinstance(step, KernelStep) and step.profile:
+            best = heavy.get(step.kernel)
+            if best is None or step.profile.solo_ns > steps[best].profile.solo_ns:
+                heavy[step.kernel] = index
+    order = sorted(heavy.values(), key=lambda i: -steps[i].profile.solo_ns)[:24]
+    rows = []
+    for index in order:
+        graphs = [
+            gpu.create_graph([operations[index]] * 20)
+            for operations in (loaded.plain.operations, loaded.model.operations)
+        ]
+        times: list[list[float]] = [[], []]
+        for _ in range(6):
+            for which, graph in enumerate(graphs):
+                times[which].append(_gpu_ns(gpu, loaded.stream, graph, 1) / 20)
+        plain, checked = (float(np.median(t[1:])) for t in times)
+        profile = steps[index].profile
+        rows.append((index, profile.blocks, round(plain / 1e3, 2), round(checked / plain, 4)))
+        for graph in graphs:
+            graph.close()
+    ratios = [row[-1] for row in rows]
+    return {"median": round(float(np.median(ratios)), 4), "worst": max(ratios), "raw": rows}
+
+
+# --- latency
+def latency(gpu: CudaGpu, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    loaded = Loaded(gpu, name, options.looks[0])
+    module = gpu.load_module(PROBE.encode(), name="probe")
+    kernel = module.kernel("probe")
+    counter = gpu.allocate(512)
+    urgent = gpu.create_stream(priority=Priority.HIGH)
+    done = gpu.create_event(timing=False)
+    blocks = gpu.info.sms
+    params = (counter.address.to_bytes(8, "little"), blocks.to_bytes(4, "little"))
+    probe = Launch(kernel, (blocks, 1, 1), (1024, 1, 1), kernel.largest_shared_bytes, params)
+    graph = gpu.create_graph([probe])
+
+    def zero() -> None:
+        gpu._cu("cuMemsetD32Async", counter.address, 0, 1, urgent.handle)
+        urgent.synchronize()
+
+    def measure(*, preempt: bool) -> tuple[float, float]:
+        """us until the probe had all SMs at once, and until the call that raised the flag had returned."""
+        begin = time.perf_counter_ns()
+        if preempt:
+            loaded.model.control.raise_flag()
+        raised = time.perf_counter_ns()
+        urgent.launch_graph(graph)
+        urgent.record(done)
+        while not done.done():
+            pass
+        return (time.perf_counter_ns() - begin) / 1e3, (raised - begin) / 1e3
+
+    rng = np.random.default_rng(1)
+    zero()
+    for _ in range(20):
+        measure(preempt=False)
+    idle = [measure(preempt=False)[0] for _ in range(100)]
+    with_flag = []
+    for _ in range(100):
+        with_flag.append(measure(preempt=True)[0])
+        loaded.model.control.lower_flag()
+        gpu.synchronize()
+    base = float(np.median(with_flag))
+    profiles = [step.profile for step in loaded.package.steps if isinstance(step, KernelStep)]
+    block_us = [
+        p.solo_ns * min(p.blocks, p.blocks_per_sm * gpu.info.sms) / p.blocks / 1e3 if p else 0.0 for p in profiles
+    ]
+    out: dict[str, Any] = {}
+    for preempt in (True, False):
+        zero()
+        samples, drains, classes, where = [], [], [], []
+        for _ in range(options.probes):
+            loaded.launch(0)
+            _spin(rng.uniform(0.05, 0.9) * loaded.solo_ns)
+            if loaded.stream.idle():
+                continue
+            begin = time.perf_counter_ns()
+            took, _ = measure(preempt=preempt)
+            samples.append(took - base if preempt else took - float(np.median(idle)))
+            loaded.stream.synchronize()
+            drains.append((time.perf_counter_ns() - begin) / 1e3)
+            left = loaded.model.control.left()
+            where.append(-1 if left is None else left.step)
+            classes.append("none left" if left is None else _class(block_us[left.step] * 1e3))
+            if preempt:
+                loaded.model.control.lower_flag()
+            if loaded.resume():
+                loaded.stream.synchronize()
+        if not preempt:
+            out["priority only"] = spread(samples)
+            continue
+        out["preempted"] = spread(samples)
+        out["launched work ended"] = spread(drains)
+        for name_of in sorted(set(classes)):
+            out[f"blocks: {name_of}"] = spread([s for s, c in zip(samples, classes, strict=True) if c == name_of])
+        worst = sorted(zip(samples, where, strict=True), reverse=True)[:5]
+        out["worst"] = [
+            (round(s, 1), step, profiles[step].blocks, round(block_us[step], 1)) if step >= 0 else (round(s, 1),)
+            for s, step in worst
+        ]
+    out["idle_us"], out["idle_with_flag_us"] = spread(idle), spread(with_flag)
+    out["long blocks"] = [
+        (entry.step, round(entry.block_ns / 1e3, 1)) for entry in long_blocks(loaded.package, gpu.info.sms)
+    ]
+    urgent.close()
+    graph.close()
+    counter.free()
+    loaded.close()
+    return out
+
+
+def _class(block_ns: float) -> str:
+    if block_ns <= SHORT_NS:
+        return f"up to {SHORT_NS // 1000} us"
+    return f"{SHORT_NS // 1000} to {LONG_NS // 1000} us" if block_ns <= LONG_NS else f"over {LONG_NS // 1000} us"
+
+
+def _spin(duration_ns: float) -> None:
+    end = time.perf_counter_ns() + duration_ns
+    while time.perf_counter_ns() < end:
+        pass
+
+
+# --- bits
+def bits(gpu: CudaGpu, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    loaded = Loaded(gpu, name, options.looks[0])
+    rng = np.random.default_rng(2)
+    control = loaded.model.control
+    state = [b for b in loaded.package.buffers if b.kind is BufferKind.STATE]
+    reader = _Reader(gpu, loaded)
+    references = []
+    for graph in (loaded.plain.graph, loaded.plain.graph, loaded.model.graph):
+        control.begin(loaded.stream)
+        loaded.stream.launch_graph(graph)
+        loaded.stream.synchronize()
+        references.append(reader.output())
+    reference = references[0]
+    target = -(-options.preemptions // len(options.models))
+    preemptions = took_hold = requests = wrong = 0
+    rounds: Counter[int] = Counter()
+    steps: Counter[int] = Counter()
+    begin = time.perf_counter()
+    while preemptions < target and time.perf_counter() - begin < 25:
+        reader.scramble()
+        loaded.launch(0)
+        count = 0
+        while True:
+            _spin(rng.uniform(0, 0.6) * loaded.solo_ns)
+            if loaded.stream.idle():
+                break
+            control.raise_flag()
+            preemptions += 1
+            _spin(rng.uniform(0, 100_000))  # the flag may well be lowered before all have left
+            control.lower_flag()
+            loaded.stream.synchronize()
+            gpu.synchronize()
+            if (left := control.left()) is not None:
+                steps[left.step] += 1
+                took_hold += 1
+                count += 1
+            if not loaded.resume():
+                break
+        loaded.stream.synchronize()
+        requests += 1
+        rounds[count] += 1
+        wrong += not np.array_equal(reader.output(), reference)
+    out = {
+        "undisturbed runs agree": [bool(np.array_equal(reference, other)) for other in references],
+        "requests": requests,
+        "preemptions": preemptions,
+        "took hold": took_hold,
+        "different steps": len(steps),
+        "wrong outputs": wrong,
+        "output bytes": int(reference.nbytes),
+        "distinct output bytes": len(np.unique(reference)),
+        "state buffers": len(state),
+        "preemptions of a request": dict(sorted(rounds.items())),
+        "marks left": reader.marks(),
+    }
+    loaded.close()
+    return out
+
+
+class _Reader:
+    """Outputs as bytes, and outputs and marks looked at between requests."""
+
+    def __init__(self, gpu: CudaGpu, loaded: Loaded) -> None:
+        self._model, self._stream = loaded.model, loaded.stream
+        self._host = gpu.allocate_host(loaded.model.output_bytes)
+        first, last = loaded.model.operations[0], loaded.model.operations[-1]
+        self._marks = int.from_bytes(first.params[-2], "little")
+        self._blocks = int.from_bytes(last.params[-2], "little") + int(np.prod(last.grid)) - self._marks
+        self._gpu = gpu
+
+    def output(self) -> npt.NDArray[np.uint8]:
+        self._stream.copy_to_host(self._host, self._model.output_address)
+        self._stream.synchronize()
+        return np.array(self._host.array)
+
+    def scramble(self) -> None:
+        """So that an output that is not written is not taken for a right one."""
+        self._gpu._cu(
+            "cuMemsetD8Async", self._model.output_address, 0xA5, self._model.output_bytes, self._stream.handle
+        )
+
+    def marks(self) -> int:
+        """Marks that are set: none, once all requests have ended."""
+        host = self._gpu.allocate_host(self._blocks)
+        self._stream.copy_to_host(host, self._marks)
+        self._stream.synchronize()
+        count = int(np.count_nonzero(host.array))
+        host.free()
+        return count
+
+
+MEASUREMENTS: dict[str, Callable[[CudaGpu, str, argparse.Namespace], dict[str, Any]]] = {
+    "overhead": overhead,
+    "latency": latency,
+    "bits": bits,
+}
+
+if __name__ == "__main__":
+    main()
