@@ -11,7 +11,7 @@ from rich.table import Table
 from missile.cli.output import DeviceOption, JsonOption, console, print_json, stderr_console
 from missile.errors import MisuseError
 from missile.gpu import open_gpu, resolve
-from missile.probe import ChannelMap, probe_gpu, write_map
+from missile.probe import ChannelMap, map_for, probe_gpu, write_map
 from missile.probe.map_file import to_json
 from missile.probe.pictures import draw
 
@@ -31,12 +31,21 @@ def command(
     ] = None,
     samples: Annotated[int, typer.Option(help="Granules measured in each page.", min=16)] = 48,
     interference: Annotated[bool, typer.Option(help="Measure what colors do to each other.")] = True,
+    known: Annotated[
+        Path | None,
+        typer.Option(
+            "--known",
+            help="A map to verify, in about a second; it is probed only if it does not hold.",
+            metavar="MAP.json",
+        ),
+    ] = None,
     counters: Annotated[bool, typer.Option(help="Count sectors per slice with ncu, too (takes a minute).")] = False,
     seed: Annotated[int, typer.Option(help="Of the choice of samples, and of the simulator's noise.")] = 0,
     json: JsonOption = False,
 ) -> None:
     """Recover a GPU's channel map by measurement, and verify it. Reads only; the GPU should be otherwise idle.
 
+    With --known, a map from before is verified instead, and is the answer where it holds for this very chip.
     Refuses, with the reason, where the GPU is too noisy for a sure answer: for example because something else runs on it.
     """
     for path in (output, plot):
@@ -47,14 +56,24 @@ def command(
     if why and not json:
         screen.print(f"Probing {name}: {why}.", markup=False)
     with open_gpu(name, seed=seed) as gpu, screen.status("opening") as status:
-        found = probe_gpu(
-            gpu,
-            pages=pages,
-            samples=samples,
-            interference=interference,
-            seed=seed,
-            progress=lambda text: status.update(text),
-        )
+        if known is not None:
+            found = map_for(
+                gpu,
+                known=known,
+                pages=pages,
+                interference=interference,
+                seed=seed,
+                progress=lambda text: status.update(text),
+            )
+        else:
+            found = probe_gpu(
+                gpu,
+                pages=pages,
+                samples=samples,
+                interference=interference,
+                seed=seed,
+                progress=lambda text: status.update(text),
+            )
     if counters:
         from missile.probe.counters import with_counters
 
