@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from missile.errors import MisuseError, UnsupportedError
 from missile.gpu.interface import GpuInfo, Level, Priority
-from missile.runtime.policies import POLICIES, RESERVED, Snapshot, create_policy, policy_summaries
+from missile.runtime.policies import POLICIES, Snapshot, create_policy, policy_summaries
 from missile.runtime.policies.interface import BriefedPolicy
 from missile.runtime.tenant import Tenant
 
@@ -116,7 +116,6 @@ def test_partition_with_one_class_is_the_whole_gpu():
         ("partition:ls_share=lots", MisuseError, "ls_share=lots"),
         ("partition:ls_share=1.5", MisuseError, "between 0 and 1"),
         ("streams:ls_share=0.3", MisuseError, "none"),
-        *[(name, UnsupportedError, "not in this version") for name in RESERVED],
     ],
 )
 def test_bad_names_and_options(text, error, says):

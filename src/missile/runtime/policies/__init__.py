@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from missile.errors import MisuseError, UnsupportedError
 from missile.runtime.policies.interface import Action, Lane, Layout, Policy, Snapshot, Start
+from missile.runtime.policies.missile import MissilePolicy
 from missile.runtime.policies.orion import OrionPolicy
 from missile.runtime.policies.partition import PartitionPolicy
 from missile.runtime.policies.priority import PriorityPolicy
@@ -15,7 +16,6 @@ from missile.runtime.policies.temporal import TemporalPolicy
 
 __all__ = [
     "POLICIES",
-    "RESERVED",
     "Action",
     "Lane",
     "Layout",
@@ -33,10 +33,8 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "priority": PriorityPolicy,
     "partition": PartitionPolicy,
     "orion": OrionPolicy,
+    "missile": MissilePolicy,
 }
-
-RESERVED: tuple[str, ...] = ("missile",)
-"""Names of policies that are planned."""
 
 _SWITCH = {"on": 1.0, "off": 0.0}
 
@@ -52,8 +50,6 @@ def create_policy(text: str, options: Mapping[str, float] | None = None) -> Poli
         raise UnsupportedError(
             "Policy 'mps' runs each tenant in a process of its own; `missile bench` does that, through missile.runtime.mps."
         )
-    if name in RESERVED:
-        raise UnsupportedError(f"Policy {name!r} is planned and not in this version, which has {', '.join(POLICIES)}.")
     if name not in POLICIES:
         raise MisuseError(f"Unknown policy {name!r}; known: {', '.join(POLICIES)}.")
     known = tuple(inspect.signature(POLICIES[name]).parameters)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from missile.errors import MisuseError, UnsupportedError
 from missile.gpu.interface import GpuInfo, Level, Priority
-from missile.runtime.policies._common import latency_first, start_all
+from missile.runtime.policies._common import latency_first, part_of, start_all
 from missile.runtime.policies.interface import Action, Lane, Layout, Snapshot
 from missile.runtime.tenant import Tenant
 
@@ -34,7 +34,7 @@ class PartitionPolicy:
             return Layout(tuple(Lane(f"stream of {tenant.name}, all SMs") for tenant in tenants))
         if info.level < Level.PARTITIONS:
             raise UnsupportedError(f"Policy 'partition' needs SM partitions, which {info.name} does not have.")
-        ls = _rounded(self.ls_share, info)
+        ls = part_of(self.ls_share, info)
         sides = (ls, info.sms - ls)
         lanes = []
         for tenant in tenants:
@@ -45,13 +45,3 @@ class PartitionPolicy:
 
     def decide(self, snapshot: Snapshot) -> Sequence[Action]:
         return start_all(snapshot, self._order)
-
-
-def _rounded(share: float, info: GpuInfo) -> int:
-    """`share` of the SMs to the nearest multiple that can be split off, leaving as much for the other side."""
-    unit, least = max(info.sm_granularity, 1), max(info.sm_minimum, 1)
-    lowest = -(-least // unit) * unit
-    highest = (info.sms - least) // unit * unit
-    if highest < lowest:
-        raise UnsupportedError(f"{info.name} has {info.sms} SMs: too few to split in parts of at least {least}.")
-    return min(max(round(share * info.sms / unit) * unit, lowest), highest)

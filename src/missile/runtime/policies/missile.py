@@ -1,0 +1,142 @@
+"""`missile`: LS requests start at once; BE has all SMs while none is there, and leaves most of them as soon as one comes.
+
+BE models are cut into short segments. While no LS request is queued or runs, segments go to a lane of the whole GPU; while
+one does, to a lane that leaves the LS tenants their SMs. What is on the whole GPU then is preempted where that can be done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from missile.errors import MisuseError, UnsupportedError
+from missile.gpu.interface import GpuInfo, Level, Priority
+from missile.runtime.policies._admission import Admission
+from missile.runtime.policies._common import latency_first, part_of
+from missile.runtime.policies._filling import Filling
+from missile.runtime.policies.interface import Action, Lane, Layout, Snapshot, TenantBrief, Wake
+from missile.runtime.tenant import Tenant
+
+__all__ = ["MissilePolicy"]
+
+
+class MissilePolicy:
+    """ls_share: share of the SMs that BE keeps off while an LS request is queued or runs, in (0, 1], rounded to what the
+    GPU can split; 1.0: BE pauses then. be_min: share of the SMs that BE is promised at all times; both together are at
+    most 1.
+    ls_whole: LS requests run on the whole GPU before everything else (off: on the SMs kept free for them).
+    elastic: BE uses all SMs while there is no LS request (off: never more than its side of the split).
+    preempt: stop BE kernels that look at a flag when an LS request comes. colors: whether tenants' memory should be
+    separated, where the roster can be. copies: whether copies should be scheduled, where the stage can.
+    admission: turn away LS requests that can't meet their objective any more.
+    segment_us: how long a BE segment takes alone; two are on the GPU at a time. linger_us: how long BE keeps off after the
+    last LS request has ended. queue_limit: LS requests of one tenant that may wait.
+    """
+
+    name = "missile"
+
+    def __init__(
+        self,
+        ls_share: float = 0.5,
+        be_min: float = 0.0,
+        ls_whole: float = True,
+        elastic: float = True,
+        preempt: float = True,
+        colors: float = True,
+        copies: float = True,
+        admission: float = True,
+        segment_us: float = 60.0,
+        linger_us: float = 0.0,
+        queue_limit: float = 256,
+    ) -> None:
+        if not 0.0 < ls_share <= 1.0:
+            raise MisuseError(f"Policy 'missile': ls_share must be above 0 and at most 1, not {ls_share:g}.")
+        if not 0.0 <= be_min < 1.0:
+            raise MisuseError(f"Policy 'missile': be_min must be at least 0 and below 1, not {be_min:g}.")
+        if ls_share + be_min > 1.0 + 1e-9:
+            raise MisuseError(
+                f"Policy 'missile': ls_share={ls_share:g} and be_min={be_min:g} promise more than the whole GPU."
+            )
+        for name, value, least in (
+            ("segment_us", segment_us, 0.0),
+            ("linger_us", linger_us, 0.0),
+            ("queue_limit", queue_limit, 1.0),
+        ):
+            if not least <= value < float("inf"):
+                raise MisuseError(f"Policy 'missile': {name} must be at least {least:g}, not {value:g}.")
+        self.ls_share = ls_share
+        self.ls_whole, self.elastic, self.preempt = bool(ls_whole), bool(elastic), bool(preempt)
+        self.colors, self.copies, self.admission = bool(colors), bool(copies), bool(admission)
+        self._segment_ns, self._linger_ns = segment_us * 1e3, int(linger_us * 1e3)
+        self._queue_limit = int(queue_limit)
+        self._ls: tuple[int, ...] = ()
+        self._gates: tuple[Admission, ...] = ()
+        self._be = Filling((), (), (), ())
+        self._keep_off_until = 0
+        self._ls_was_there = False
+
+    def setup(self, tenants: Sequence[Tenant], info: GpuInfo) -> Layout:
+        if info.level < Level.PRIORITIES:
+            raise UnsupportedError(f"Policy 'missile' needs stream priorities, which {info.name} does not have.")
+        order = latency_first(tenants)
+        self._ls = tuple(i for i in order if tenants[i].latency_sensitive)
+        be = tuple(i for i in order if not tenants[i].latency_sensitive)
+        split = self.ls_share < 1.0 and bool(self._ls) and bool(be)
+        if split and info.level < Level.PARTITIONS:
+            raise UnsupportedError(
+                f"Policy 'missile' needs SM partitions, which {info.name} does not have; with ls_share=1 it needs none."
+            )
+        kept = part_of(self.ls_share, info) if split else info.sms
+        lanes: list[Lane] = []
+        ls_part = 0 if split and not self.ls_whole else None
+        where = "all SMs" if ls_part is None else f"{kept} SMs"
+        gates = []
+        for number in self._ls:
+            limit = self._queue_limit
+            gates.append(Admission(number, tenants[number], len(lanes), queue_limit=limit, refuses=self.admission))
+            lanes.append(Lane(f"high-priority stream of {tenants[number].name}, {where}", Priority.HIGH, ls_part))
+        self._gates = tuple(gates)
+        alone: list[int] = []
+        beside: list[int | None] = []
+        for number in be:
+            name = tenants[number].name
+            beside.append(len(lanes) if split else None)
+            if split:
+                lanes.append(Lane(f"stream of {name} on {info.sms - kept} SMs", Priority.LOW, 1))
+            if split and not self.elastic:
+                alone.append(len(lanes) - 1)
+            else:
+                alone.append(len(lanes))
+                lanes.append(Lane(f"stream of {name}, all SMs"))
+        self._be = Filling(be, [tenants[i].weight for i in be], alone, beside)
+        if not self._ls:
+            return Layout(tuple(lanes))
+        return Layout(
+            tuple(lanes),
+            (kept,) if split else (),
+            tuple(None if tenant.latency_sensitive else self._segment_ns for tenant in tenants),
+        )
+
+    def brief(self, tenants: Sequence[TenantBrief]) -> None:
+        for number, gate in zip(self._ls, self._gates, strict=True):
+            gate.brief(tenants[number])
+        self._be.brief(tenants, preempt=self.preempt)
+
+    def decide(self, snapshot: Snapshot) -> Sequence[Action]:
+        if not self._ls:
+            return self._be.start_whole(snapshot)
+        actions: list[Action] = []
+        now = snapshot.now_ns
+        there = False
+        for number, gate in zip(self._ls, self._gates, strict=True):
+            if snapshot.queued[number] or snapshot.running[number]:
+                there = True
+            actions += gate.starts(snapshot)
+        if there:
+            self._keep_off_until = now + self._linger_ns
+        elif now < self._keep_off_until:
+            there = True
+            actions.append(Wake(self._keep_off_until))
+        stops = self._be.make_way(snapshot) if there and not self._ls_was_there else []
+        self._ls_was_there = there
+        stopped = [stop.tenant for stop in stops]
+        return [*stops, *actions, *self._be.fill(snapshot, beside_ls=there, stopped=stopped)]
