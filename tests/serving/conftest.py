@@ -45,6 +45,12 @@ slo_ms = 50
 options = {size = 153600}
 
 [[tenant]]
+name = "huge"
+model = "serving_models:identity"
+class = "BE"
+options = {size = 600000}
+
+[[tenant]]
 name = "embedding"
 model = "serving_models:embedding"
 class = "BE"

@@ -181,8 +181,9 @@ def test_repository_control_is_off_unless_enabled(client: Any) -> None:
         client.unload_model("mixer")
 
 
-def test_system_shared_memory_both_ways(client: Any) -> None:
-    array = np.random.default_rng(5).standard_normal((1, 153600)).astype(np.float32)
+@pytest.mark.parametrize(("model", "values"), [("big", 153600), ("huge", 600000)])  # the second is copied aside
+def test_system_shared_memory_both_ways(client: Any, model: str, values: int) -> None:
+    array = np.random.default_rng(5).standard_normal((1, values)).astype(np.float32)
     size = array.nbytes
     key = f"missile-test-{client.kind}"
     handle = shm.create_shared_memory_region("both", key, 2 * size)
@@ -193,7 +194,7 @@ def test_system_shared_memory_both_ways(client: Any) -> None:
         given.set_shared_memory("both", size)
         wanted = client.module.InferRequestedOutput("output0")
         wanted.set_shared_memory("both", size, offset=size)
-        client.infer("big", [given], outputs=[wanted])
+        client.infer(model, [given], outputs=[wanted])
         np.testing.assert_array_equal(
             shm.get_contents_as_numpy(handle, np.float32, list(array.shape), offset=size), array
         )
@@ -203,11 +204,11 @@ def test_system_shared_memory_both_ways(client: Any) -> None:
         assert sizes == [2 * size]
         given.set_shared_memory("both", size, offset=size + 4)
         with pytest.raises(InferenceServerException, match="do not lie in shared memory region 'both'"):
-            client.infer("big", [given], outputs=[wanted])
+            client.infer(model, [given], outputs=[wanted])
         client.unregister_system_shared_memory("both")
         given.set_shared_memory("both", size)
         with pytest.raises(InferenceServerException, match="no shared memory region 'both'"):
-            client.infer("big", [given])
+            client.infer(model, [given])
     finally:
         client.unregister_system_shared_memory()
         shm.destroy_shared_memory_region(handle)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -21,6 +23,8 @@ from missile.serving.tensors import DATATYPES, BlockLayout, bf16_to_float
 __all__ = ["Gateway", "Inference", "Result", "Source"]
 
 _NS = 1_000_000_000
+_LARGE = 1 << 20  # bytes; copying more on the event loop would keep other requests waiting
+_COPIERS = 2
 
 
 class Source(Protocol):
@@ -28,6 +32,18 @@ class Source(Protocol):
 
     def read_into(self, target: memoryview) -> None:
         """Fill `target` whole, or raise a Refusal."""
+
+    def detached(self) -> AbstractContextManager[Source]:
+        """The same, for another thread: nothing that happens here meanwhile takes it away."""
+
+
+class Target(Protocol):
+    """Where an output's bytes go to."""
+
+    def write_from(self, source: memoryview) -> None:
+        """Take `source` whole, or raise a Refusal."""
+
+    def detached(self) -> AbstractContextManager[Target]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +74,8 @@ class _Pending:
     offset: int
     block: memoryview
     reserved: int
-    sent_ns: int
     future: asyncio.Future[Answer]
+    sent_ns: int = 0
     abandoned: bool = False
     timer: asyncio.TimerHandle | None = None
 
@@ -76,6 +92,22 @@ class Result:
         pending = self._pending
         start = pending.layout.outputs[index]
         return pending.block[start : start + pending.layout.output_sizes[index]]
+
+    async def deliver(self, places: Sequence[tuple[int, Target]]) -> None:
+        """Write outputs, by index, to where the client wants them."""
+        pairs = [(place, self.output(index)) for index, place in places]
+        if sum(len(raw) for _, raw in pairs) < _LARGE:
+            for place, raw in pairs:
+                place.write_from(raw)
+            return
+        with ExitStack() as held:
+            own = [(held.enter_context(place.detached()), raw) for place, raw in pairs]
+
+            def write() -> None:
+                for place, raw in own:
+                    place.write_from(raw)
+
+            await self._gateway.aside(write)
 
     def front_ns(self) -> int:
         """Time in the front end so far: from the request's first bytes to the ring, and from the answer until now."""
@@ -99,6 +131,8 @@ class Gateway:
         self._arena: Arena | None = None
         self._ids = itertools.count(1)
         self._pending: dict[int, _Pending] = {}
+        self._copying = 0
+        self._copiers = ThreadPoolExecutor(_COPIERS, "missile-copy")
         self.dropped_answers = 0
 
     def attach(self, link: Link) -> None:
@@ -108,7 +142,7 @@ class Gateway:
 
     @property
     def pending(self) -> int:
-        return len(self._pending)
+        return len(self._pending) + self._copying
 
     @property
     def arena_used(self) -> int:
@@ -118,10 +152,19 @@ class Gateway:
         """Run a request. Raises a Refusal for every way in which it gets no result; use the result in a `with`."""
         tenant = inference.tenant
         try:
-            pending = self._send(inference)
+            pending = self._reserve(inference)
+            try:
+                await self._fill(pending)
+                self._send(pending)
+            except BaseException:
+                self.release(pending)
+                raise
         except Refusal as refusal:
             owed = refusal.reason in (Reason.OVERLOADED, Reason.ENGINE_LOST, Reason.NOT_READY)
             tenant.measures.refuse(refusal.reason.label, owed=owed)
+            raise
+        except asyncio.CancelledError:
+            tenant.measures.refuse(Reason.CANCELLED.label, owed=False)
             raise
         try:
             answer = await pending.future
@@ -137,8 +180,8 @@ class Gateway:
                 pending.timer.cancel()
         return self._settle(pending, answer)
 
-    def _send(self, inference: Inference) -> _Pending:
-        """Admit, copy the inputs into a block, and put the call on the ring. Nothing is held when it raises."""
+    def _reserve(self, inference: Inference) -> _Pending:
+        """Admit a request and give it a block. Nothing is held when it raises."""
         link, arena = self._link, self._arena
         tenant, deployment = inference.tenant, inference.deployment
         if link is None or arena is None:
@@ -149,52 +192,62 @@ class Gateway:
         offset = arena.allocate(layout.nbytes)
         if offset is None:
             raise Refusal(Reason.OVERLOADED, "The server has no memory left for another request.", retry_after_s=1.0)
+        tenant.outstanding += 1
+        tenant.held_bytes += reserved
+        deployment.outstanding += 1
         block = link.arena[offset : offset + layout.nbytes]
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        return _Pending(next(self._ids), inference, layout, arena, offset, block, reserved, future)
+
+    async def _fill(self, pending: _Pending) -> None:
+        """Copy the inputs into the block; many bytes on another thread, so that small requests pass them by."""
+        inference, layout, block = pending.inference, pending.layout, pending.block
+        if sum(layout.input_sizes) < _LARGE:
+            _copy_in(inference, inference.inputs, layout, block)
+            return
+        with ExitStack() as held:
+            own = [held.enter_context(s.detached()) if hasattr(s, "read_into") else s for s in inference.inputs]
+            await self.aside(lambda: _copy_in(inference, own, layout, block))
+
+    async def aside(self, work: Callable[[], object]) -> None:
+        """Run `work` on a copier thread. It is over when this returns or raises, even when the caller is cancelled."""
+        self._copying += 1
         try:
-            self._copy_in(inference, layout, block)
-        except BaseException:
-            arena.free(offset)
-            raise
-        call_id = next(self._ids)
+            running = asyncio.get_running_loop().run_in_executor(self._copiers, work)
+            try:
+                await asyncio.shield(running)
+            except asyncio.CancelledError:
+                while not running.done():
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.wait([running])
+                raise
+        finally:
+            self._copying -= 1
+
+    def _send(self, pending: _Pending) -> None:
+        """Put a filled request on the ring."""
+        link, inference = self._link, pending.inference
+        if link is None or self._arena is not pending.arena:  # the engine was lost while the inputs were copied
+            raise Refusal(*_LOST, retry_after_s=1.0)
         deadline = inference.arrival_ns + inference.timeout_ns if inference.timeout_ns else 0
         sent = link.calls.push(
             CallKind.INFER,
-            deployment.slot,
-            call_id,
+            inference.deployment.slot,
+            pending.id,
             inference.batch,
-            offset,
+            pending.offset,
             inference.priority,
             inference.arrival_ns,
             deadline,
         )
         if not sent:
-            arena.free(offset)
             raise Refusal(Reason.OVERLOADED, "The engine's queue is full.", retry_after_s=1.0)
         link.call_bell.ring()
-        loop = asyncio.get_running_loop()
-        pending = _Pending(
-            call_id, inference, layout, arena, offset, block, reserved, time.monotonic_ns(), loop.create_future()
-        )
+        pending.sent_ns = time.monotonic_ns()
         if deadline:
-            wait_s = max(0, deadline - time.monotonic_ns()) / _NS
-            pending.timer = loop.call_later(wait_s, self._expire, call_id)
-        self._pending[call_id] = pending
-        tenant.outstanding += 1
-        tenant.held_bytes += reserved
-        deployment.outstanding += 1
-        return pending
-
-    def _copy_in(self, inference: Inference, layout: BlockLayout, block: memoryview) -> None:
-        finite = inference.tenant.config.finite_inputs
-        for index, source in enumerate(inference.inputs):
-            start = layout.inputs[index]
-            target = block[start : start + layout.input_sizes[index]]
-            if hasattr(source, "read_into"):
-                source.read_into(target)
-            else:
-                target[:] = source
-            if finite:
-                _check_finite(target, inference, index)
+            wait_s = max(0, deadline - pending.sent_ns) / _NS
+            pending.timer = asyncio.get_running_loop().call_later(wait_s, self._expire, pending.id)
+        self._pending[pending.id] = pending
 
     # --- answers
 
@@ -273,6 +326,9 @@ class Gateway:
             pending.future.set_exception(Refusal(*_REFUSALS[Outcome.EXPIRED]))
             self._cancel(call_id)
 
+    def close(self) -> None:
+        self._copiers.shutdown(wait=False)
+
     def lose(self) -> None:
         """The engine is gone: every request that was in it gets a clear error."""
         self._link = None
@@ -282,21 +338,32 @@ class Gateway:
         for pending in lost:
             self.release(pending)
             if not pending.future.done():
-                pending.future.set_exception(
-                    Refusal(
-                        Reason.ENGINE_LOST,
-                        "The engine stopped while it had this request; it is being started again.",
-                        retry_after_s=1.0,
-                    )
-                )
+                pending.future.set_exception(Refusal(*_LOST, retry_after_s=1.0))
 
 
+_LOST = (Reason.ENGINE_LOST, "The engine stopped while it had this request; it is being started again.")
 _REFUSALS = {
     Outcome.FAILED: (Reason.FAILED, "The model failed."),
     Outcome.EXPIRED: (Reason.EXPIRED, "The request's deadline passed before its result was there."),
     Outcome.CANCELLED: (Reason.CANCELLED, "The request was cancelled."),
     Outcome.UNLOADED: (Reason.NOT_READY, "The model was unloaded before the request could run."),
 }
+
+
+def _copy_in(inference: Inference, inputs: Sequence[Any], layout: BlockLayout, block: memoryview) -> None:
+    """Touches nothing but its arguments: it may run on any thread."""
+    finite = inference.tenant.config.finite_inputs
+    for index, source in enumerate(inputs):
+        start = layout.inputs[index]
+        target = block[start : start + layout.input_sizes[index]]
+        if hasattr(source, "read_into"):
+            source.read_into(target)
+        elif len(target) < _LARGE:
+            target[:] = source
+        else:  # NumPy lets go of the interpreter while it copies
+            np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+        if finite:
+            _check_finite(target, inference, index)
 
 
 def _check_finite(target: memoryview, inference: Inference, index: int) -> None:

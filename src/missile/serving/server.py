@@ -164,6 +164,7 @@ class Server:
         for task in self._tasks:
             task.cancel()
         await self._supervisor.stop()
+        self._gateway.close()
         self.services.regions.close()
 
     # --- reload

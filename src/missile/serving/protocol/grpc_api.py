@@ -158,16 +158,15 @@ class GrpcApi:
         response = _InferResponse(model_name=tenant.name, model_version=tenant.config.version, id=asked.id)
         signature = inference.deployment.signature
         with await services.gateway.infer(inference) as result:
+            await result.deliver([(index, place) for index, _, place in outputs if place is not None])
             for index, _, place in outputs:
                 tensor = signature.outputs[index]
                 entry = response.outputs.add(
                     name=tensor.name, datatype=tensor.datatype, shape=signature.shape(tensor, inference.batch)
                 )
-                raw = result.output(index)
                 if place is None:
-                    response.raw_output_contents.append(bytes(raw))
+                    response.raw_output_contents.append(bytes(result.output(index)))
                 else:
-                    place.write_from(raw)
                     entry.parameters["shared_memory_region"].string_param = place.region.name
                     entry.parameters["shared_memory_byte_size"].int64_param = place.nbytes
                     entry.parameters["shared_memory_offset"].int64_param = place.offset

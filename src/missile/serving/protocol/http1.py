@@ -22,6 +22,7 @@ import httptools
 import orjson
 
 from missile.serving.config import Limits
+from missile.serving.protocol.buffers import BodyBuffers
 from missile.serving.refusal import Reason, Refusal
 
 __all__ = ["Handler", "HttpRequest", "HttpResponse", "HttpServer", "error_response"]
@@ -29,7 +30,6 @@ __all__ = ["Handler", "HttpRequest", "HttpResponse", "HttpServer", "error_respon
 log = logging.getLogger("missile.http")
 
 _READ = 64 * 1024
-_SPARE = 4 << 20  # a body buffer up to this size is kept for the connection's next request
 _MAX_HEAD = 32 * 1024
 _MAX_HEADERS = 100
 _SWEEP_S = 0.2  # between two looks for connections that are late
@@ -91,7 +91,6 @@ class _Connection(asyncio.BufferedProtocol):
         self._straight = False  # the rest of the body bypasses the parser
         self._keep_alive = True
         self._paused = False
-        self._spare: bytearray | None = None
         self._queue: deque[HttpRequest] = deque()
         self._task: asyncio.Task[None] | None = None
         self._deadline = (
@@ -200,7 +199,7 @@ class _Connection(asyncio.BufferedProtocol):
             self._length = int(length)
             if self._length:
                 self._claim(self._length)
-                self._buffer = self._take_buffer(self._length)
+                self._buffer = self._server.buffers.take(self._length)
         if headers.get("expect", "").lower() == "100-continue" and self._transport is not None:
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self._task is None:
@@ -253,8 +252,8 @@ class _Connection(asyncio.BufferedProtocol):
                 response = await self._server.handle(request)
                 keep_alive = request.keep_alive and not self._server.closing
                 self._write(transport, request, response, keep_alive)
-                if request.buffer is not None and len(request.buffer) <= _SPARE:
-                    self._spare = request.buffer
+                if request.buffer is not None:
+                    self._server.buffers.give(request.buffer)
                 if self._drained is not None:
                     await self._drained
                 if not keep_alive:
@@ -294,10 +293,6 @@ class _Connection(asyncio.BufferedProtocol):
         if self._transport is not None and not self._paused:
             self._paused = True
             self._transport.pause_reading()
-
-    def _take_buffer(self, nbytes: int) -> bytearray:
-        spare, self._spare = self._spare, None
-        return spare if spare is not None and len(spare) >= nbytes else bytearray(nbytes)
 
     def _claim(self, nbytes: int) -> None:
         server = self._server
@@ -373,6 +368,7 @@ class HttpServer:
     on_refusal: Callable[[Refusal], None] | None = None
     connections: set[_Connection] = field(default_factory=set)
     body_bytes: int = 0
+    buffers: BodyBuffers = field(default_factory=BodyBuffers)
     closing: bool = False
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _server: asyncio.Server | None = None

@@ -174,6 +174,7 @@ class HttpApi:
         inference, outputs = bind(asked, tenant, services.regions, principal, request.arrival_ns, request.head_ns)
         headers = trace_context(request.headers)
         with await services.gateway.infer(inference) as result:
+            await result.deliver([(index, place) for index, _, place in outputs if place is not None])
             signature = inference.deployment.signature
             parts, head = encode_infer(asked, name, tenant.config.version, signature, inference.batch, outputs, result)
             parts = [bytes(part) for part in parts]

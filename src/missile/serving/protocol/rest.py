@@ -206,7 +206,10 @@ def encode_infer(
     outputs: Sequence[tuple[int, WantedOutput, RegionSlice | None]],
     result: Result,
 ) -> tuple[list[bytes | memoryview], int | None]:
-    """(the parts of the body, length of its JSON when binary data follow it). Parts may be views of `result`."""
+    """(the parts of the body, length of its JSON when binary data follow it). Parts may be views of `result`.
+
+    Outputs that have a place in shared memory are described only; `Result.deliver` writes them.
+    """
     every = bool(request.parameters.get("binary_data_output", False))
     tail: list[bytes | memoryview] = []
     described = []
@@ -219,7 +222,6 @@ def encode_infer(
             "shape": list(signature.shape(tensor, batch)),
         }
         if place is not None:
-            place.write_from(raw)
             entry["parameters"] = {
                 "shared_memory_region": place.region.name,
                 "shared_memory_offset": place.offset,
