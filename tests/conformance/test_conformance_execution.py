@@ -57,6 +57,26 @@ def test_wait_returns_when_the_first_event_is_done(gpu: Gpu, spin) -> None:
     assert not late.done()
 
 
+def test_a_stream_waits_for_a_latch_that_nobody_has_raised_yet(gpu: Gpu, spin) -> None:
+    waiting, raising = gpu.create_stream(), gpu.create_stream()
+    reached, before = gpu.create_event(), gpu.create_event()
+    latch = gpu.create_latch()
+    waiting.record(before)
+    waiting.wait_latch(latch, 2)
+    waiting.record(reached)
+    gpu.wait([before])
+    raising.raise_latch(latch, 1)
+    gpu.wait([], gpu.now_ns() + MILLISECOND)
+    assert not reached.done()
+    raising.launch(spin(1 * MILLISECOND))
+    raising.raise_latch(latch, 3)
+    gpu.synchronize()
+    assert reached.time_ns() - before.time_ns() >= 2 * MILLISECOND * 0.9
+    waiting.wait_latch(latch, 3)  # it is so high: goes on at once
+    waiting.synchronize()
+    latch.close()
+
+
 def test_an_event_that_was_never_recorded_is_done_and_has_no_time(gpu: Gpu) -> None:
     event = gpu.create_event()
     assert event.done()

@@ -35,6 +35,7 @@ __all__ = [
     "Graph",
     "HostBuffer",
     "Kernel",
+    "Latch",
     "Launch",
     "Left",
     "Level",
@@ -143,6 +144,20 @@ class Event(Protocol):
         """When it was reached, on `Gpu.now_ns`'s clock. Only for events created with timing and done; else MisuseError."""
 
     def synchronize(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Latch(Protocol):
+    """A number on the GPU, 0 at first, that only grows (below 2^31): streams raise it, and wait until it is high enough.
+
+    Unlike for an event, a stream may wait for what nobody has been asked to do yet: so work can be given to a stream before
+    it is known when the copy that it needs will be its turn. Who waits for a value that never comes waits for ever.
+    """
+
+    @property
+    def address(self) -> int:
+        """Of its 32-bit word in device memory; 0 on a simulated GPU."""
+
     def close(self) -> None: ...
 
 
@@ -296,6 +311,12 @@ class Stream(Protocol):
     def wait(self, event: Event) -> None:
         """Later work of this stream starts after `event`'s last record. The host does not wait."""
 
+    def raise_latch(self, latch: Latch, value: int) -> None:
+        """Set `latch` to `value` when the work before has ended."""
+
+    def wait_latch(self, latch: Latch, value: int) -> None:
+        """Later work of this stream starts when `latch` is at least `value`. The host does not wait."""
+
     def idle(self) -> bool: ...
     def synchronize(self) -> None: ...
     def close(self) -> None: ...
@@ -375,6 +396,7 @@ class Gpu(Protocol):
     # --- execution
     def create_stream(self, *, priority: Priority = Priority.LOW, partition: SmPartition | None = None) -> Stream: ...
     def create_event(self, *, timing: bool = True) -> Event: ...
+    def create_latch(self) -> Latch: ...
     def load_module(self, image: bytes, *, name: str = "") -> Module:
         """Load PTX text or a cubin. `name` appears in errors: "TENANT" or "TENANT/WHAT", of which faults name the tenant."""
 

@@ -20,6 +20,7 @@ from missile.gpu.cuda.clock import EventClock
 from missile.gpu.cuda.driver import Driver, load
 from missile.gpu.cuda.graphs import CudaGraph
 from missile.gpu.cuda.lab import MemoryLab
+from missile.gpu.cuda.latches import CudaLatch
 from missile.gpu.cuda.modules import CudaModule
 from missile.gpu.cuda.preempt import CONTROL_BYTES, CudaPreemptControl
 from missile.gpu.cuda.streams import CudaEvent, CudaStream
@@ -148,6 +149,11 @@ class CudaGpu:
 
     def create_event(self, *, timing: bool = True) -> CudaEvent:
         return self._own(CudaEvent(self._cu, self._clock, timing=timing))
+
+    def create_latch(self) -> CudaLatch:
+        word = self.allocate(4)
+        self._cu("cuMemsetD8", word.address, 0, 4)
+        return CudaLatch(word)
 
     def load_module(self, image: bytes, *, name: str = "") -> CudaModule:
         return self._own(CudaModule(self._cu, image, name, self._shared_limit))

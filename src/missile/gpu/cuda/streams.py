@@ -10,7 +10,7 @@ from missile.gpu.cuda.clock import EventClock
 from missile.gpu.cuda.driver import Driver
 from missile.gpu.cuda.graphs import CudaGraph
 from missile.gpu.cuda.modules import CudaKernel
-from missile.gpu.interface import Copy, Event, Fill, Graph, HostBuffer, Launch, Priority, SmPartition
+from missile.gpu.interface import Copy, Event, Fill, Graph, HostBuffer, Latch, Launch, Priority, SmPartition
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,6 +145,13 @@ class CudaStream:
     def wait(self, event: Event) -> None:
         assert isinstance(event, CudaEvent)
         self._cu("cuStreamWaitEvent", self._native, event.handle, 0)
+
+    def raise_latch(self, latch: Latch, value: int) -> None:
+        self._cu("cuStreamWriteValue32", self._native, latch.address, value, 0)
+
+    def wait_latch(self, latch: Latch, value: int) -> None:
+        at_least = self._cu.api.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+        self._cu("cuStreamWaitValue32", self._native, latch.address, value, int(at_least))
 
     # --- state
     def idle(self) -> bool:

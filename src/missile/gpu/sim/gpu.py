@@ -26,6 +26,7 @@ from missile.gpu.interface import (
 )
 from missile.gpu.sim.cost import working_set
 from missile.gpu.sim.engine import Engine, move_work
+from missile.gpu.sim.latches import SimLatch
 from missile.gpu.sim.memory import DeviceMemory, SimAddressRange, SimDeviceBuffer, SimHostBuffer, SimPage
 from missile.gpu.sim.memory_lab import MemoryLab
 from missile.gpu.sim.memory_spec import parse_memory_spec
@@ -79,6 +80,7 @@ class SimulatedGpu:
             driver="simulated",
             runtime="simulated",
             notes=("simulated: a model, not a measurement",),
+            extra={"memory_bytes_per_s": spec.vram.bandwidth_gb_s * 1e9},
         )
 
     @classmethod
@@ -127,6 +129,10 @@ class SimulatedGpu:
     def create_event(self, *, timing: bool = True) -> SimEvent:
         self._engine.check()
         return SimEvent(self._engine, timing)
+
+    def create_latch(self) -> SimLatch:
+        self._engine.check()
+        return SimLatch()
 
     def load_module(self, image: bytes, *, name: str = "") -> SimModule:
         self._engine.check()

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from missile.errors import MisuseError
-from missile.gpu.interface import Copy, Event, Fill, Graph, HostBuffer, Launch, Priority, SmPartition
+from missile.gpu.interface import Copy, Event, Fill, Graph, HostBuffer, Latch, Launch, Priority, SmPartition
 from missile.gpu.sim.copies import CopyEngine, PendingCopy
 from missile.gpu.sim.cost import KernelCost
+from missile.gpu.sim.latches import Await, Raise, own_latch
 from missile.gpu.sim.memory import Backing, SimHostBuffer
 
 if TYPE_CHECKING:
@@ -278,6 +279,12 @@ class SimStream:
         if event.mark is not None:
             self._push(_Wait(event.mark), self.engine.spec.host.record_ns)
 
+    def raise_latch(self, latch: Latch, value: int) -> None:
+        self._push(Raise(own_latch(latch), value), self.engine.spec.host.record_ns)
+
+    def wait_latch(self, latch: Latch, value: int) -> None:
+        self._push(Await(own_latch(latch), value), self.engine.spec.host.record_ns)
+
     # --- state
     def idle(self) -> bool:
         self.engine.spend(self.engine.spec.host.query_ns)
@@ -303,7 +310,7 @@ class SimStream:
             if isinstance(step, _Transfer) and step.copy.engine is engine:
                 if not step.copy.submitted:
                     step.copy.engine.submit(step.copy, now)
-            elif not isinstance(step, _Record):
+            elif not isinstance(step, _Record | Raise):
                 break
 
     def _push_copy(self, copy_engine: CopyEngine, nbytes: int, move: Callable[[], None]) -> None:
@@ -312,7 +319,7 @@ class SimStream:
         ready = engine.timeline.host + engine.spec.host.copy_ns + engine.spec.link.latency_ns
         self._push(_Transfer(PendingCopy(copy_engine, nbytes, ready, move)), engine.spec.host.copy_ns)
         first = self._queue[0][1]
-        if isinstance(first, _Record | _Transfer):
+        if isinstance(first, _Record | Raise | _Transfer):
             self.submit_copies(copy_engine, engine.timeline.host)
 
     def _check_open(self) -> None:
