@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import time
 import traceback
@@ -27,11 +28,16 @@ import torch
 from colored_kernels import KERNELS, compile_kernel
 
 from missile.coloring.pool import ColoredPool, TenantMemory
-from missile.coloring.shape import CONSTANTS, LOGICAL_BASE, Escape, Form, Shape, TableSpace
+from missile.coloring.shape import LOGICAL_BASE, Escape, Form, Shape, TableSpace
 from missile.coloring.shares import Share
-from missile.coloring.translation import ArithmeticTranslation, InPageTranslation, ShadowTranslation, Translation
+from missile.coloring.translation import (
+    ArithmeticTranslation,
+    InPageTranslation,
+    PairTranslation,
+    ShadowTranslation,
+    Translation,
+)
 from missile.compiler.ptx.assemble import assemble
-from missile.compiler.ptx.cubin import bind_symbol
 from missile.compiler.ptx.rewrite import Placement, rewrite
 from missile.compiler.ptx.transfer import GATHER, SCATTER, THREADS, blocks_for, transfer_ptx
 from missile.gpu import open_gpu
@@ -41,9 +47,11 @@ from missile.probe.layout import PageLayout
 PAGE = 2 << 20
 GRANULE = PageLayout(PAGE, (*range(8), 9))  # 512 bytes in two halves, as measured on Hopper
 FRAME = PageLayout(PAGE, tuple(range(12)))  # 4 KiB
+PIECE = PageLayout(PAGE, tuple(range(8)))  # half of a granule; the bit above tells two granules apart
 MASKS = (0x89000, 0x10A000, 0xC4000)  # parities as an H100 has them, each with one of bits 12 to 14
 PAGES = 640
 ARCH = "sm_90a"
+_LOOKUP = re.compile(r"ld\.global\.nc\S* (%missile_w\d+), \[%missile_d\d+\];")
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,10 @@ class Variant:
     name: str
     shape: Shape
     placement: Placement = Placement.DEFINITION
+    lookups: bool = True  # False: without loads from the table, all of it taken for zeros (what the rest costs)
+
+    def rewritten(self, ptx: str) -> str:
+        return ptx if self.lookups else _LOOKUP.sub(r"mov.b32 \1, 0;", ptx)
 
     def translation(self, everything: bool, rng: np.random.Generator) -> Translation:
         """All frames of `PAGES` pages in random order, or three eighths of them under random constants of pages."""
@@ -58,6 +70,12 @@ class Variant:
         if shape.form is Form.ARITHMETIC:
             colors = rng.permutation(8)[: 8 if everything else 3].tolist()
             return ArithmeticTranslation(shape, MASKS, colors, PAGES, self._xors(8, rng))
+        if not self.lookups:
+            return PairTranslation(shape, np.zeros((PAGES, layout.granules // (1 if everything else 2)), np.int64))
+        if shape.form is Form.PAIR:
+            # A granule has two pieces, of which one is taken as the other is.
+            choices = np.repeat(rng.integers(0, 2, (PAGES, layout.granules // 4)), 2, axis=1)
+            return PairTranslation(shape, np.repeat(choices[:, ::2], 4, axis=1) if everything else choices)
         count = layout.granules if everything else layout.granules * 3 // 8 + 5
         places = rng.permutation(layout.granules)[:count]
         if shape.form is Form.SHADOW:
@@ -74,16 +92,16 @@ def _in_page(layout: PageLayout, space: TableSpace, **more: Any) -> Shape:
 
 
 VARIANTS = (
-    Variant("in-page const 4K", _in_page(FRAME, TableSpace.CONST)),
-    Variant("in-page const 512", _in_page(GRANULE, TableSpace.CONST)),
+    Variant("pair 256", Shape(Form.PAIR, PIECE)),
+    Variant("pair 256, at access", Shape(Form.PAIR, PIECE), Placement.ACCESS),
+    Variant("pair 256, no lookups", Shape(Form.PAIR, PIECE), lookups=False),
+    Variant("pair 4K", Shape(Form.PAIR, FRAME)),
     Variant("in-page shared 4K", _in_page(FRAME, TableSpace.SHARED)),
     Variant("in-page shared 512", _in_page(GRANULE, TableSpace.SHARED)),
     Variant("in-page global 4K", _in_page(FRAME, TableSpace.GLOBAL)),
     Variant("in-page global 512", _in_page(GRANULE, TableSpace.GLOBAL)),
-    Variant("in-page const 4K, page constants", _in_page(FRAME, TableSpace.CONST, page_xors=1024)),
-    Variant("in-page const 4K, at access", _in_page(FRAME, TableSpace.CONST), Placement.ACCESS),
+    Variant("in-page shared 4K, page constants", _in_page(FRAME, TableSpace.SHARED, page_xors=True)),
     Variant("arithmetic 4K", Shape(Form.ARITHMETIC, FRAME, masks=3)),
-    Variant("arithmetic 4K, page constants", Shape(Form.ARITHMETIC, FRAME, masks=3, page_xors=1024)),
     Variant("shadow 4K", Shape(Form.SHADOW, FRAME)),
     Variant("shadow 512", Shape(Form.SHADOW, GRANULE)),
 )
@@ -161,15 +179,14 @@ CASES = (
 class Runner:
     """One variant's tenants and kernels on the GPU."""
 
-    def __init__(self, gpu: Gpu, stream: Stream, pool: ColoredPool) -> None:
-        self.gpu, self.stream, self.pool = gpu, stream, pool
+    def __init__(self, gpu: Gpu, stream: Stream) -> None:
+        self.gpu, self.stream = gpu, stream
 
-    def bound(self, cubin: bytes, entry: str, memory: TenantMemory | None) -> Any:
-        image = cubin if memory is None else bind_symbol(cubin, CONSTANTS, memory.constants)
-        return self.gpu.load_module(image, name=memory.tenant if memory else "plain").kernel(entry)
+    def kernel(self, cubin: bytes, entry: str) -> Any:
+        return self.gpu.load_module(cubin, name=entry).kernel(entry)
 
-    def move(self, kernel: Any, plain: int, logical: int, nbytes: int) -> Launch:
-        params = tuple(value.to_bytes(8, "little") for value in (plain, logical, nbytes))
+    def move(self, kernel: Any, memory: TenantMemory, plain: int, logical: int, nbytes: int) -> Launch:
+        params = *(value.to_bytes(8, "little") for value in (plain, logical, nbytes)), memory.constants
         return Launch(kernel, (blocks_for(nbytes), 1, 1), (THREADS, 1, 1), 0, params)
 
     def run(self, *launches: Launch) -> None:
@@ -178,10 +195,10 @@ class Runner:
         self.stream.synchronize()
 
 
-def launch_of(kernel: Any, case: Case, compiled: Any, pointers: Sequence[int]) -> Launch:
+def launch_of(kernel: Any, case: Case, compiled: Any, pointers: Sequence[int], *constants: bytes) -> Launch:
     values = [p.to_bytes(8, "little") for p in pointers]
     values += [s.to_bytes(4, "little") for s in case.scalars]
-    values += [bytes(8), bytes(8)]  # Triton's scratch memory, which these kernels don't use
+    values += [bytes(8), bytes(8), *constants]  # Triton's scratch memory, which these kernels don't use
     meta = compiled.metadata
     return Launch(kernel, case.grid, (32 * meta.num_warps, 1, 1), meta.shared, tuple(values))
 
@@ -219,11 +236,24 @@ class Plain:
         self.inputs = [t.contiguous() for t in case.inputs()]
         self.output = torch.zeros(case.output[1], dtype=case.output[0], device="cuda")
         torch.cuda.synchronize()
-        kernel = runner.bound(compiled.asm["cubin"], compiled.metadata.name, None)
+        kernel = runner.kernel(compiled.asm["cubin"], compiled.metadata.name)
         self.launch = launch_of(kernel, case, compiled, [t.data_ptr() for t in (*self.inputs, self.output)])
         runner.run(self.launch)
         self.expected = self.output.clone()
+        self._sums = self._checksums()
+        self._runner = runner
+
+    def _checksums(self) -> list[int]:
+        return [int(t.view(torch.uint8).to(torch.int64).sum()) for t in self.inputs]
+
+    def says_the_same_again(self) -> str:
+        """What of the original kernel differs from its first run: "" nothing."""
+        changed = [f"input {i}" for i, (a, b) in enumerate(zip(self._sums, self._checksums(), strict=True)) if a != b]
+        self.output.zero_()
         torch.cuda.synchronize()
+        self._runner.run(self.launch)
+        differs = int((self.output.view(torch.uint8) != self.expected.view(torch.uint8)).sum())
+        return ", ".join([*changed, f"{differs} bytes of its output"] if differs else changed)
 
 
 class Colored:
@@ -232,23 +262,28 @@ class Colored:
     def __init__(self, case: Case, plain: Plain, runner: Runner, memory: TenantMemory, built: dict[str, Any]) -> None:
         self._runner = runner
         buffers = [memory.allocate(t.nbytes) for t in (*plain.inputs, plain.output)]
-        scatter = runner.bound(built["transfer"], SCATTER, memory)
-        self.gather = runner.bound(built["transfer"], GATHER, memory)
-        self.scatter = runner.move(scatter, plain.inputs[0].data_ptr(), buffers[0].address, plain.inputs[0].nbytes)
+        scatter = runner.kernel(built["transfer"], SCATTER)
+        self.gather = runner.kernel(built["transfer"], GATHER)
+        self.scatter = runner.move(
+            scatter, memory, plain.inputs[0].data_ptr(), buffers[0].address, plain.inputs[0].nbytes
+        )
         zeros = torch.zeros_like(plain.output)
         torch.cuda.synchronize()
         for tensor, buffer in zip((*plain.inputs, zeros), buffers, strict=True):
-            runner.run(runner.move(scatter, tensor.data_ptr(), buffer.address, tensor.nbytes))
-        kernel = runner.bound(built[case.kernel], built["compiled"][case.kernel].metadata.name, memory)
-        self.launch = launch_of(kernel, case, built["compiled"][case.kernel], [b.address for b in buffers])
+            runner.run(runner.move(scatter, memory, tensor.data_ptr(), buffer.address, tensor.nbytes))
+        compiled = built["compiled"][case.kernel]
+        kernel = runner.kernel(built[case.kernel], compiled.metadata.name)
+        self.launch = launch_of(kernel, case, compiled, [b.address for b in buffers], memory.constants)
         self.registers = kernel.registers
-        self._plain, self._buffers = plain, buffers
+        self._plain, self._buffers, self._memory = plain, buffers, memory
 
     def same_bits(self) -> bool:
         runner, out = self._runner, self._buffers[-1]
         got = torch.empty_like(self._plain.expected)
         torch.cuda.synchronize()
-        runner.run(self.launch, runner.move(self.gather, got.data_ptr(), out.address, got.nbytes))
+        runner.run(self.launch, runner.move(self.gather, self._memory, got.data_ptr(), out.address, got.nbytes))
+        differs = torch.nonzero(got != self._plain.expected).flatten()
+        self.differences = [len(differs), *differs[:4].tolist(), *differs[-4:].tolist()]
         same = torch.equal(got.view(torch.uint8), self._plain.expected.view(torch.uint8))
         torch.cuda.synchronize()
         return same
@@ -266,9 +301,9 @@ def build() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
         def made(variant: Variant, name: str) -> bytes:
             if name == "transfer":
-                return assemble(transfer_ptx(variant.shape, ARCH), arch=ARCH, name=name)
+                return assemble(variant.rewritten(transfer_ptx(variant.shape, ARCH)), arch=ARCH, name=name)
             new = rewrite(compiled[name].asm["ptx"], variant.shape, name=name, placement=variant.placement)
-            return assemble(new.ptx, arch=ARCH, name=name)
+            return assemble(variant.rewritten(new.ptx), arch=ARCH, name=name)
 
         futures = [{name: workers.submit(made, v, name) for name in (*names, "transfer")} for v in VARIANTS]
         built = [{name: future.result() for name, future in row.items()} for row in futures]
@@ -278,7 +313,7 @@ def build() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def oracle(gpu: Gpu, stream: Stream, pool: ColoredPool, compiled: dict[str, Any], built: Any, deadline: float) -> list:
-    runner = Runner(gpu, stream, pool)
+    runner = Runner(gpu, stream)
     rng = np.random.default_rng(4)
     plains = {case.name: Plain(case, runner, compiled[case.kernel]) for case in CASES}
     rows = []
@@ -295,6 +330,9 @@ def oracle(gpu: Gpu, stream: Stream, pool: ColoredPool, compiled: dict[str, Any]
                 try:
                     colored = Colored(case, plain, runner, memory, cubins)
                     row["same_bits"] = colored.same_bits()
+                    if not row["same_bits"]:
+                        row |= {"differences": colored.differences, "plain_differs": plain.says_the_same_again()}
+                        print(row, flush=True)
                     row["registers"] = colored.registers
                     if everything:
                         plain_ns, colored_ns = by_turns(gpu, stream, (plain.launch, colored.launch))
@@ -316,9 +354,9 @@ def oracle(gpu: Gpu, stream: Stream, pool: ColoredPool, compiled: dict[str, Any]
 
 def protection(gpu: Gpu, stream: Stream, pool: ColoredPool) -> dict[str, Any]:
     """Tenant A has three eighths of every frame's places, B the rest of the same pages; A reaches for everything."""
-    runner = Runner(gpu, stream, pool)
+    runner = Runner(gpu, stream)
     rng = np.random.default_rng(5)
-    shape = _in_page(GRANULE, TableSpace.CONST, escape=Escape.COUNT)
+    shape = _in_page(GRANULE, TableSpace.SHARED, escape=Escape.COUNT)
     order = rng.permutation(GRANULE.granules)
     cut = GRANULE.granules * 3 // 8
     pages = tuple(range(32))
@@ -333,18 +371,17 @@ def protection(gpu: Gpu, stream: Stream, pool: ColoredPool) -> dict[str, Any]:
     got = torch.empty((reach + a.translation.logical_bytes) // 4, dtype=torch.int32, device="cuda")
     junk = torch.full_like(got, 0x0BADF00D)
     torch.cuda.synchronize()
-    scatter = {m.tenant: runner.bound(transfer, SCATTER, m) for m in memories}
-    gather = {m.tenant: runner.bound(transfer, GATHER, m) for m in memories}
+    scatter, gather = (runner.kernel(transfer, entry) for entry in (SCATTER, GATHER))
     base = LOGICAL_BASE
-    runner.run(runner.move(scatter["b"], secret.data_ptr(), base, size_b))
-    runner.run(runner.move(gather["a"], got.data_ptr(), base, got.nbytes))
+    runner.run(runner.move(scatter, b, secret.data_ptr(), base, size_b))
+    runner.run(runner.move(gather, a, got.data_ptr(), base, got.nbytes))
     read_secret = int((got == 0x5EC2E75E).sum())
-    runner.run(runner.move(gather["a"], got.data_ptr(), base - reach, reach))
+    runner.run(runner.move(gather, a, got.data_ptr(), base - reach, reach))
     read_secret += int((got == 0x5EC2E75E).sum())
-    runner.run(runner.move(scatter["a"], junk.data_ptr(), base, junk.nbytes))
+    runner.run(runner.move(scatter, a, junk.data_ptr(), base, junk.nbytes))
     back = torch.empty_like(secret)
     torch.cuda.synchronize()
-    runner.run(runner.move(gather["b"], back.data_ptr(), base, size_b))
+    runner.run(runner.move(gather, b, back.data_ptr(), base, size_b))
     counter = gpu.allocate_host(8)
     stream.copy_to_host(counter, a.escapes)
     stream.synchronize()

@@ -37,6 +37,27 @@ def table_map(rng: np.random.Generator, slices: int = 12, colors: int = 4, page_
     return _map(layout, [pattern], [np.arange(slices), other], colors, layout.granule_bytes)
 
 
+def pair_map(
+    rng: np.random.Generator, same: int = 2, page_bits: int = 16
+) -> tuple[ChannelMap, tuple[tuple[int, ...], ...]]:
+    """Six colors of two slices whose halves, also given, split neighbouring granules, but for `same` pairs; two namings."""
+    layout = PageLayout(1 << page_bits, HALVES)
+    colors = rng.permutation(6)
+    halves = (colors[:3], colors[3:])
+    pairs = layout.granules // 2
+    sides = rng.integers(0, 2, pairs)
+    side = np.stack([sides, 1 - sides], axis=1)
+    side[rng.permutation(pairs)[:same], 1] ^= 1
+    pattern = rng.integers(0, 3, side.shape)
+    pattern = np.stack(halves)[side, pattern] * 2 + rng.integers(0, 2, side.shape)
+    swapped = np.repeat(rng.permutation(halves[0]), 2), np.repeat(rng.permutation(halves[1]), 2)
+    other = np.empty(12, np.int64)
+    for half, new in zip(halves, swapped, strict=True):
+        other[np.repeat(half, 2) * 2 + np.tile([0, 1], 3)] = new * 2 + np.tile([0, 1], 3)
+    found = tuple(sorted(tuple(sorted(half.tolist())) for half in halves))
+    return _map(layout, [pattern.reshape(-1)], [np.arange(12), other], 6, layout.granule_bytes), found
+
+
 def _map(layout: PageLayout, patterns: list[Ints], permutations: list[Ints], colors: int, frame: int) -> ChannelMap:
     slices = int(patterns[0].max()) + 1
     model = PageModel(slices, layout.granules, patterns, permutations)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from missile.coloring.pool import ColoredPool, TenantMemory
 from missile.coloring.shape import LOGICAL_BASE, Escape, Field, Form, Shape, TableSpace
 from missile.coloring.shares import Share
-from missile.coloring.translation import InPageTranslation, ShadowTranslation
+from missile.coloring.translation import InPageTranslation, PairTranslation, ShadowTranslation
 from missile.errors import MisuseError, OutOfMemoryError
 from missile.gpu import open_gpu
 from missile.gpu.interface import Gpu
@@ -92,6 +93,22 @@ def test_a_share_that_can_not_be_attached_leaves_nothing(gpu: Gpu) -> None:
             pool.attach(share("b", range(4, 8), (2,)))
         assert gpu.memory_free() == free
         assert list(pool.held()) == ["a"]
+
+
+def test_shares_that_were_planned_apart_and_overlap_are_refused(gpu: Gpu) -> None:
+    pairs = Shape(Form.PAIR, FRAME)
+    halves = [Share(name, (), (1,), PairTranslation(pairs, np.full(16, taken))) for taken, name in enumerate("xy")]
+    with ColoredPool(gpu, 3) as pool:
+        pool.attach(replace(share("a", range(4), (0, 1)), colors=(0, 1)))
+        with pytest.raises(MisuseError, match="'a' and 'b' overlap"):
+            pool.attach(replace(share("b", range(4, 8), (1, 2)), colors=(1, 2)))
+        with pytest.raises(MisuseError, match="'a' and 'x' overlap"):
+            pool.attach(halves[0])
+        pool.attach(replace(share("c", range(4, 8), (2,)), colors=(1, 2))).close()
+        pool.attach(replace(share("d", range(4, 8), (1,)), colors=(2,)))
+    with ColoredPool(gpu, 2) as pool:
+        for half in halves:
+            pool.attach(half)
 
 
 def test_a_pool_larger_than_the_gpu_is_refused_whole(gpu: Gpu) -> None:

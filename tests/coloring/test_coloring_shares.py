@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-from coloring_maps import linear_map, random_pages, table_map
+from coloring_maps import linear_map, pair_map, random_pages, table_map
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from missile.coloring.halves import find_halves, residue
 from missile.coloring.palette import Palette
 from missile.coloring.shape import Form
 from missile.coloring.shares import Demand, Share, plan_shares
 from missile.errors import MisuseError, OutOfMemoryError, UnsupportedError
 from missile.probe.channel_map import ChannelMap
+from missile.probe.map_file import read_map
 
 
 def places_of(channel_map: ChannelMap, share: Share) -> np.ndarray:
@@ -125,3 +129,71 @@ def test_a_set_that_is_too_small_says_how_much_is_missing() -> None:
         channel_map, np.zeros((4, 3), np.int64), [Demand("big", (0, 2), caught.value.available)], form=Form.IN_PAGE
     )
     assert largest.nbytes == caught.value.available
+
+
+def pieces_of(channel_map: ChannelMap, share: Share) -> np.ndarray:
+    """(pool page, address in it) of every piece of a share in the pair form, the guard among them."""
+    starts = share.translation.locate(np.arange(share.translation.frames + 1))
+    page, within = np.divmod(starts, channel_map.page_bytes)
+    return np.stack([np.array(share.pages)[page], within], axis=1)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 10_000), st.integers(0, 3))
+def test_halves_are_found_and_shared_by_two_groups_of_tenants(seed: int, same: int) -> None:
+    rng = np.random.default_rng(seed)
+    channel_map, halves = pair_map(rng, same)
+    constants = random_pages(channel_map, 12, rng, lost=1)
+    found = find_halves(channel_map)
+    assert found is not None
+    palette = Palette(channel_map)
+    assert (found.bit, found.sets) == (8, halves)
+    assert found.residue == pytest.approx(max(residue(palette, half, (0, 0, 0)) for half in halves))
+    size = channel_map.page_bytes
+    demands = [Demand("a", halves[0], size), Demand("b", halves[0], size // 3), Demand("c", halves[1], 2 * size)]
+    shares = plan_shares(channel_map, constants, demands)
+    taken: set[tuple[int, int]] = set()
+    for share, demand in zip(shares, demands, strict=True):
+        assert share.translation.shape.form is Form.PAIR
+        assert share.nbytes >= demand.nbytes
+        places = pieces_of(channel_map, share)
+        mine = set(map(tuple, places.tolist()))
+        assert len(mine) == len(places)
+        assert not mine & taken
+        taken |= mine
+        foreign = [int(channel_map.color_of(at, constants[page])) not in share.colors for page, at in places]
+        assert np.mean(foreign) == pytest.approx(share.residue)
+        # Both pieces of a granule are the tenant's: no half of a granule is used by anyone else.
+        assert {(page, at ^ 512) for page, at in mine} == mine
+    assert not set(shares[0].pages) & set(shares[1].pages)
+    assert shares[0].pages[0] == shares[2].pages[0]
+    with pytest.raises(UnsupportedError, match="pair form"):
+        plan_shares(channel_map, constants, [Demand("t", halves[0][:2], 100)], form=Form.PAIR)
+    with pytest.raises(OutOfMemoryError, match="are missing"):
+        plan_shares(channel_map, constants, [Demand("t", halves[0], 11 * size // 2)])
+
+
+def test_colors_that_split_too_few_pairs_are_no_halves() -> None:
+    rng = np.random.default_rng(8)
+    channel_map, halves = pair_map(rng, same=20)
+    constants = random_pages(channel_map, 4, rng)
+    (share,) = plan_shares(channel_map, constants, [Demand("t", halves[0], 100)])
+    assert share.translation.shape.form is not Form.PAIR
+    (alone,) = plan_shares(channel_map, constants, [Demand("t", tuple(range(6)), 100)])
+    assert alone.translation.shape.form is Form.PAIR
+    assert (alone.residue, alone.nbytes) == (0.0, channel_map.page_bytes - 256)
+
+
+def test_linear_colors_have_halves_without_a_residue() -> None:
+    found = find_halves(linear_map(np.random.default_rng(9)))
+    assert found is not None
+    assert found.residue == 0.0
+
+
+def test_the_measured_map_of_an_h200_has_halves() -> None:
+    """The map in benchmarks/results: S = {0, 2, 5} and T = {1, 3, 4}, told apart by address bit 8."""
+    channel_map = read_map(Path(__file__).parents[2] / "benchmarks" / "results" / "probe-h200" / "map1.json")
+    found = find_halves(channel_map)
+    assert found is not None
+    assert (found.bit, found.sets) == (8, ((0, 2, 5), (1, 3, 4)))
+    assert found.residue < 0.03

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from missile.coloring.shape import LOGICAL_BASE, Escape
+from missile.coloring.shape import LOGICAL_BASE, Escape, Form
 from missile.coloring.shares import Share
 from missile.coloring.translation import Translation
 from missile.errors import MisuseError, OutOfMemoryError
@@ -65,12 +65,15 @@ class ColoredPool:
     def attach(self, share: Share, *, quota: int | None = None) -> TenantMemory:
         """Map `share`'s pages for its tenant and bring its table to the GPU. quota: bytes it may hold (None: all it has).
 
-        MisuseError when the tenant is there already or the share is of another pool. Nothing is left behind by an error.
+        MisuseError when the tenant is there already, the share is of another pool, or it takes memory that a tenant has.
+        Nothing is left behind by an error.
         """
         if share.tenant in self._tenants:
             raise MisuseError(f"Tenant {share.tenant!r} has colored memory already.")
         if not share.pages or max(share.pages) >= len(self._pages):
             raise MisuseError(f"The share of tenant {share.tenant!r} names pages that this pool does not have.")
+        for memory in self._tenants.values():
+            memory.check_apart(share)
         with ExitStack() as undo:
             span = self._gpu.reserve(len(share.pages) * self._gpu.info.page_bytes)
             undo.callback(span.free)
@@ -209,6 +212,17 @@ class TenantMemory:
     def table_bytes(self) -> int:
         """What the translation takes beside the tenant's own memory: its table in global memory."""
         return sum(buffer.nbytes for buffer in self._owned)
+
+    def check_apart(self, other: Share) -> None:
+        """MisuseError when `other` takes memory of this tenant: shares that were not planned together may."""
+        mine = self._share
+        if set(mine.pages).isdisjoint(other.pages):
+            return
+        mixed = (mine.translation.shape.form is Form.PAIR) != (other.translation.shape.form is Form.PAIR)
+        if mixed or set(mine.colors) & set(other.colors):
+            raise MisuseError(
+                f"The shares of tenants {mine.tenant!r} and {other.tenant!r} overlap: they have to be planned together."
+            )
 
     def allocate(self, nbytes: int, *, tenant: str = "") -> ColoredBuffer:
         """Logical memory for the tenant, aligned to 512 bytes. OutOfMemoryError saying how much is missing."""

@@ -1,4 +1,7 @@
-"""Who gets which pages and which translation, when tenants with disjoint colors share a pool of pages. Pure planning."""
+"""Who gets which pages and which translation, when tenants share a pool of pages. Pure planning.
+
+Tenants have the same colors, and then different pages, or disjoint ones, and then may share pages.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from missile.coloring.halves import choices, piece_layout, residue
 from missile.coloring.linear import linear_colors
 from missile.coloring.palette import Palette
 from missile.coloring.shape import Escape, Form, Shape, TableSpace
 from missile.coloring.translation import (
     ArithmeticTranslation,
     InPageTranslation,
+    PairTranslation,
     ShadowTranslation,
     Translation,
 )
@@ -24,6 +29,8 @@ from missile.probe.pages import NO_PAGE
 __all__ = ["Demand", "Share", "plan_shares"]
 
 Ints = npt.NDArray[np.int64]
+
+_PAIR_RESIDUE = 0.05  # of a tenant's memory: more than this in colors of others, and pairs are no way to color it
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +44,16 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a tenant gets. pages: numbers of the pool's pages, in the order that they are mapped in for it."""
+    """What a tenant gets. pages: numbers of the pool's pages, in the order that they are mapped in for it.
+
+    residue: share of its memory that is not of its colors (pair form); it is nobody else's memory all the same.
+    """
 
     tenant: str
     colors: tuple[int, ...]
     pages: tuple[int, ...]
     translation: Translation
+    residue: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -62,23 +73,38 @@ def plan_shares(
     """Give every demand frames of its colors, from a pool of pages with `constants` (pages, 3), as measured by
     `ChannelMap.classify`; pages that were not classified are left out.
 
-    form: the translation to use; None takes the in-page table where one serves all the pages that a tenant needs, and
-    the shadow page table otherwise. Of the pages, those come first whose constants vanish for the tenant's colors.
-    Tenants take turns through the same pages: what of a page is not of one tenant's colors is there for the others.
+    form: the translation to use. None takes the pair form where the tenants' colors are two halves that split nearly every
+    pair of frames (`find_halves`), or all colors; else the in-page table where one serves all the pages that a tenant
+    needs, and the shadow page table otherwise. Of the pages, those come first whose constants vanish for the colors.
+    Tenants of different colors take turns through the same pages; those of the same colors have pages of their own.
 
-    MisuseError for colors that are empty, unknown or another tenant's; OutOfMemoryError saying how much is missing;
+    The pair form is for all tenants of a pool or for none: another form would take frames that pairs give to others.
+    MisuseError for colors that are empty, unknown or partly another tenant's; OutOfMemoryError saying how much is missing;
     UnsupportedError where the form asked for does not fit the map.
     """
     palette = Palette(channel_map)
-    sets = _disjoint(palette, demands)
+    sets = _color_sets(palette, demands)
+    free = np.asarray(constants, np.int64)
+    pairs = form in (None, Form.PAIR) and _split_by_pairs(palette, free, set(sets))
+    if form is Form.PAIR and not pairs:
+        raise UnsupportedError("The pair form of translation does not fit the tenants' colors: they are no two halves.")
+    taken: dict[tuple[int, ...], list[int]] = {}
     shares = []
     for demand, colors in zip(demands, sets, strict=True):
-        shares.append(_share(palette, np.asarray(constants, np.int64), demand, colors, form, space, escape))
+        left = free.copy()
+        left[taken.setdefault(colors, [])] = NO_PAGE
+        if pairs:
+            share = _pairs(palette, left, demand, colors, escape)
+        else:
+            share = _share(palette, left, demand, colors, form, space, escape)
+        taken[colors] += share.pages
+        shares.append(share)
     return tuple(shares)
 
 
-def _disjoint(palette: Palette, demands: Sequence[Demand]) -> list[tuple[int, ...]]:
-    owner: dict[int, str] = {}
+def _color_sets(palette: Palette, demands: Sequence[Demand]) -> list[tuple[int, ...]]:
+    """Each demand's colors, ascending: of two demands the same or disjoint."""
+    owner: dict[int, tuple[str, tuple[int, ...]]] = {}
     sets = []
     names: set[str] = set()
     for demand in demands:
@@ -89,13 +115,40 @@ def _disjoint(palette: Palette, demands: Sequence[Demand]) -> list[tuple[int, ..
             raise MisuseError(f"Tenant {demand.tenant!r} asks for {demand.nbytes} bytes of memory.")
         colors = palette.check(demand.colors, demand.tenant)
         for color in colors:
-            if color in owner:
+            other, theirs = owner.setdefault(color, (demand.tenant, colors))
+            if theirs != colors:
                 raise MisuseError(
-                    f"Color {color} is wanted by tenants {owner[color]!r} and {demand.tenant!r}; color sets are disjoint."
+                    f"Color {color} is wanted by tenants {other!r} and {demand.tenant!r}; "
+                    "sets of colors are disjoint, or the same."
                 )
-            owner[color] = demand.tenant
         sets.append(colors)
     return sets
+
+
+def _split_by_pairs(palette: Palette, constants: Ints, sets: set[tuple[int, ...]]) -> bool:
+    everything = tuple(range(palette.colors))
+    if sets == {everything}:
+        return True
+    first = min(sets)
+    if any(colors != first and set(colors) != set(everything) - set(first) for colors in sets):
+        return False
+    kinds = np.unique(constants[constants[:, 2] != NO_PAGE], axis=0)
+    rest = tuple(set(everything) - set(first))
+    return all(residue(palette, half, kind) <= _PAIR_RESIDUE for kind in kinds for half in (first, rest))
+
+
+def _pairs(palette: Palette, constants: Ints, demand: Demand, colors: tuple[int, ...], escape: Escape) -> Share:
+    shape = Shape(Form.PAIR, piece_layout(palette.layout), escape=escape)
+    known = np.flatnonzero(constants[:, 2] != NO_PAGE)
+    whole = len(colors) == palette.colors
+    per_page = shape.layout.granules // (1 if whole else 2)
+    needed = -(-demand.nbytes // shape.unit_bytes) + 1  # the guard
+    if len(known) * per_page < needed:
+        raise _missing(palette, demand, colors, len(known), (len(known) * per_page - 1) * shape.unit_bytes)
+    pages = known[: -(-needed // per_page)]
+    taken = [np.zeros(per_page, np.int64) if whole else choices(palette, colors, constants[page]) for page in pages]
+    foreign = 0.0 if whole else float(np.mean([residue(palette, colors, constants[page]) for page in pages]))
+    return Share(demand.tenant, colors, tuple(pages.tolist()), PairTranslation(shape, np.stack(taken)), foreign)
 
 
 def _share(
@@ -174,14 +227,17 @@ def _shadow(
         places.append(frames)
         have += len(frames)
     if have < needed:
-        nbytes = palette.layout.granule_bytes
-        room = max(have - 1, 0) * nbytes
-        raise OutOfMemoryError(
-            f"Tenant {demand.tenant!r} needs {demand.nbytes} bytes in {len(colors)} of {palette.colors} colors; the pool's "
-            f"{len(known)} classified pages have {room} there: {demand.nbytes - room} are missing.",
-            requested=demand.nbytes,
-            available=room,
-            tenant=demand.tenant,
-        )
+        raise _missing(palette, demand, colors, len(known), (have - 1) * palette.layout.granule_bytes)
     translation = ShadowTranslation.from_pages(palette.layout, places, escape)
     return Share(demand.tenant, colors, tuple(known[: len(places)].tolist()), translation)
+
+
+def _missing(palette: Palette, demand: Demand, colors: tuple[int, ...], pages: int, available: int) -> OutOfMemoryError:
+    room = max(available, 0)
+    return OutOfMemoryError(
+        f"Tenant {demand.tenant!r} needs {demand.nbytes} bytes in {len(colors)} of {palette.colors} colors; the pool's "
+        f"{pages} classified pages that are free there have {room}: {demand.nbytes - room} are missing.",
+        requested=demand.nbytes,
+        available=room,
+        tenant=demand.tenant,
+    )

@@ -1,0 +1,102 @@
+"""Two sets of colors that split neighbouring frames: of (nearly) every two that one address bit tells apart, each has one.
+
+Where there are such halves, a tenant's memory is every other frame, and one bit says which of the two: what the pair form
+translates by. In pairs of the same half the two tenants still get one frame each, so memory stays disjoint; these frames
+are not of their tenant's colors, and how many there are is the residue. Pure arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+
+from missile.coloring.palette import Palette
+from missile.probe.channel_map import ChannelMap
+from missile.probe.layout import PageLayout
+
+__all__ = ["Halves", "choices", "find_halves", "piece_layout", "residue"]
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Halves:
+    """bit: the address bit that tells neighbours apart. sets: the colors of each half, color 0 in the first.
+
+    residue: share of a half's frames that are of the other half's colors, in the kind of page that has most of them.
+    """
+
+    bit: int
+    sets: tuple[tuple[int, ...], tuple[int, ...]]
+    residue: float
+
+
+def find_halves(channel_map: ChannelMap) -> Halves | None:
+    """The two halves of all colors with the least residue, None where there is but one color.
+
+    Looked for with every address bit that numbers frames; of equal ones the lowest bit is taken. All kinds of pages that
+    the map knows count (an XOR of the frame's index moves pairs as a whole, so those with one count once).
+    """
+    palette = Palette(channel_map)
+    model = channel_map.model
+    kinds = [(p, 0, q) for p in range(len(model.patterns)) for q in range(len(model.permutations))]
+    patterns = np.unique(np.stack([palette.pattern(kind) for kind in kinds]), axis=0)
+    best: Halves | None = None
+    for position, bit in enumerate(palette.layout.index_bits):
+        meetings = np.stack([_meetings(pattern, position, palette.colors) for pattern in patterns])
+        for first in _first_halves(palette.colors):
+            inside = np.isin(np.arange(palette.colors), first)
+            # Of a pair inside one half, one of the two frames goes to the other tenant.
+            both = meetings[:, inside][:, :, inside].sum(axis=(1, 2))
+            neither = meetings[:, ~inside][:, :, ~inside].sum(axis=(1, 2))
+            share = float(np.maximum(both, neither).max() / (palette.layout.granules // 2))
+            if best is None or share < best.residue:
+                rest = tuple(c for c in range(palette.colors) if c not in first)
+                best = Halves(bit, (first, rest), share)
+    return best
+
+
+def piece_layout(layout: PageLayout) -> PageLayout:
+    """`layout` with each contiguous piece of a granule as a frame of its own: what the pair form numbers."""
+    return PageLayout(layout.page_bytes, tuple(range(layout.index_bits[0])))
+
+
+def choices(palette: Palette, colors: Sequence[int], constants: Sequence[int] | Ints) -> Ints:
+    """Which of every two neighbouring pieces of a page with `constants` a tenant of `colors` has: 0 or 1, shape (pairs,).
+
+    Of two that are both or neither of `colors`, the tenant with color 0 has the lower one: two tenants whose colors are
+    halves have every piece between them.
+    """
+    layout = palette.layout
+    wanted = np.isin(palette.pattern(constants), list(colors))
+    lower, upper = wanted[0::2], wanted[1::2]
+    chosen = np.where(lower == upper, int(0 not in colors), upper)
+    pieces = piece_layout(layout)
+    starts = pieces.offsets()[0::2]
+    return np.asarray(chosen[layout.index_of(starts) >> 1], np.int64)
+
+
+def residue(palette: Palette, colors: Sequence[int], constants: Sequence[int] | Ints) -> float:
+    """Share of a tenant's frames in a page with `constants` that are not of its `colors`."""
+    wanted = np.isin(palette.pattern(constants), list(colors))
+    lower, upper = wanted[0::2], wanted[1::2]
+    taken = np.where(lower == upper, lower, True)
+    return float(1 - taken.mean())
+
+
+def _meetings(pattern: Ints, position: int, colors: int) -> Ints:
+    """How often each color has each other one as its neighbour, shape (colors, colors)."""
+    index = np.arange(len(pattern))
+    lower = index[index >> position & 1 == 0]
+    pairs = pattern[lower] * colors + pattern[lower | 1 << position]
+    return np.bincount(pairs, minlength=colors * colors).reshape(colors, colors)
+
+
+def _first_halves(colors: int) -> list[tuple[int, ...]]:
+    """Every set of colors with color 0 in it that leaves a rest."""
+    others = range(1, colors)
+    return [(0, *some) for size in range(colors - 1) for some in combinations(others, size)]
