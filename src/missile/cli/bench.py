@@ -1,4 +1,4 @@
-"""`missile bench`: run a scenario under several policies; a table, results.json and report.html."""
+"""`missile bench`: run a scenario, or a suite of them, under several policies; a table, raw results and report.html."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from missile.bench.scenario import default_scenario, read_scenario
 from missile.bench.summary import summarize
 from missile.bench.table import render_table
 from missile.cli.output import JsonOption, console, print_json, progress_bar
+from missile.cli.suite import report_suite, run_suite
 from missile.errors import MissileError, MisuseError
 
 __all__ = ["command"]
@@ -40,7 +41,30 @@ def command(
     ] = _DEFAULT_OUT,
     report: Annotated[
         Path | None,
-        typer.Option("--report", metavar="RESULTS.json", help="Run nothing: table and report of an earlier run."),
+        typer.Option(
+            "--report",
+            metavar="RESULTS.json",
+            help="Run nothing: table and report of an earlier run, or a suite's folder.",
+        ),
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Run what is missing of a whole suite in DIR: paper.")
+    ] = None,
+    cells: Annotated[
+        str | None, typer.Option(metavar="A*,B*", help="With --suite: only cells whose names match, with commas.")
+    ] = None,
+    models: Annotated[
+        str | None, typer.Option(metavar="A,B,C", help="With --suite: only cells of these models.")
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget-s", metavar="SECONDS", help="With --suite: begin no cell that goes beyond it."),
+    ] = None,
+    redo: Annotated[
+        bool, typer.Option("--redo", help="With --suite: make cells again that were made otherwise.")
+    ] = False,
+    predict: Annotated[
+        str | None, typer.Option(metavar="sim:NAME", help="With --suite: run what was measured on a simulated GPU too.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -48,9 +72,29 @@ def command(
 
     Options given here replace what the scenario file says. Ctrl-C keeps what has been measured so far.
     """
+    if suite is None and (cells, models, budget, redo, predict) != (None, None, None, False, None):
+        raise MisuseError("--cells, --models, --budget-s, --redo and --predict go with --suite.")
+    if sum(choice is not None for choice in (scenario, report, suite)) > 1:
+        raise MisuseError("Give a scenario to run, a --suite to run or a --report to show, and one of them only.")
+    if suite is not None:
+        settings = {"duration_s": duration, "repeats": repeats, "seed": seed, "policies": _policies(policies)}
+        run_suite(
+            suite,
+            Path("missile-out") / suite if out == _DEFAULT_OUT else out,
+            {name: value for name, value in settings.items() if value is not None},
+            device=device,
+            patterns=_names(cells),
+            models=_names(models),
+            budget_s=budget,
+            redo=redo,
+            predict_on=predict,
+            as_json=json,
+        )
+        return
     if report is not None:
-        if scenario is not None:
-            raise MisuseError("Give a scenario to run or --report with results to show, not both.")
+        if report.is_dir():
+            report_suite(report, report if out == _DEFAULT_OUT else out, as_json=json)
+            return
         _show(read_results(report), report, report.parent if out == _DEFAULT_OUT else out, as_json=json)
         return
     chosen = read_scenario(scenario) if scenario else default_scenario()
@@ -77,6 +121,10 @@ def command(
         raise stopped
     for tenant, error in results.failures.items():
         raise MissileError(f"Tenant {tenant!r} did not run to the end, the others did: {error}")
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(filter(None, (part.strip() for part in (text or "").split(","))))
 
 
 def _policies(text: str | None) -> tuple[str, ...] | None:

@@ -1,0 +1,194 @@
+"""The suite `paper`: its cells (who shares the GPU, under which arrivals) and the settings every policy is tried at. Pure.
+
+A rate is a share of its model's *capacity*: the requests/s that it finishes alone in a closed loop, measured on the GPU at
+hand, so that one definition loads a slow GPU and a fast one alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from missile.bench.scenario import Scenario
+from missile.errors import MisuseError
+from missile.runtime.tenant import Tenant
+from missile.workloads.models import MODELS
+from missile.workloads.traces import disb_tasks
+
+__all__ = ["BASELINES", "SETTINGS", "SUITES", "Capacity", "Cell", "family", "paper_cells", "select", "settings_of"]
+
+Capacity = Mapping[str, float]
+"""Requests/s of each LS model alone, by name."""
+
+SLO_FACTOR = 1.5
+
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "temporal": ("temporal",),
+    "streams": ("streams",),
+    "priority": ("priority",),
+    "partition": tuple(f"partition:ls_share={share}" for share in (0.125, 0.25, 0.5, 0.75)),
+    "mps": (
+        "mps",
+        "mps:priority=on",
+        "mps:be_share=0.75",
+        "mps:be_share=0.5",
+        "mps:ls_share=0.25,be_share=0.75",
+        "mps:ls_share=0.5,be_share=0.5",
+    ),
+    "orion": (
+        "orion",
+        "orion:dur_threshold=0.1",
+        "orion:dur_threshold=0.5",
+        "orion:dur_threshold=2",
+        "orion:dur_threshold=0.1,sm_threshold=0.5",
+        "orion:dur_threshold=0.1,throttle_idle=off",
+    ),
+    "missile": ("missile",),
+    **{f"missile:{part}=off": (f"missile:{part}=off",) for part in ("colors", "elastic", "preempt", "copies")},
+}
+"""What each family is tried at: a baseline over its own knobs, `missile` as it plans itself, and each of its ablations."""
+
+BASELINES = ("temporal", "streams", "priority", "partition", "mps", "orion")
+
+
+def family(policy: str) -> str:
+    """The family in `SETTINGS` that a policy belongs to: an ablation its own, else the policy's name."""
+    return policy if policy in SETTINGS else policy.partition(":")[0]
+
+
+def settings_of(names: Sequence[str]) -> tuple[str, ...]:
+    """The policies that `names` ask for: a family's all, or single settings such as "partition:ls_share=0.4"."""
+    return tuple(dict.fromkeys(policy for name in names for policy in SETTINGS.get(name, (name,))))
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One combination that is run under every policy. `group`: what kind it is; rates in `tenants` are shares of capacity.
+
+    least_s: shorter measured spans would leave its LS tenants without a p99.
+    """
+
+    name: str
+    group: str
+    tenants: tuple[dict[str, Any], ...]
+    least_s: float = 0.0
+
+    @property
+    def models(self) -> frozenset[str]:
+        return frozenset(tenant["model"] for tenant in self.tenants)
+
+    @property
+    def pair(self) -> bool:
+        return len(self.tenants) == 2
+
+    def scenario(self, capacity: Capacity, **run: Any) -> Scenario:
+        """Its scenario at `capacity`. run: the scenario's other fields. KeyError for an LS model without a capacity."""
+        duration_s = max(run["duration_s"], self.least_s + run["warmup_s"])
+        tenants = [_tenant(tenant, capacity) for tenant in self.tenants]
+        return Scenario.model_validate({**run, "name": self.name, "duration_s": duration_s, "tenant": tenants})
+
+
+def _tenant(tenant: dict[str, Any], capacity: Capacity) -> Tenant:
+    arrivals = dict(tenant["arrivals"])
+    if (load := arrivals.pop("load", None)) is not None:
+        # To a tenth of a request: the scenario is compared with the one that a file was made with.
+        arrivals["rate_per_s"] = round(load * capacity[tenant["model"]], 1)
+    return Tenant.model_validate({**tenant, "arrivals": arrivals})
+
+
+def _ls(model: str, arrivals: dict[str, Any]) -> dict[str, Any]:
+    return {"name": model, "class": "LS", "model": model, "slo_factor": SLO_FACTOR, "arrivals": arrivals}
+
+
+def _be(model: str, name: str = "") -> dict[str, Any]:
+    return {"name": name or model, "class": "BE", "model": model, "arrivals": {"kind": "closed", "depth": 2}}
+
+
+def _poisson(load: float) -> dict[str, Any]:
+    return {"kind": "poisson", "load": load}
+
+
+def _azure(what: str) -> dict[str, Any]:
+    # Bursty: at half of the capacity on average, their bursts are above it already.
+    return {"kind": "trace", "name": f"azure-llm-2023/{what}", "load": 0.5}
+
+
+# DISB's networks are of another time than the twelve: each is played by one of like kind, the same in every workload.
+_DISB_LS = {
+    "resnet152": "resnet34",
+    "densenet201": "efficientnet_b0",
+    "vgg19": "mobilevit_s",
+    "inceptionv3": "efficientformer_l1",
+    "distilbert": "mobilebert",
+}
+_DISB_BE = {
+    "resnet152": ("resnet152", "resnet152"),
+    "densenet201": ("densenet161", "densenet161"),
+    "vgg19": ("decoder_1b", "decoder_1b"),
+    "inceptionv3": ("resnet152", "resnet152.2"),
+    "distilbert": ("bert_large", "bert_large"),
+}
+_DISB_LEAST_S = 6.0  # its slowest tasks have 20 requests/s
+
+
+def _disb(workload: Any) -> Cell:
+    tenants = []
+    for task in disb_tasks(workload):
+        network = task.id.rpartition("_")[0]
+        arrivals = {"kind": "disb", "workload": workload, "task": task.id}
+        tenants.append(
+            _ls(_DISB_LS[network], arrivals)
+            if task.latency_sensitive
+            else {**_be(*_DISB_BE[network]), "arrivals": arrivals}
+        )
+    return Cell(f"disb-{workload}", "DISB", tuple(tenants), _DISB_LEAST_S)
+
+
+def paper_cells() -> tuple[Cell, ...]:
+    """All cells, those first that a short budget should have: each prefix is of use."""
+    ls = [name for name, info in MODELS.items() if info.kind == "ls"]
+    be = [name for name, info in MODELS.items() if info.kind == "be"]
+
+    def pairs(label: str, group: str, arrivals: dict[str, Any]) -> list[Cell]:
+        return [Cell(f"{label}--{one}--{other}", group, (_ls(one, arrivals), _be(other))) for one in ls for other in be]
+
+    def mix(label: str, of_ls: Sequence[str], of_be: Sequence[str], load: float) -> Cell:
+        return Cell(f"mix-{label}", "mix", (*(_ls(name, _poisson(load)) for name in of_ls), *map(_be, of_be)))
+
+    return (
+        *pairs("poisson60", "Poisson, 60% of capacity", _poisson(0.6)),
+        mix("1ls-2be", ["efficientnet_b0"], ["bert_large", "decoder_1b"], 0.5),
+        mix("2ls-1be", ["resnet34", "mobilebert"], ["densenet161"], 0.25),
+        mix("3ls-2be", ["resnet34", "efficientnet_b0", "mobilebert"], ["bert_large", "decoder_1b"], 0.15),
+        mix("all-twelve", ls, be, 0.06),
+        *pairs("azure-conv", "Azure LLM, conversation", _azure("conv")),
+        *pairs("azure-code", "Azure LLM, code", _azure("code")),
+        *pairs("poisson30", "Poisson, 30% of capacity", _poisson(0.3)),
+        *pairs("poisson90", "Poisson, 90% of capacity", _poisson(0.9)),
+        *map(_disb, ("A", "B", "C", "D", "E", "REAL")),
+    )
+
+
+SUITES: dict[str, Callable[[], tuple[Cell, ...]]] = {"paper": paper_cells}
+
+
+def select(cells: Sequence[Cell], patterns: Sequence[str] = (), models: Sequence[str] = ()) -> tuple[Cell, ...]:
+    """The cells whose names match one of `patterns` ("poisson60--*"; none given: all) and that need no model but `models`.
+
+    MisuseError for an unknown model, and where nothing is left.
+    """
+    for model in models:
+        if model not in MODELS:
+            raise MisuseError(f"Unknown model {model!r}; known: {', '.join(MODELS)}.")
+    chosen = tuple(
+        cell
+        for cell in cells
+        if (not patterns or any(fnmatchcase(cell.name, pattern) for pattern in patterns))
+        and (not models or cell.models <= set(models))
+    )
+    if not chosen:
+        examples = ", ".join(dict.fromkeys(cell.name.partition("--")[0] for cell in cells))
+        raise MisuseError(f"No cell of the suite fits --cells and --models; cells' names begin with {examples}.")
+    return chosen

@@ -1,0 +1,185 @@
+"""What the evaluation set out to show, checked against a suite's results: what holds, where it does not, and why. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from missile.bench.suite import BASELINES
+from missile.bench.suite_summary import ATTAINED, CellSummary, Point, geometric_mean
+from missile.bench.table import format_share, three_digits
+
+__all__ = ["Claim", "Rival", "check_claims", "compare_with_baselines"]
+
+MEDIAN_P99, WORST_P99, BE_SHARE = 1.10, 1.25, 0.70
+HALF, TIMES = 0.5, 2.36
+_AS_HIGH = 0.99  # a BE rate within 1% counts as as high
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """holds: None where nothing was measured that could tell. found: the figure in a sentence. exceptions: where and why."""
+
+    title: str
+    holds: bool | None
+    found: str
+    exceptions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """`missile` against one baseline.
+
+    compared: cells in which some setting of it had as high a BE rate. halved: of these, where `missile`'s LS p99 was at
+    most half of the shortest such. ratio: missile's p99 / that, geometric mean. exceptions: (cell, ratio).
+    """
+
+    baseline: str
+    compared: int
+    halved: int
+    ratio: float | None
+    exceptions: tuple[tuple[str, float], ...]
+
+
+def check_claims(cells: Sequence[CellSummary]) -> list[Claim]:
+    """Every claim about `missile`, in order. Cells without it say nothing."""
+    ours = [cell for cell in cells if "missile" in cell.best]
+    if not ours:
+        return []
+    pairs = [cell for cell in ours if cell.cell.pair]
+    rivals = compare_with_baselines(ours)
+    return [_attainment(ours), _median(pairs), _worst(pairs), _be_share(ours), _halved(rivals), _times(ours)]
+
+
+def _attainment(cells: Sequence[CellSummary]) -> Claim:
+    missed = [cell for cell in cells if not cell.best["missile"].attained]
+    return Claim(
+        f"SLO attainment of at least {ATTAINED:.0%} of every LS tenant in every cell",
+        not missed,
+        f"in {len(cells) - len(missed)} of {len(cells)} cells",
+        tuple(f"{cell.cell.name}: {format_share(cell.best['missile'].attainment)}; {_why(cell)}" for cell in missed),
+    )
+
+
+def _median(pairs: Sequence[CellSummary]) -> Claim:
+    tails = [cell.best["missile"].p99.value for cell in pairs if cell.best["missile"].p99]
+    found = float(np.median(tails)) if tails else None
+    return Claim(
+        f"LS p99 at most {MEDIAN_P99:.2f} × solo in the median pair",
+        None if found is None else found <= MEDIAN_P99,
+        f"{three_digits(found)} × over {len(tails)} pairs",
+    )
+
+
+def _worst(pairs: Sequence[CellSummary]) -> Claim:
+    told = [cell for cell in pairs if cell.best["missile"].worst is not None]
+    over = sorted((c for c in told if _of(c).worst > WORST_P99), key=lambda c: -_of(c).worst)  # type: ignore[operator]
+    most = max((_of(cell).worst or 0.0 for cell in told), default=None)
+    return Claim(
+        f"LS p99 at most {WORST_P99:.2f} × solo in the worst pair",
+        None if most is None else most <= WORST_P99,
+        f"{three_digits(most)} × over {len(told)} pairs, {len(over)} above",
+        tuple(f"{cell.cell.name}: {three_digits(_of(cell).worst)} ×; {_why(cell)}" for cell in over),
+    )
+
+
+def _be_share(cells: Sequence[CellSummary]) -> Claim:
+    shares = [point.be for cell in cells if (point := _of(cell)).be is not None]
+    mean = geometric_mean([share for share in shares if share is not None])
+    low = sorted((cell for cell in cells if (_of(cell).be or 0.0) < BE_SHARE), key=lambda c: _of(c).be or 0.0)
+    return Claim(
+        f"BE rate at least {BE_SHARE:.2f} of solo (geometric mean)",
+        None if mean is None else mean >= BE_SHARE,
+        f"{format_share(mean)} over {len(shares)} cells",
+        tuple(f"{cell.cell.name}: {format_share(_of(cell).be)}" for cell in low),
+    )
+
+
+def compare_with_baselines(cells: Sequence[CellSummary]) -> list[Rival]:
+    """LS p99 of `missile` against the shortest of each baseline among its settings with as high a BE rate."""
+    found = []
+    for baseline in BASELINES:
+        ratios: list[tuple[str, float]] = []
+        for cell in cells:
+            ours = _of(cell)
+            if ours.p99 is None or ours.be is None:
+                continue
+            tails = [
+                point.p99.value
+                for point in cell.points.get(baseline, ())
+                if point.p99 and point.be is not None and point.be >= _AS_HIGH * ours.be
+            ]
+            if tails:
+                ratios.append((cell.cell.name, ours.p99.value / min(tails)))
+        above = tuple(sorted((one for one in ratios if one[1] > HALF), key=lambda one: -one[1]))
+        mean = geometric_mean([ratio for _, ratio in ratios])
+        found.append(Rival(baseline, len(ratios), len(ratios) - len(above), mean, above))
+    return found
+
+
+def _halved(rivals: Sequence[Rival]) -> Claim:
+    compared, halved = sum(r.compared for r in rivals), sum(r.halved for r in rivals)
+    lines = [
+        f"{rival.baseline}: {rival.halved} of {rival.compared} cells, {three_digits(rival.ratio)} of its p99 on average"
+        + (
+            f"; above in {', '.join(f'{name} ({three_digits(ratio)})' for name, ratio in rival.exceptions)}"
+            if rival.exceptions
+            else ""
+        )
+        for rival in rivals
+        if rival.compared
+    ]
+    return Claim(
+        "LS p99 at most half of each baseline's wherever that baseline's BE rate is as high",
+        halved == compared if compared else None,
+        f"in {halved} of {compared} comparisons",
+        tuple(lines),
+    )
+
+
+def _times(cells: Sequence[CellSummary]) -> Claim:
+    ratios: list[tuple[str, float, float]] = []
+    alone = 0
+    for cell in cells:
+        ours = _of(cell)
+        if not ours.attained or ours.be is None:
+            continue
+        rivals = [point.be for name in BASELINES if (point := cell.best.get(name)) and point.attained and point.be]
+        if rivals:
+            ratios.append((cell.cell.name, ours.be / max(rivals), max(rivals)))
+        else:
+            alone += 1
+    below = sorted((one for one in ratios if one[1] < TIMES), key=lambda one: one[1])
+    mean = geometric_mean([ratio for _, ratio, _ in ratios])
+    return Claim(
+        f"BE rate at least {TIMES} × that of the best baseline that also attains {ATTAINED:.0%}",
+        not below if ratios or alone else None,
+        f"{three_digits(mean)} × on average over {len(ratios)} cells in which a baseline attains; none does in {alone}",
+        tuple(f"{name}: {three_digits(ratio)} ×; {_room(best)}" for name, ratio, best in below),
+    )
+
+
+def _room(best: float) -> str:
+    if best * TIMES > 1.0:
+        return f"the baseline has {format_share(best)} of solo already, of which {TIMES} × is more than the GPU gives"
+    return f"the baseline has {format_share(best)} of solo"
+
+
+def _of(cell: CellSummary) -> Point:
+    return cell.best["missile"]
+
+
+def _why(cell: CellSummary) -> str:
+    """Which part of the latency grew, and whether anybody did better."""
+    point = _of(cell)
+    parts = []
+    if point.queueing is not None and point.service is not None:
+        part = "waiting" if point.queueing > point.service else "running"
+        parts.append(
+            f"waiting {three_digits(point.queueing)}, running {three_digits(point.service)} × solo p99 (p99 of each): mostly {part}"
+        )
+    better = [name for name in BASELINES if (other := cell.best.get(name)) and other.attained]
+    parts.append(f"attained by {', '.join(better)}" if better else "no baseline attains it either")
+    return "; ".join(parts)

@@ -1,0 +1,142 @@
+"""`missile bench --suite` and what belongs to it: run what is missing of a suite, predict it, and report what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.text import Text
+
+from missile.bench.fidelity import compare
+from missile.bench.scenario import Scenario
+from missile.bench.suite import SETTINGS, SUITES, Cell, select
+from missile.bench.suite_files import SuiteFolder, SuiteSettings, SuiteState
+from missile.bench.suite_report import SuiteReport, write_suite_report
+from missile.bench.suite_run import SuiteRun, predict
+from missile.bench.suite_summary import summarize_cells
+from missile.bench.suite_tables import claim_table, family_table, to_terminal
+from missile.bench.summary import summarize
+from missile.cli.output import console, print_json, progress_bar
+from missile.errors import MisuseError
+from missile.gpu import open_gpu, resolve
+
+__all__ = ["report_suite", "run_suite"]
+
+
+def run_suite(
+    name: str,
+    out: Path,
+    given: dict[str, Any],
+    *,
+    device: str | None,
+    patterns: Sequence[str],
+    models: Sequence[str],
+    budget_s: float | None,
+    redo: bool,
+    predict_on: str | None,
+    as_json: bool,
+) -> None:
+    """Run what is missing of suite `name` in `out`, then report it.
+
+    given: settings of the command line, by field of `SuiteSettings`; others are the folder's, or the defaults.
+    predict_on: a simulated GPU to run every measured cell on as well.
+    """
+    if name not in SUITES:
+        raise MisuseError(f"Unknown suite {name!r}; known: {', '.join(SUITES)}.")
+    if budget_s is not None and not budget_s > 0:
+        raise MisuseError(f"--budget-s must be above 0, not {budget_s:g}.")
+    if predict_on is not None and not predict_on.startswith("sim:"):
+        raise MisuseError(f"--predict takes a simulated GPU, such as sim:h200, not {predict_on!r}.")
+    cells = SUITES[name]()
+    chosen = select(cells, patterns, models)
+    folder = SuiteFolder(out)
+    folder.require(name, None, given)
+    concrete, why = resolve(device or "auto")
+    with open_gpu(concrete) as gpu:  # for its name alone: the models are loaded when it is known what is missing
+        info = gpu.info
+    folder.require(name, info.name, given)
+    state = folder.state() or SuiteState(
+        schema="missile-suite/1",
+        suite=name,
+        gpu=info.name,
+        simulated=info.simulated,
+        settings=SuiteSettings.model_validate({"policies": tuple(SETTINGS), **given}),
+    )
+    stopped: KeyboardInterrupt | None = None
+    with progress_bar() as bar:
+        task = bar.add_task("starting", total=None)
+
+        def say(text: str) -> None:
+            bar.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+        def testbed(scenario: Scenario) -> AbstractContextManager[Any]:
+            from missile.bench.testbed import open_testbed
+
+            there = scenario.model_copy(update={"device": concrete, "seed": state.settings.seed})
+            return open_testbed(there, lambda tenant: bar.update(task, description=f"loading {tenant}"))
+
+        if why and not as_json:
+            say(f"Device: {concrete} ({why}).")
+        quiet = (lambda _: None) if as_json else say
+        run = SuiteRun(folder, state, chosen, testbed, quiet, redo=redo)
+        try:
+            run.run(budget_s)
+            if predict_on is not None:
+                for cell in predict(folder, chosen, predict_on, quiet):
+                    bar.update(task, description=f"predicted {cell}")
+        except KeyboardInterrupt as interrupt:
+            stopped = interrupt
+    if folder.state() is not None:
+        report_suite(out, out, as_json=as_json, predicted_on=predict_on or "")
+    if stopped is not None:
+        raise stopped
+
+
+def report_suite(source: Path, out: Path, *, as_json: bool, predicted_on: str = "") -> None:
+    """Table, `report.html` and `tables.md` of the suite that lies in `source`."""
+    folder = SuiteFolder(source)
+    state = folder.state()
+    if state is None:
+        raise MisuseError(f"{source} holds no suite: there is no suite.json in it.")
+    report = gather(folder, state)
+    page = write_suite_report(report, out)
+    if as_json:
+        print_json(
+            {
+                "simulated": state.simulated,
+                "gpu": state.gpu,
+                "cells": [cell.cell.name for cell in report.cells],
+                "planned": report.planned,
+                "families": [asdict(family) for family in report.families],
+                "claims": [asdict(claim) for claim in report.claims],
+                "report": str(page),
+            }
+        )
+        return
+    what = f"{state.gpu} · suite {state.suite} · {len(report.cells)} of {report.planned} cells"
+    title = Text.assemble(("simulated " if state.simulated else "", "bold yellow"), (what, "bold"))
+    tables = [to_terminal(family_table(report.families))]
+    if report.claims:
+        tables.append(to_terminal(claim_table(report.claims)))
+    screen = console()
+    screen.print(Group(title, Text(""), *tables))
+    screen.print(f"Raw samples: {source / 'cells'}\nReport:      {page}", soft_wrap=True, markup=False)
+
+
+def gather(folder: SuiteFolder, state: SuiteState) -> SuiteReport:
+    """Everything a report of the folder says."""
+    cells: tuple[Cell, ...] = SUITES[state.suite]()
+    results = folder.read(cells)
+    simulated = folder.read(cells, simulated=True)
+    predictions = [
+        comparison
+        for name, measured in results.items()
+        if name in simulated
+        for comparison in compare(summarize(measured), summarize(simulated[name]))
+    ]
+    on = next((prediction.device for prediction in simulated.values()), "")
+    return SuiteReport(state, len(cells), summarize_cells(cells, results), results, predictions, on)
