@@ -70,6 +70,18 @@ def test_settings_have_processes_of_their_own_which_stay(pool: MpsPool) -> None:
     assert len(workers(pool)) == len(before) + 1
 
 
+def test_there_are_never_too_many_processes(pool: MpsPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("missile.runtime.mps._MOST_WORKERS", 3)
+    short = {**SPAN, "duration_ns": 100_000_000}
+    pool.run([TINY, COPY], "mps:ls_share=0.25", **short)
+    kept = workers(pool)[-1]  # the one whose settings are the same in the next run
+    pool.run([TINY, COPY], "mps:ls_share=0.5", **short)
+    assert len(workers(pool)) == 3
+    assert kept in workers(pool)
+    pool.run([TINY, COPY], "mps:ls_share=0.75", **short)
+    assert len(workers(pool)) == 3
+
+
 def test_a_worker_that_dies_leaves_the_others_running(pool: MpsPool) -> None:
     pool.run([TINY, COPY], "mps", **SPAN)
     victim = [worker for worker in pool._workers.values() if worker.tenant == "copy"][-1]  # that of the latest settings

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,10 @@ _NAME = "mps"
 _LOAD_S = 300.0  # an Inductor compile may be part of it
 _REHEARSE_S = 120.0
 _HEAD_START_NS = 20_000_000  # from the last worker's readiness to the common start
+_MOST_WORKERS = 16
+# Of the driver's work queues for each process, which has one stream in use. An MPS server has a fixed number for all of
+# them: with 32 each, as other policies ask for, the fifth process was refused on an H200.
+_QUEUES = {"CUDA_DEVICE_MAX_CONNECTIONS": "4", "CUDA_DEVICE_MAX_COPY_CONNECTIONS": "4"}
 _SETTLE_S = 15.0  # beyond a run's planned end: its grace, what runs on the GPU, the record's way back
 _ERRORS = {kind.__name__: kind for kind in (MisuseError, UnsupportedError, OutOfMemoryError)}
 
@@ -130,19 +134,22 @@ class MpsPool:
         self, tenants: Sequence[Tenant], settings: MpsSettings
     ) -> tuple[dict[str, Worker], dict[str, Failed]]:
         """A worker with its model loaded for each tenant, by name; and the tenants that did not fit in memory."""
+        environments = {tenant.name: settings.environment(tenant) for tenant in tenants}
+        # All that a worker is started with; arrivals come with each run.
+        keys = {t.name: (t.name, t.tenant_class, t.model, t.batch, *environments[t.name].values()) for t in tenants}
+        self._make_room(keys.values())
         workers: dict[str, Worker] = {}
         fresh = []
         for tenant in tenants:
-            environment = settings.environment(tenant)
-            # All that a worker is started with; arrivals come with each run.
-            key = (tenant.name, tenant.tenant_class, tenant.model, tenant.batch, *environment.values())
-            if key not in self._workers:
+            key = keys[tenant.name]
+            worker = self._workers.pop(key, None)
+            if worker is None:
                 log = self._folder / f"worker-{self._started}.log"
                 self._started += 1
-                self._workers[key] = worker = Worker(tenant.name, {**self._environment, **environment}, log)
+                worker = Worker(tenant.name, {**_QUEUES, **self._environment, **environments[tenant.name]}, log)
                 worker.send(Load(self._device, self._seed, tenant, self._cache))
                 fresh.append(worker)
-            workers[tenant.name] = self._workers[key]
+            self._workers[key] = workers[tenant.name] = worker  # now the latest used
         failed: dict[str, Failed] = {}
         for name, answer in hear(fresh, _LOAD_S, "loading its model").items():
             if isinstance(answer, Ready):
@@ -154,6 +161,12 @@ class MpsPool:
         if len(failed) == len(workers):
             raise OutOfMemoryError(f"No tenant could be loaded. {next(iter(failed.values())).text}")
         return {name: worker for name, worker in workers.items() if name not in failed}, failed
+
+    def _make_room(self, needed: Collection[tuple[object, ...]]) -> None:
+        """End workers that `needed` has no use for, the longest unused first, as far as it needs more than there may be."""
+        others = [key for key in self._workers if key not in needed]
+        for key in others[: max(len(others) + len(needed) - _MOST_WORKERS, 0)]:
+            self._workers.pop(key).end()
 
     def _measure(self, workers: Mapping[str, Worker], orders: Sequence[Serve]) -> dict[str, object]:
         """What each worker answers to its order, by tenant: `Done`, or `Failed`."""
