@@ -30,11 +30,11 @@ from missile.coloring.pool import ColoredPool, TenantMemory
 from missile.coloring.shape import Form, TableSpace
 from missile.coloring.shares import Demand, Share, plan_shares
 from missile.compiler.bind import BoundModel, bind
-from missile.compiler.bind_colored import bind_colored, colored_bytes
-from missile.compiler.colored import ColoredKernels, color_kernels, read_colored, shape_name
+from missile.compiler.bind_colored import bind_colored
+from missile.compiler.colored import ColoredKernels, color_kernels, is_colored, read_colored, shape_name
 from missile.compiler.mover import Mover
 from missile.compiler.package import BufferKind, KernelStep, ModelPackage, read_package
-from missile.compiler.planning import place_buffers
+from missile.compiler.planning import needed_bytes, place_buffers
 from missile.compiler.profile import measure_steps
 from missile.errors import MissileError
 from missile.gpu import open_gpu
@@ -87,7 +87,7 @@ def build(packages: dict[str, tuple[ModelPackage, Path]], shapes: Sequence[Any])
         pending: dict[tuple[str, str], Future[ColoredKernels]] = {}
         for name, (package, directory) in packages.items():
             for shape in shapes:
-                if not (directory / "colored" / shape_name(shape)).is_dir():
+                if not is_colored(directory, shape):
                     key = (name, shape_name(shape))
                     pending[key] = threads.submit(color_kernels, package, directory, shape, executor=workers)
         for (name, shape), future in pending.items():
@@ -229,7 +229,7 @@ class ModelRun:
                 "batch": self.package.batch,
                 "kernels": len(self.package.steps),
                 "bind_seconds": time.perf_counter() - started,
-                "bytes": colored_bytes(self.package),
+                "bytes": needed_bytes(self.package),
                 "variants": {},
             }
             expected = contents.run(plain, None)
@@ -259,7 +259,7 @@ class ModelRun:
         with ExitStack() as undo:
             clock = time.perf_counter
             marks = [clock()]
-            share = variant.share(self._map, self._pool.page_count, colored_bytes(self.package) + (1 << 20), rng)
+            share = variant.share(self._map, self._pool.page_count, needed_bytes(self.package) + (1 << 20), rng)
             marks.append(clock())
             memory = self._pool.attach(share)
             undo.callback(memory.close)
@@ -350,7 +350,7 @@ def main() -> None:
     if arguments.build_only:
         return
     fewest = min(v.colors for v in chosen) / len(channel_map.colors)
-    largest = max(colored_bytes(package) for package, _ in packages.values()) + _TRANSFER_BYTES
+    largest = max(needed_bytes(package) for package, _ in packages.values()) + _TRANSFER_BYTES
     with open_gpu(arguments.device) as gpu:
         result |= {"gpu": gpu.info.name, "driver": gpu.info.driver}
         begin = time.perf_counter()

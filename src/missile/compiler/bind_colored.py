@@ -12,7 +12,7 @@ from pathlib import Path
 
 from missile.coloring.pool import TenantMemory
 from missile.compiler.bind import BoundModel, Operation, used_bytes
-from missile.compiler.colored import ColoredKernels, read_colored
+from missile.compiler.colored import ColoredKernels, colored_kernels
 from missile.compiler.contents import STAGING_BYTES, load_contents
 from missile.compiler.mover import STAND_IN, Mover
 from missile.compiler.package import BufferKind, FillStep, ModelPackage
@@ -22,12 +22,7 @@ from missile.errors import OutOfMemoryError
 from missile.gpu.interface import Gpu, HostBuffer, Kernel, Stream
 from missile.gpu.work import KernelWork
 
-__all__ = ["bind_colored", "colored_bytes"]
-
-
-def colored_bytes(package: ModelPackage) -> int:
-    """Colored memory that `package` takes, bytes: what to ask for in a `Demand`."""
-    return sum(place.nbytes for place in place_buffers(package).values())
+__all__ = ["bind_colored"]
 
 
 def bind_colored(
@@ -40,7 +35,7 @@ def bind_colored(
 ) -> BoundModel:
     """Load `package` for `memory`'s tenant into its colors. As `bind`, but for what is said here.
 
-    kernels: the package's code for the shape of `memory`; None reads what `color_kernels` kept in `directory`. Simulated
+    kernels: the package's code for the shape of `memory`; None takes what is kept in `directory`, or makes it now. Simulated
     GPUs need none. The model's operations begin with the inputs' scattering and end with the outputs' gathering.
     OutOfMemoryError saying how much is missing. `memory` stays the caller's.
     """
@@ -59,7 +54,7 @@ def bind_colored(
             module = gpu.load_module(STAND_IN, name=tenant)
         else:
             assert directory is not None  # check_package
-            code = read_colored(package, directory, memory.translation.shape) if kernels is None else kernels
+            code = colored_kernels(package, directory, memory.translation.shape) if kernels is None else kernels
             loaded = load_images(package, code.cubins, gpu, tenant, undo)
             module = gpu.load_module(code.transfer, name=f"{tenant}/transfer")
         undo.callback(module.close)

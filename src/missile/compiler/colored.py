@@ -13,10 +13,14 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 
+import missile.coloring.shape
 from missile.coloring.shape import Shape
+from missile.compiler import ptx
 from missile.compiler.package import ModelPackage
 from missile.compiler.ptx.assemble import assemble
 from missile.compiler.ptx.fill import fill_entry
@@ -24,9 +28,18 @@ from missile.compiler.ptx.rewrite import Placement, rewrite
 from missile.compiler.ptx.transfer import transfer_ptx
 from missile.errors import MisuseError
 
-__all__ = ["ColoredKernels", "color_kernels", "read_colored", "shape_name"]
+__all__ = [
+    "ColoredKernels",
+    "code_version",
+    "color_kernels",
+    "colored_kernels",
+    "is_colored",
+    "read_colored",
+    "shape_name",
+]
 
 _TRANSFER = "transfer"
+_VERSION = "version"
 _FEWEST_PER_WORKER = 4  # kernels: a process takes longer to start than fewer take to compile
 
 
@@ -106,10 +119,34 @@ def _target(text: str, name: str) -> str:
     return found[1]
 
 
+def colored_kernels(package: ModelPackage, directory: Path, shape: Shape) -> ColoredKernels:
+    """What is kept for `shape`, made now where there is nothing. Raises what `color_kernels` raises."""
+    if is_colored(directory, shape):
+        return read_colored(package, directory, shape)
+    return color_kernels(package, directory, shape)
+
+
+def is_colored(directory: Path, shape: Shape) -> bool:
+    """Whether the package in `directory` has code for `shape`, by this version of the translation."""
+    try:
+        return (directory / "colored" / shape_name(shape) / _VERSION).read_text() == code_version()
+    except OSError:
+        return False
+
+
+@cache
+def code_version() -> str:
+    """A digest of what writes colored code: code by another version is not used."""
+    digest = sha256()
+    for path in (*sorted(Path(ptx.__file__).parent.glob("*.py")), Path(missile.coloring.shape.__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def read_colored(package: ModelPackage, directory: Path, shape: Shape) -> ColoredKernels:
     """What `color_kernels` kept. MisuseError when there is none for `shape` or a kernel is missing."""
     folder = directory / "colored" / shape_name(shape)
-    if not folder.is_dir():
+    if not is_colored(directory, shape):
         raise MisuseError(
             f"Package {package.name!r} in {directory} was not compiled for colors in the form {folder.name}."
         )
@@ -131,6 +168,7 @@ def _keep(cubins: Mapping[str, bytes], folder: Path) -> None:
         part.mkdir(parents=True)
         for name, cubin in cubins.items():
             (part / f"{name}.cubin").write_bytes(cubin)
+        (part / _VERSION).write_text(code_version())
         shutil.rmtree(folder, ignore_errors=True)
         part.replace(folder)
     finally:

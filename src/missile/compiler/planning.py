@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from missile.compiler.package import Buffer, BufferKind, ModelPackage
 
-__all__ = ["ALIGNMENT", "Placement", "pack", "place_buffers", "plan_scratch"]
+__all__ = ["ALIGNMENT", "Placement", "needed_bytes", "pack", "place_buffers", "plan_scratch"]
 
 ALIGNMENT = 512  # bytes: one L2 granule, and what the widest vector access needs
 
@@ -43,6 +43,11 @@ def place_buffers(package: ModelPackage) -> dict[BufferKind, Placement]:
         if members:
             places[kind] = plan_scratch(members) if kind is BufferKind.SCRATCH else pack(members)
     return places
+
+
+def needed_bytes(package: ModelPackage) -> int:
+    """Memory for all buffers of `package`, bytes."""
+    return sum(place.nbytes for place in place_buffers(package).values())
 
 
 def plan_scratch(buffers: Iterable[Buffer], *, alignment: int = ALIGNMENT) -> Placement:

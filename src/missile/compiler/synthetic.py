@@ -10,7 +10,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from missile.coloring.pool import TenantMemory
 from missile.compiler.bind import BoundModel, bind
+from missile.compiler.bind_colored import bind_colored
+from missile.compiler.colored import color_kernels
 from missile.compiler.package import (
     Argument,
     Bound,
@@ -181,34 +184,43 @@ def synthetic_package(model: str, info: GpuInfo) -> ModelPackage:
     return _MAKERS[model][1](model, info)
 
 
-def bind_synthetic(model: str, gpu: Gpu, *, tenant: str) -> BoundModel:
-    """Make a synthetic model runnable on `gpu`: as `compiler.bind.bind`, kernels compiled by NVRTC on hardware.
+def bind_synthetic(model: str, gpu: Gpu, *, tenant: str, memory: TenantMemory | None = None) -> BoundModel:
+    """Make a synthetic model runnable on `gpu`: as `bind`, or in colored memory as `bind_colored`. Kernels are compiled by
+    NVRTC on hardware.
 
     Buffers of the GEMV and the copy hold small noise. MisuseError for an unknown name, OutOfMemoryError naming the
     tenant, UnsupportedError without NVRTC. Nothing is held after an error.
     """
     package = synthetic_package(model, gpu.info)
     if gpu.info.simulated:
-        return bind(package, None, gpu, tenant=tenant)
+        return bind(package, None, gpu, tenant=tenant) if memory is None else bind_colored(package, None, gpu, memory)
     from missile.gpu.cuda import nvrtc
 
-    image = nvrtc.cubin(_SOURCE, package.arch)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         (directory / "kernels").mkdir()
-        for kernel in package.kernels:
-            (directory / "kernels" / f"{kernel.id}.cubin").write_bytes(image)
         write_weights({}, directory / WEIGHTS_FILE)
-        bound = bind(package, directory, gpu, tenant=tenant)
+        if memory is None:
+            image = nvrtc.cubin(_SOURCE, package.arch)
+            for kernel in package.kernels:
+                (directory / "kernels" / f"{kernel.id}.cubin").write_bytes(image)
+            bound = bind(package, directory, gpu, tenant=tenant)
+        else:
+            text = nvrtc.ptx(_SOURCE, package.arch)
+            for kernel in package.kernels:
+                (directory / "kernels" / f"{kernel.id}.ptx").write_text(text)
+            code = color_kernels(package, directory, memory.translation.shape)
+            bound = bind_colored(package, directory, gpu, memory, kernels=code)
+            image = code.cubins[package.kernels[0].id]  # every one has all of the source's kernels
     try:
-        _fill_with_noise(bound, gpu, image)
+        _fill_with_noise(bound, gpu, image, () if memory is None else (memory.constants,))
     except BaseException:
         bound.close()
         raise
     return bound
 
 
-def _fill_with_noise(bound: BoundModel, gpu: Gpu, image: bytes) -> None:
+def _fill_with_noise(bound: BoundModel, gpu: Gpu, image: bytes, trailing: tuple[bytes, ...]) -> None:
     module = gpu.load_module(image, name=f"{bound.tenant}/noise")
     stream = gpu.create_stream()
     try:
@@ -218,6 +230,7 @@ def _fill_with_noise(bound: BoundModel, gpu: Gpu, image: bytes) -> None:
                 bound.addresses[buffer.id].to_bytes(8, "little"),
                 (buffer.nbytes // _HALF).to_bytes(8, "little"),
                 seed.to_bytes(4, "little"),
+                *trailing,
             )
             stream.launch(Launch(kernel, (gpu.info.sms * 8, 1, 1), (256, 1, 1), 0, params))
         stream.synchronize()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +11,20 @@ from typing import Protocol
 
 import numpy as np
 
+from missile.coloring.pool import TenantMemory
+from missile.coloring.shares import Demand
 from missile.compiler.bind import BoundModel, bind
+from missile.compiler.bind_colored import bind_colored
 from missile.compiler.library import find_package
-from missile.compiler.package import BufferKind, ModelPackage
-from missile.compiler.planning import pack, plan_scratch
+from missile.compiler.package import ModelPackage
+from missile.compiler.planning import needed_bytes
 from missile.compiler.synthetic import bind_synthetic, is_synthetic, synthetic_package
 from missile.errors import GpuError, MisuseError, OutOfMemoryError
 from missile.gpu.interface import Gpu, Graph, HostBuffer
+from missile.runtime.coloring import ColoredTenants, Coloring
 from missile.runtime.tenant import Tenant
 
-__all__ = ["BE_DEPTH", "LS_DEPTH", "LoadedTenant", "Roster", "RunnableModel", "load_tenants"]
+__all__ = ["BE_DEPTH", "LS_DEPTH", "Coloring", "LoadedTenant", "Roster", "RunnableModel", "load_tenants"]
 
 # Requests of one tenant that may be in flight at once. BE: the next is on the GPU before the current one ends, no more, so
 # that a policy decides late. LS: a policy that starts requests as they come finds room but for the longest queues.
@@ -47,7 +51,8 @@ class RunnableModel(Protocol):
 class LoadedTenant:
     """A tenant with its model on the GPU and pinned memory for `depth` requests, or the reason why it has none.
 
-    inputs, outputs: one buffer for each request in flight; empty where the model has no input or output.
+    inputs, outputs: one buffer for each request in flight; empty where the model has no input or output. colors: those
+    that its memory is in, of the channel map; empty for plain memory.
     """
 
     tenant: Tenant
@@ -56,6 +61,7 @@ class LoadedTenant:
     outputs: tuple[HostBuffer, ...] = ()
     depth: int = BE_DEPTH
     error: str = ""
+    colors: tuple[int, ...] = ()
 
 
 class Roster:
@@ -90,26 +96,40 @@ class Roster:
 
 
 def load_tenants(
-    gpu: Gpu, tenants: Sequence[Tenant], *, cache: Path | None = None, progress: Callable[[str], None] | None = None
+    gpu: Gpu,
+    tenants: Sequence[Tenant],
+    *,
+    cache: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+    coloring: Coloring | None = None,
 ) -> Roster:
     """Load every tenant's model and pinned buffers. Close the roster afterwards.
 
     cache: where compiled packages lie (None: the default). progress: told the name of the tenant that is loaded next.
+    coloring: which colors their memory has; None for plain memory. Colored code of a package that has none yet is made
+    (seconds to a minute), and kept in the package.
     A tenant that does not fit in memory or in its limit gets an `error` and the others go on; OutOfMemoryError when
-    none fits. MisuseError for an unknown model or two tenants of one name, which loads nothing.
+    none fits. MisuseError for an unknown model, two tenants of one name, or colors that make no sense, UnsupportedError for
+    a kernel that can't be colored; then nothing is loaded.
     """
     names = [tenant.name for tenant in tenants]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise MisuseError(f"Tenant {twice[0]!r} is given twice.")
     if not tenants:
         raise MisuseError("There is no tenant to run.")
+    if coloring is not None:
+        coloring.check(names, gpu)
     loaded: list[LoadedTenant] = []
     with ExitStack() as undo:
+        packages = {tenant.name: _find(gpu, tenant, cache) for tenant in tenants}
+        colored = None
+        if coloring is not None:
+            colored = undo.enter_context(_colored(gpu, tenants, packages, coloring))
         for tenant in tenants:
             if progress is not None:
                 progress(tenant.name)
             try:
-                loaded.append(_load(gpu, tenant, cache, undo))
+                loaded.append(_load(gpu, tenant, packages[tenant.name], colored, undo))
             except OutOfMemoryError as error:
                 loaded.append(LoadedTenant(tenant, None, error=str(error)))
             except GpuError as error:
@@ -121,9 +141,35 @@ def load_tenants(
         return Roster(gpu, loaded, undo.pop_all())
 
 
-def _load(gpu: Gpu, tenant: Tenant, cache: Path | None, undo: ExitStack) -> LoadedTenant:
+Found = tuple[ModelPackage, Path | None]
+
+
+def _find(gpu: Gpu, tenant: Tenant, cache: Path | None) -> Found:
+    if is_synthetic(tenant.model):
+        return synthetic_package(tenant.model, gpu.info), None
+    return find_package(tenant.model, tenant.batch, gpu.info, cache)
+
+
+def _colored(gpu: Gpu, tenants: Sequence[Tenant], packages: Mapping[str, Found], coloring: Coloring) -> ColoredTenants:
+    """Memory for the tenants that `coloring` names; those whose limit is too low are left out here."""
+    limits = {t.name: t.memory_limit_mb << 20 for t in tenants if t.memory_limit_mb is not None}
+    demands = []
+    for name, colors in coloring.sets.items():
+        needed = needed_bytes(packages[name][0])
+        if needed <= limits.get(name, needed):
+            demands.append(Demand(name, tuple(colors), needed))
+    return ColoredTenants(gpu, coloring, demands, limits)
+
+
+def _load(gpu: Gpu, tenant: Tenant, found: Found, colored: ColoredTenants | None, undo: ExitStack) -> LoadedTenant:
+    _check_limit(tenant, found[0])
+    memory = None
+    if colored is not None:
+        if error := colored.errors.get(tenant.name):
+            raise error
+        memory = colored.memories.get(tenant.name)
     with ExitStack() as own:
-        model = _bind(gpu, tenant, cache)
+        model = _bind(gpu, tenant, found, memory)
         own.callback(model.close)
         depth = LS_DEPTH if tenant.latency_sensitive else BE_DEPTH
         inputs = _host_buffers(gpu, tenant, model.input_bytes, depth, own)
@@ -131,26 +177,23 @@ def _load(gpu: Gpu, tenant: Tenant, cache: Path | None, undo: ExitStack) -> Load
         for buffer in inputs:
             _fill_inputs(model.package, buffer)
         undo.enter_context(own.pop_all())
-    return LoadedTenant(tenant, model, inputs, outputs, depth)
+    return LoadedTenant(tenant, model, inputs, outputs, depth, colors=() if memory is None else memory.colors)
 
 
-def _bind(gpu: Gpu, tenant: Tenant, cache: Path | None) -> BoundModel:
+def _bind(gpu: Gpu, tenant: Tenant, found: Found, memory: TenantMemory | None) -> BoundModel:
+    package, directory = found
     if is_synthetic(tenant.model):
-        _check_limit(tenant, synthetic_package(tenant.model, gpu.info))
-        return bind_synthetic(tenant.model, gpu, tenant=tenant.name)
-    package, directory = find_package(tenant.model, tenant.batch, gpu.info, cache)
-    _check_limit(tenant, package)
-    return bind(package, directory, gpu, tenant=tenant.name)
+        return bind_synthetic(tenant.model, gpu, tenant=tenant.name, memory=memory)
+    if memory is None:
+        return bind(package, directory, gpu, tenant=tenant.name)
+    return bind_colored(package, directory, gpu, memory)
 
 
 def _check_limit(tenant: Tenant, package: ModelPackage) -> None:
     if tenant.memory_limit_mb is None:
         return
     limit = tenant.memory_limit_mb << 20
-    needed = sum(
-        (plan_scratch if kind is BufferKind.SCRATCH else pack)([b for b in package.buffers if b.kind is kind]).nbytes
-        for kind in BufferKind
-    )
+    needed = needed_bytes(package)
     if needed > limit:
         raise OutOfMemoryError(
             f"Tenant {tenant.name!r} needs {needed >> 20} MiB of GPU memory for {tenant.model!r} and its limit is "

@@ -12,11 +12,11 @@ import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from missile.errors import InternalError, MisuseError, UnsupportedError
 
-__all__ = ["compile_source", "cubin", "kernel_names", "version", "why_unavailable"]
+__all__ = ["compile_source", "cubin", "kernel_names", "ptx", "version", "why_unavailable"]
 
 _SUFFIX = ".cu"
 
@@ -68,16 +68,25 @@ def cubin(name: str, arch: str, defines: Mapping[str, int] | None = None) -> byt
 
     Raises MisuseError for an unknown name, UnsupportedError without NVRTC or when NVRTC does not know `arch`.
     """
+    return _compiled(name, arch, defines or {}, "cubin")
+
+
+def ptx(name: str, arch: str, defines: Mapping[str, int] | None = None) -> str:
+    """`kernels/NAME.cu` as PTX for `arch` ("sm_90"); otherwise as `cubin`."""
+    return _compiled(name, arch.replace("sm_", "compute_"), defines or {}, "ptx").decode().rstrip("\0")
+
+
+def _compiled(name: str, arch: str, defines: Mapping[str, int], form: Literal["cubin", "ptx"]) -> bytes:
     if name not in kernel_names():
         raise MisuseError(f"There is no kernel source {name!r}; known: {', '.join(kernel_names())}.")
     source = _directory().joinpath(name + _SUFFIX).read_text()
-    options = _options(arch, defines or {})
+    options = _options(arch, defines)
     key = hashlib.sha256("\0".join([source, *options, str(version())]).encode()).hexdigest()
-    path = _cache() / f"{name}-{arch}-{key[:32]}.cubin"
+    path = _cache() / f"{name}-{arch}-{key[:32]}.{form}"
     try:
         return path.read_bytes()
     except OSError:
-        image = compile_source(source, f"{name}{_SUFFIX}", options)
+        image = compile_source(source, f"{name}{_SUFFIX}", options, form)
     _store(path, image)
     return image
 
@@ -91,8 +100,8 @@ def _options(arch: str, defines: Mapping[str, int]) -> list[str]:
     ]
 
 
-def compile_source(source: str, name: str, options: list[str]) -> bytes:
-    """CUDA C++ text to a cubin. `name` is what NVRTC calls the file in its log. InternalError carries the log's start."""
+def compile_source(source: str, name: str, options: list[str], form: Literal["cubin", "ptx"] = "cubin") -> bytes:
+    """CUDA C++ text to a cubin or PTX. `name`: of the file, in NVRTC's log. InternalError carries the log's start."""
     version()
     api = _api()
     status, program = api.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], [])
@@ -105,9 +114,9 @@ def compile_source(source: str, name: str, options: list[str]) -> bytes:
             if "gpu-architecture" in log:
                 raise UnsupportedError(f"This NVRTC does not know the GPU's architecture ({options[0]}).")
             raise InternalError(f"{name} does not compile: {status.name}: {log[:2000]}")
-        _, size = api.nvrtcGetCUBINSize(program)
+        _, size = (api.nvrtcGetCUBINSize if form == "cubin" else api.nvrtcGetPTXSize)(program)
         image: bytes = b" " * size
-        api.nvrtcGetCUBIN(program, image)
+        (api.nvrtcGetCUBIN if form == "cubin" else api.nvrtcGetPTX)(program, image)
         return image
     finally:
         api.nvrtcDestroyProgram(program)
