@@ -1,0 +1,157 @@
+"""`models.json`: every run of the models' isolation benchmark, raw, and the ratios that follow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from missile.bench.isolation_real import RealCell, RealSample, Room
+from missile.errors import MisuseError
+from missile.files import write_whole
+from missile.validation import first_problem
+
+__all__ = ["PairOutcome", "RealResults", "RealRun", "pair_outcomes", "read_real", "write_real"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RealRun(_Strict):
+    """A cell (`isolation_real.RealCell`) with its sample (`isolation_real.RealSample`)."""
+
+    ls: str
+    be: str
+    room: Room
+    colored: bool
+    ls_ns: tuple[int, ...] = ()
+    be_ns: tuple[int, ...] = ()
+    be_per_s: float = 0.0
+    error: str = ""
+
+    @classmethod
+    def from_sample(cls, cell: RealCell, sample: RealSample) -> RealRun:
+        return cls(
+            **{name: getattr(cell, name) for name in RealCell.__slots__},
+            **{name: getattr(sample, name) for name in RealSample.__slots__},
+        )
+
+    @property
+    def cell(self) -> RealCell:
+        return RealCell(self.ls, self.be, self.room, self.colored)
+
+
+class RealResults(_Strict):
+    """One run of the benchmark. ls_sms, be_sms: SMs of the two sides. ls_colors, be_colors: of the channel map's.
+
+    notes: what a reader has to know (weights that are stand-ins, say).
+    """
+
+    schema_: Literal["missile-isolation-models/1"] = Field(default="missile-isolation-models/1", alias="schema")
+    created: str
+    simulated: bool
+    gpu: str
+    device: str
+    uuid: str
+    environment: dict[str, Any]
+    ls_sms: int
+    be_sms: int
+    ls_colors: tuple[int, ...]
+    be_colors: tuple[int, ...]
+    colors: tuple[tuple[int, ...], ...]
+    duration_s: float
+    runs: tuple[RealRun, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    interrupted: bool = False
+
+
+class PairOutcome(_Strict):
+    """One pair, plain or colored. Times are medians, ns; None where a run is missing.
+
+    of_share: service time over the LS model's alone on the same SMs in the same memory; of_whole: over its plain time alone
+    on the whole GPU, which is what a user compares with. p99_of_share: the same of the 99th percentiles. be_of_share: the
+    BE model's rate over its own alone on the same SMs in the same memory; be_of_whole: over its plain rate alone on the GPU.
+    """
+
+    ls: str
+    be: str
+    colored: bool
+    ls_ns: float | None
+    of_share: float | None
+    p99_of_share: float | None
+    of_whole: float | None
+    be_per_s: float | None
+    be_of_share: float | None
+    be_of_whole: float | None
+    error: str = ""
+
+
+def pair_outcomes(results: RealResults) -> list[PairOutcome]:
+    """What follows from the runs, in their order; pairs only."""
+    by_cell = {run.cell: run for run in results.runs}
+    return [_pair(run, by_cell) for run in results.runs if run.ls and run.be]
+
+
+def _pair(run: RealRun, runs: dict[RealCell, RealRun]) -> PairOutcome:
+    alone = runs.get(RealCell(run.ls, "", Room.SHARE, run.colored))
+    whole = runs.get(RealCell(run.ls, "", Room.WHOLE, False))
+    be_alone = runs.get(RealCell("", run.be, Room.SHARE, run.colored))
+    be_whole = runs.get(RealCell("", run.be, Room.WHOLE, False))
+    took = _percentile(run, 50)
+    return PairOutcome(
+        ls=run.ls,
+        be=run.be,
+        colored=run.colored,
+        ls_ns=took,
+        of_share=_ratio(took, _percentile(alone, 50)),
+        p99_of_share=_ratio(_percentile(run, 99), _percentile(alone, 99)),
+        of_whole=_ratio(took, _percentile(whole, 50)),
+        be_per_s=run.be_per_s or None,
+        be_of_share=_ratio(run.be_per_s, be_alone.be_per_s if be_alone else None),
+        be_of_whole=_ratio(run.be_per_s, be_whole.be_per_s if be_whole else None),
+        error=run.error,
+    )
+
+
+def _percentile(run: RealRun | None, percent: float) -> float | None:
+    return float(np.percentile(run.ls_ns, percent)) if run is not None and run.ls_ns else None
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    return round(value / base, 4) if value and base else None
+
+
+def write_real(results: RealResults, path: Path) -> None:
+    """Write `path` whole or leave it as it was. MisuseError when it can't be written."""
+    content = results.model_dump(mode="json", by_alias=True)
+    runs = content.pop("runs")
+    pairs = [pair.model_dump(mode="json") for pair in pair_outcomes(results)]
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
+    for name, rows in (("pairs", pairs), ("runs", runs)):
+        lines.append(f" {json.dumps(name)}: [\n  " + ",\n  ".join(json.dumps(row) for row in rows) + "\n ]")
+    try:
+        write_whole(path, "{\n" + ",\n".join(lines) + "\n}\n")
+    except OSError as error:
+        raise MisuseError(f"{path} can't be written: {error.strerror}.") from error
+
+
+def read_real(path: Path) -> RealResults:
+    """MisuseError for a file that is missing, broken or of another kind."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            content.pop("pairs", None)
+        return RealResults.model_validate(content)
+    except FileNotFoundError:
+        raise MisuseError(f"There are no isolation results at {path}.") from None
+    except OSError as error:
+        raise MisuseError(f"{path} can't be read: {error.strerror}.") from error
+    except ValidationError as error:
+        raise MisuseError(f"{path} is not a result of `missile bench isolation`: {first_problem(error)}.") from None
+    except ValueError:
+        raise MisuseError(f"{path} is not a whole result of `missile bench isolation`: it is truncated.") from None
