@@ -236,7 +236,7 @@ def test_the_link_is_kept_busy_while_python_does_something_else(engine: CopyEngi
     assert ticket.done
     # Short chunks (a latency-sensitive tenant is there), 3 us each and none idle: 2 would do, a busy machine gets 20.
     assert ticket.finished_ns - ticket.submitted_ns < 110e6
-    assert engine.lanes["h2d"].cpu_ns > 0
+    assert engine.lanes["h2d"].vitals().cpu_ns > 0
 
 
 def test_weights_hold_on_the_wire(engine: CopyEngine) -> None:

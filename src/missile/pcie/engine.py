@@ -132,7 +132,7 @@ class CopyEngine:
     @property
     def cpu_seconds(self) -> float:
         """CPU time of the threads in C; what `step` takes is its caller's."""
-        return sum(lane.cpu_ns for lane in self.lanes.values()) * 1e-9
+        return sum(lane.vitals().cpu_ns for lane in self.lanes.values()) * 1e-9
 
     def __enter__(self) -> CopyEngine:
         return self

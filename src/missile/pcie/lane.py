@@ -20,7 +20,7 @@ from missile.pcie.staging import Piece, StagingRing
 from missile.pcie.ticket import CopyState, Direction
 from missile.pcie.weights import Share
 
-__all__ = ["POLL_NS", "ChunkRecord", "Lane", "LaneStats"]
+__all__ = ["POLL_NS", "ChunkRecord", "Lane", "LaneStats", "LaneVitals"]
 
 POLL_NS: Final = 20_000  # how often something is looked at that has no expected time: an event, a host copy
 _PIECES_AHEAD: Final = 3  # pinned pieces that one copy may hold before their turn
@@ -48,8 +48,19 @@ class LaneStats:
     waiting_ns: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class LaneVitals:
+    """How a lane's own thread has fared since it began: its CPU time, how often it looked, how late it was woken at worst,
+    and for how long the link, by the measured rate, had nothing to do while somebody waited; ns."""
+
+    cpu_ns: int = 0
+    looks: int = 0
+    late_ns: int = 0
+    dry_ns: int = 0
+
+
 class Lane(abc.ABC):
-    """Driven by the engine's thread only. cpu_ns: CPU time of threads of its own."""
+    """Driven by the engine's thread only."""
 
     def __init__(self, direction: Direction, fair: FairLink, staging: StagingRing) -> None:
         """fair: decides, or (native) says who is registered with what share and admits."""
@@ -90,9 +101,9 @@ class Lane(abc.ABC):
     @abc.abstractmethod
     def busy(self) -> bool: ...
 
-    @property
-    def cpu_ns(self) -> int:
-        return 0
+    def vitals(self) -> LaneVitals:
+        """All zero where Python does everything."""
+        return LaneVitals()
 
     # --- the reactor's part
 

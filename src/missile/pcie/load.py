@@ -118,12 +118,12 @@ class _Run:
                 copier.admit(tenant.name, tenant.share)
             if isinstance(copier, CopyEngine):
                 copier.on_chunk(self._arrived)
+            gc.collect()
+            gc.disable()  # a collection stops the loop for milliseconds, and so would this first one
             self._start = gpu.now_ns()
             self._end = self._start + self._duration
             sleeper = Sleeper(gpu)
             early = 0 if gpu.info.simulated else _EARLY_NS
-            gc.collect()
-            gc.disable()  # a collection stops the loop for milliseconds
             cpu = time.thread_time()
             for loop in self._bulk:
                 for direction in loop.directions:

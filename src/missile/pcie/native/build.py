@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["CALLS", "Calls", "Chunks", "Library", "Options", "Report", "ShareC", "compile_shared", "library"]
+__all__ = ["CALLS", "Calls", "Chunks", "Library", "Options", "Report", "ShareC", "Vitals", "compile_shared", "library"]
 
 _SOURCES: Final = ("lane.c", "fair.h")
 _FLAGS: Final = ("-std=c11", "-O2", "-shared", "-fPIC", "-pthread")
@@ -65,6 +65,10 @@ class Report(ctypes.Structure):
     _fields_ = tuple((name, c_int64) for name in ("kind", "id", "nbytes", "issued_ns", "done_ns", "state", "code"))
 
 
+class Vitals(ctypes.Structure):
+    _fields_ = tuple((name, c_int64) for name in ("cpu_ns", "looks", "late_ns", "dry_ns"))
+
+
 _SIGNATURES: Final = {
     "lane_open": (c_void_p, POINTER(Options)),
     "lane_close": (None, c_void_p),
@@ -75,7 +79,7 @@ _SIGNATURES: Final = {
     "lane_abandon": (None, c_void_p),
     "lane_step": (c_int64, c_void_p, c_void_p, c_int64, POINTER(c_int64)),
     "lane_queued": (c_int64, c_void_p, c_int),
-    "lane_cpu_ns": (c_int64, c_void_p, POINTER(c_int64)),
+    "lane_vitals": (None, c_void_p, POINTER(Vitals)),
     "fair_open": (c_void_p, POINTER(Chunks)),
     "fair_close": (None, c_void_p),
     "fair_call_admit": (c_int, c_void_p, POINTER(ShareC), c_int),

@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/prctl.h>
 #include <time.h>
@@ -22,6 +23,7 @@ enum { DONE = 0, CANCELLED = 1, FAILED = 2 };
 #define SOON_NS 1000
 #define SPIN_NS 40000   /* an urgent copy that should end within this is not slept for */
 #define POLL_NS 20000   /* how often something is looked at that has no expected time */
+#define ATTENDED_NS 20000
 #define MARGIN_NS 60000 /* how late a sleep may end, and the time to issue: kept in hand where the window allows it */
 
 struct calls { /* addresses in the driver, and what they are called with */
@@ -77,6 +79,10 @@ struct queue {
     bool unready; /* its first copy waits for an event */
 };
 
+struct vitals { /* of the thread: CPU time, looks, the longest that a sleep was late; and how long the link had nothing to do */
+    int64_t cpu_ns, looks, late_ns, dry_ns;
+};
+
 struct lane {
     pthread_mutex_t mutex;
     pthread_cond_t changed;
@@ -93,7 +99,8 @@ struct lane {
     struct copy *spare;
     struct report *reports;
     size_t report_count, report_room;
-    int64_t looks, pump_cpu_ns;
+    int64_t stepped_at; /* when the owner was here last */
+    struct vitals vitals;
 };
 
 static int64_t clock_ns(clockid_t which) {
@@ -218,7 +225,9 @@ static void arrivals(struct lane *lane, int64_t now) {
             else if (copy->over) settle(lane, copy, now);
         }
     }
-    if (!lane->flying) lane->busy_until = 0;
+    if (lane->flying) return;
+    if (lane->fair.awake_count) lane->vitals.dry_ns += now - least(now, lane->busy_until);
+    lane->busy_until = 0;
 }
 
 static void issue(struct lane *lane, const struct pick *pick, int64_t now) {
@@ -269,8 +278,10 @@ static int64_t window(const struct lane *lane) {
     const struct granularity *chunk = &lane->options.chunk;
     int64_t depth = lane->options.depth;
     if (lane->fair.sensitive) return depth * chunk->brief;
-    int64_t whole = depth * (lane->fair.awake_count < 2 ? chunk->solo : chunk->shared);
-    return whole > lane->options.ahead ? whole : lane->options.ahead;
+    bool alone = lane->fair.awake_count < 2;
+    int64_t whole = depth * (alone ? chunk->solo : chunk->shared);
+    int64_t ahead = alone ? lane->options.ahead : lane->options.ahead / 4; /* more would outrun tenants with short queues */
+    return whole > ahead ? whole : ahead;
 }
 
 static void fill(struct lane *lane, int64_t now) {
@@ -330,7 +341,6 @@ static int64_t refill_at(const struct lane *lane, int64_t now) {
 static int64_t pump_deadline(const struct lane *lane, int64_t now) {
     int64_t at = FOREVER;
     if (lane->fair.awake_count && head_of(&lane->rings[BULK])) at = refill_at(lane, now);
-    if (lane->unready) at = least(at, now + POLL_NS);
     int64_t eligible = fair_next_eligible(&lane->fair, now);
     if (eligible >= 0) at = least(at, eligible > now ? eligible : now + SOON_NS);
     return at;
@@ -365,24 +375,41 @@ static int64_t owner_deadline(const struct lane *lane, int64_t now) {
     return at;
 }
 
+/* --- the lock */
+
+/* Held for microseconds: being put to sleep and woken for it takes longer. */
+static void enter(struct lane *lane) {
+    for (int i = 0; i < 2000; i++) {
+        if (!pthread_mutex_trylock(&lane->mutex)) return;
+        for (int j = 0; j < 8; j++) atomic_signal_fence(memory_order_seq_cst);
+    }
+    pthread_mutex_lock(&lane->mutex);
+}
+
 /* --- the thread */
 
 static void *pump(void *argument) {
     struct lane *lane = argument;
     prctl(PR_SET_TIMERSLACK, 1);
-    pthread_mutex_lock(&lane->mutex);
+    enter(lane);
     while (!lane->stopping) {
-        if (!lane->dead) advance(lane);
-        lane->looks++;
         int64_t now = monotonic();
+        /* An owner who steps all the time does this better than a second thread that asks the driver beside it. */
+        bool attended = now - lane->stepped_at < ATTENDED_NS;
+        if (!lane->dead && !attended) advance(lane);
+        now = monotonic();
         int64_t at = lane->dead ? FOREVER : pump_deadline(lane, now);
+        if (attended && at < FOREVER && at < lane->stepped_at + 2 * ATTENDED_NS) at = lane->stepped_at + 2 * ATTENDED_NS;
         lane->looks_at = at;
-        lane->pump_cpu_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+        lane->vitals.looks++;
+        lane->vitals.cpu_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID);
         if (at == FOREVER) {
             pthread_cond_wait(&lane->changed, &lane->mutex);
         } else {
             struct timespec until = {at / 1000000000, at % 1000000000};
-            pthread_cond_timedwait(&lane->changed, &lane->mutex, &until);
+            bool slept = pthread_cond_timedwait(&lane->changed, &lane->mutex, &until) == ETIMEDOUT;
+            int64_t late = monotonic() - at;
+            if (slept && late > lane->vitals.late_ns) lane->vitals.late_ns = late;
         }
     }
     pthread_mutex_unlock(&lane->mutex);
@@ -424,7 +451,7 @@ failed:
 
 /* The caller has made sure that the GPU has nothing of it left. */
 void lane_close(struct lane *lane) {
-    pthread_mutex_lock(&lane->mutex);
+    enter(lane);
     lane->stopping = true;
     pthread_cond_signal(&lane->changed);
     pthread_mutex_unlock(&lane->mutex);
@@ -439,7 +466,7 @@ void lane_close(struct lane *lane) {
 }
 
 int lane_admit(struct lane *lane, const struct share *share) {
-    pthread_mutex_lock(&lane->mutex);
+    enter(lane);
     int flow = fair_admit(&lane->fair, share, lane->options.floor_chunks);
     leave(lane);
     return flow;
@@ -447,7 +474,7 @@ int lane_admit(struct lane *lane, const struct share *share) {
 
 /* Cancels what the tenant has queued; what the GPU has of it arrives. */
 void lane_remove(struct lane *lane, int flow) {
-    pthread_mutex_lock(&lane->mutex);
+    enter(lane);
     int64_t now = monotonic();
     for (struct copy *copy = lane->queues[flow].first; copy; copy = copy->next) cancel(copy);
     refresh(lane, flow, now);
@@ -457,7 +484,7 @@ void lane_remove(struct lane *lane, int flow) {
 
 /* Returns the copy's id, 0 without memory. `event` is recorded when its last chunk is issued. */
 uint64_t lane_submit(struct lane *lane, int flow, void *host, uint64_t device, int64_t nbytes, void *event, void *after) {
-    pthread_mutex_lock(&lane->mutex);
+    enter(lane);
     struct copy *copy = copy_new(lane);
     uint64_t id = 0;
     if (copy) {
@@ -483,7 +510,7 @@ uint64_t lane_submit(struct lane *lane, int flow, void *host, uint64_t device, i
 
 /* Ends a queued copy wherever it stands. One that the GPU has whole, or that is over, stays as it is. */
 void lane_cancel(struct lane *lane, int flow, uint64_t id) {
-    pthread_mutex_lock(&lane->mutex);
+    enter(lane);
     struct copy *copy = copy_find(lane, id);
     struct queue *queue = &lane->queues[flow];
     struct copy *before = NULL, *at = queue->first;
@@ -506,7 +533,7 @@ void lane_cancel(struct lane *lane, int flow, uint64_t id) {
 
 /* Forget everything (the GPU is lost): nothing is told of it, nothing is given to the GPU any more. */
 void lane_abandon(struct lane *lane) {
-    pthread_mutex_lock(&lane->mutex);
+    enter(lane);
     lane->dead = true;
     lane->flying = lane->unready = 0;
     for (int which = 0; which < STREAMS; which++) lane->rings[which].tail = lane->rings[which].head;
@@ -516,8 +543,9 @@ void lane_abandon(struct lane *lane) {
 
 /* Do what can be done now, and take up to `most` reports, oldest first. `deadline`: when to come again, -1 for never. */
 int64_t lane_step(struct lane *lane, struct report *reports, int64_t most, int64_t *deadline) {
-    pthread_mutex_lock(&lane->mutex);
+    enter(lane);
     if (!lane->dead) advance(lane);
+    lane->stepped_at = monotonic();
     int64_t count = least(most, (int64_t)lane->report_count);
     if (count) memcpy(reports, lane->reports, (size_t)count * sizeof *reports);
     lane->report_count -= (size_t)count;
@@ -531,20 +559,17 @@ int64_t lane_step(struct lane *lane, struct report *reports, int64_t most, int64
 
 /* Bytes that the tenant has waiting. */
 int64_t lane_queued(struct lane *lane, int flow) {
-    pthread_mutex_lock(&lane->mutex);
+    enter(lane);
     int64_t sum = 0;
     for (struct copy *copy = lane->queues[flow].first; copy; copy = copy->next) sum += copy->nbytes - copy->issued;
     pthread_mutex_unlock(&lane->mutex);
     return sum;
 }
 
-/* CPU time of the thread, ns, as of its last look; and how often it has looked. */
-int64_t lane_cpu_ns(struct lane *lane, int64_t *looks) {
-    pthread_mutex_lock(&lane->mutex);
-    int64_t cpu = lane->pump_cpu_ns;
-    *looks = lane->looks;
+void lane_vitals(struct lane *lane, struct vitals *vitals) {
+    enter(lane);
+    *vitals = lane->vitals;
     pthread_mutex_unlock(&lane->mutex);
-    return cpu;
 }
 
 /* --- the policy alone, for the test that holds it against Python's */

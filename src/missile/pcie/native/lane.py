@@ -11,8 +11,8 @@ from missile.errors import GpuError, InternalError, MisuseError
 from missile.gpu.calls import DriverCalls
 from missile.gpu.interface import Event, Gpu
 from missile.pcie.flight import LinkTiming, is_lost
-from missile.pcie.lane import POLL_NS, Lane
-from missile.pcie.native.build import CALLS, Calls, Chunks, Library, Options, Report, ShareC
+from missile.pcie.lane import POLL_NS, Lane, LaneVitals
+from missile.pcie.native.build import CALLS, Calls, Chunks, Library, Options, Report, ShareC, Vitals
 from missile.pcie.policy import FLOOR_CHUNKS, FairLink
 from missile.pcie.request import Request
 from missile.pcie.staging import Piece, StagingRing
@@ -140,9 +140,10 @@ class NativeLane(Lane):
     def busy(self) -> bool:
         return bool(self._parts or self._landing or self._waiting)
 
-    @property
-    def cpu_ns(self) -> int:
-        return int(self._library.lane_cpu_ns(self._lane, ctypes.byref(ctypes.c_int64())))
+    def vitals(self) -> LaneVitals:
+        out = Vitals()
+        self._library.lane_vitals(self._lane, ctypes.byref(out))
+        return LaneVitals(out.cpu_ns, out.looks, out.late_ns, out.dry_ns)
 
     # --- the reactor's part
 
