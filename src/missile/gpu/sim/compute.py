@@ -74,6 +74,7 @@ class Compute:
         self._arrivals = 0
         self._now = 0.0
         self.dirty = False  # something arrived since the last `settle`
+        self._gone = False  # a kernel without a block has nothing left to do
         self.next_ns = math.inf
         self.busy_sm_ns = 0.0  # SM-time held by blocks so far
         self.divide((spec.sm.count,))
@@ -133,6 +134,23 @@ class Compute:
         for kernel in self._running:
             kernel.left -= elapsed * kernel.speed
 
+    def curtail(self, now: float, kernel: Running) -> float:
+        """Its blocks that have not started leave; those that run end, the last one a block's time from now.
+
+        Returns the share of its work that is then left undone.
+        """
+        self.advance(now)
+        if not kernel.waiting or kernel.left <= _DONE_NS:
+            return 0.0
+        running = min(kernel.tail, kernel.left) if kernel.blocks else 0.0
+        undone = kernel.left - running
+        kernel.left = running
+        kernel.waiting = False
+        self._pending.remove(kernel)
+        self._gone = self._gone or not kernel.blocks
+        self.dirty = True
+        return undone / kernel.total
+
     def finished(self) -> list[Running]:
         """Take out the kernels that have ended and give their room back."""
         ended = [kernel for kernel in self._running if kernel.left <= _DONE_NS]
@@ -166,7 +184,8 @@ class Compute:
             kernel.speed = speed
             until = kernel.left - kernel.tail if crowded and kernel.waiting else kernel.left
             wait = min(wait, until / speed)
-        self.next_ns = self._now + max(wait, 0.0)
+        self.next_ns = self._now if self._gone else self._now + max(wait, 0.0)
+        self._gone = False
         if crowded:
             self._plan_handover()
 

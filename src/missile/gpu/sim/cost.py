@@ -5,13 +5,14 @@ Pure. Everything about contention is in `sharing`, everything about placement in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from missile.gpu.sim.spec import GpuSpec, builtin_specs
 from missile.gpu.work import KernelWork
 
-__all__ = ["UNITS_PER_SM", "KernelCost", "kernel_cost", "missing_share", "working_set"]
+__all__ = ["UNITS_PER_SM", "KernelCost", "kernel_cost", "missing_share", "part_of", "working_set"]
 
 UNITS_PER_SM = 5040  # an SM's room, divisible by every small occupancy; a block takes UNITS_PER_SM // blocks_per_sm
 MINIMUM_NS = 1000.0  # nothing that was launched takes less
@@ -43,6 +44,13 @@ class KernelCost:
     stretch: float
     working_set: float
     missing: float
+
+
+def part_of(cost: KernelCost, share: float) -> KernelCost:
+    """The cost of a launch of which only this share of the blocks runs."""
+    blocks = max(math.ceil(cost.blocks * share), 1)
+    waves = max(math.ceil(cost.waves * blocks / cost.blocks), 1)
+    return replace(cost, solo_ns=max(cost.solo_ns * share, MINIMUM_NS), blocks=blocks, waves=waves)
 
 
 def working_set(works: Sequence[KernelWork]) -> float:

@@ -15,6 +15,7 @@ from missile.gpu.sim.compute import Compute
 from missile.gpu.sim.copies import CopyEngine
 from missile.gpu.sim.cost import kernel_cost
 from missile.gpu.sim.memory import DeviceMemory
+from missile.gpu.sim.preempt import SimPreemptControl
 from missile.gpu.sim.spec import Faults, GpuSpec
 from missile.gpu.sim.streams import PreparedKernel
 from missile.gpu.sim.timeline import Timeline
@@ -94,6 +95,8 @@ class Engine:
             raise MisuseError(f"Kernel {operation.kernel.name!r} has no work; the simulated GPU can't tell its cost.")
         # Engines launch the same work over and over; its identity is its key, held so that it stays one.
         key = (id(operation.work), keeps)
+        if operation.preempt is not None:
+            return self._prepare_preemptible(operation, operation.work, keeps)
         known = self._prepared.get(key)
         tenant = getattr(operation.kernel, "tenant", "")
         if known is not None and (known[1].name, known[1].tenant) == (operation.kernel.name, tenant):
@@ -103,6 +106,14 @@ class Engine:
         prepared = PreparedKernel(kernel_cost(operation.work, self.spec, keeps), operation.kernel.name, tenant, None)
         self._prepared[key] = (operation.work, prepared)
         return prepared
+
+    def _prepare_preemptible(self, operation: Launch, work: KernelWork, keeps: float) -> PreparedKernel:
+        looked_at = operation.preempt
+        if looked_at is None or not isinstance(looked_at.control, SimPreemptControl):
+            raise MisuseError("The launch looks at a control of another GPU.")
+        tenant = getattr(operation.kernel, "tenant", "")
+        cost = kernel_cost(work, self.spec, keeps)
+        return PreparedKernel(cost, operation.kernel.name, tenant, None, (looked_at.control, looked_at.step))
 
     def _prepare_move(self, operation: Fill | Copy, keeps: float) -> PreparedKernel:
         memory = self.memory

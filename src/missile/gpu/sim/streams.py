@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 from missile.errors import MisuseError
 from missile.gpu.interface import Copy, Event, Fill, Graph, HostBuffer, Latch, Launch, Priority, SmPartition
 from missile.gpu.sim.copies import CopyEngine, PendingCopy
-from missile.gpu.sim.cost import KernelCost
+from missile.gpu.sim.cost import KernelCost, part_of
 from missile.gpu.sim.latches import Await, Raise, own_latch
 from missile.gpu.sim.memory import Backing, SimHostBuffer
+from missile.gpu.sim.preempt import LEAVING_NS, SimPreemptControl
 
 if TYPE_CHECKING:
     from missile.gpu.sim.engine import Engine
@@ -23,9 +24,17 @@ __all__ = ["PreparedKernel", "SimEvent", "SimGraph", "SimStream"]
 class PreparedKernel:
     """A kernel ready to run: its cost, its name and tenant for faults, and what it does to memory (if simulated)."""
 
-    __slots__ = ("cost", "effect", "name", "tenant")
+    __slots__ = ("cost", "effect", "name", "preempt", "tenant")
 
-    def __init__(self, cost: KernelCost, name: str, tenant: str, effect: Callable[[], None] | None) -> None:
+    def __init__(
+        self,
+        cost: KernelCost,
+        name: str,
+        tenant: str,
+        effect: Callable[[], None] | None,
+        preempt: tuple[SimPreemptControl, int] | None = None,
+    ) -> None:
+        self.preempt = preempt  # and its step
         self.cost = cost
         self.name = name
         self.tenant = tenant
@@ -140,6 +149,19 @@ class _Wait:
         return False
 
 
+class _Call:
+    """Something that the GPU's front end does in a stream's order, at once."""
+
+    __slots__ = ("_action",)
+
+    def __init__(self, action: Callable[[float], None]) -> None:
+        self._action = action
+
+    def begin(self, stream: SimStream, now: float) -> bool:
+        self._action(now)
+        return True
+
+
 class _Transfer:
     __slots__ = ("copy",)
 
@@ -178,21 +200,35 @@ class _Kernels:
     def _start(self, now: float) -> None:
         stream = self._stream
         engine = stream.engine
+        kernel = self._kernels[self._at]
+        cost = kernel.cost
+        if kernel.preempt is not None:
+            control, step = kernel.preempt
+            share = control.share(step)
+            if not share:
+                engine.timeline.at(now + self._gap + LEAVING_NS, self._ended)
+                return
+            if share < 1.0:
+                cost = part_of(cost, share)
         running = engine.compute.start(
             now,
-            self._kernels[self._at].cost,
+            cost,
             stream.parts,
             priority=stream.level,
             gap=self._gap,
             noise=engine.kernel_noise(),
         )
         running.finish = self._ended
+        if kernel.preempt is not None:
+            control.started(running, step)
 
     def _ended(self, now: float) -> None:
         kernel = self._kernels[self._at]
         stream = self._stream
         engine = stream.engine
         engine.kernel_ended(kernel)
+        if kernel.preempt is not None:
+            kernel.preempt[0].ended()
         self._at += 1
         sharing = engine.spec.sharing
         crowd = engine.compute.launch_load(sharing.graph_gap_ns)
@@ -284,6 +320,10 @@ class SimStream:
 
     def wait_latch(self, latch: Latch, value: int) -> None:
         self._push(Await(own_latch(latch), value), self.engine.spec.host.record_ns)
+
+    def call(self, action: Callable[[float], None]) -> None:
+        """Let the GPU do `action` when all that was enqueued before is done."""
+        self._push(_Call(action), self.engine.spec.host.record_ns)
 
     # --- state
     def idle(self) -> bool:

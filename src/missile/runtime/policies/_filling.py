@@ -9,7 +9,7 @@ from missile.runtime.policies.interface import Action, Advance, Preempt, Snapsho
 __all__ = ["Filling"]
 
 _IN_FLIGHT = 2  # segments: one that runs and one that follows it without the host
-_CATCH_UP_NS = 10e6
+_CATCH_UP_NS = 1e6
 
 
 class Filling:

@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from missile.errors import MisuseError, UnsupportedError
+from missile.gpu.interface import GpuInfo, Level, Priority
+from missile.gpu.sim import Faults, SimulatedGpu, load_spec
+from missile.gpu.sim.spec import KernelFault
+from missile.runtime.loading import load_tenants
+from missile.runtime.policies import Snapshot, create_policy
+from missile.runtime.policies.interface import Advance, Preempt, Reject, Segment, Start, TenantBrief, Wake
+from missile.runtime.policies.missile import MissilePolicy
+from missile.runtime.preempting import make_preemptible
+from missile.runtime.run import run, solo
+from missile.runtime.tenant import Tenant
+
+MS = 1_000_000
+INFO = GpuInfo("X", "sim:x", True, Level.PARTITIONS, 132, 1 << 20, 1 << 30, 2 << 20, 8, 8, 2, (9, 0))
+SEGMENTS = 5
+
+
+def make(name: str, kind: str, **more: object) -> Tenant:
+    arrivals = {"kind": "poisson", "rate_per_s": 1} if kind == "LS" else {"kind": "closed"}
+    return Tenant.model_validate({"name": name, "class": kind, "model": "m", "arrivals": arrivals, **more})
+
+
+MIX = (make("be0", "BE"), make("ls0", "LS", slo_ms=2.0), make("ls1", "LS"), make("be1", "BE", weight=3.0))
+LS, BE = (1, 2), (0, 3)
+
+
+def ready(preemptible: bool = False, **options: float) -> tuple[MissilePolicy, tuple[str, ...]]:
+    """A policy that was told about the mix, and its lanes' names."""
+    policy = MissilePolicy(**options)
+    layout = policy.setup(MIX, INFO)
+    segments = tuple(Segment(i, i + 1, 50_000.0, (None,)) for i in range(SEGMENTS))
+    brief = TenantBrief((300_000.0,) * len(layout.lanes), segments, preemptible)
+    policy.brief([brief] * len(MIX))
+    return policy, tuple(lane.name for lane in layout.lanes)
+
+
+def snapshot(
+    queued: Sequence[int] = (0, 0, 0, 0),
+    running: Sequence[int] = (0, 0, 0, 0),
+    launched: Sequence[int] = (0, 0, 0, 0),
+    pending: Sequence[int] = (0, 0, 0, 0),
+    stopping: Sequence[bool] = (False,) * 4,
+    oldest: Sequence[int] = (0, 0, 0, 0),
+    now: int = 100,
+) -> Snapshot:
+    return Snapshot(now, queued, running, oldest, (2, 8, 8, 2), launched, pending, stopping)
+
+
+counts = st.lists(st.integers(0, 3), min_size=4, max_size=4)
+few = st.lists(st.integers(0, 2), min_size=4, max_size=4)
+flags = st.lists(st.booleans(), min_size=4, max_size=4)
+
+
+@given(queued=counts, running=few, launched=few, pending=few, stopping=flags, preemptible=st.booleans())
+def test_what_it_asks_for_can_be_done(queued, running, launched, pending, stopping, preemptible):
+    running = [max(r, p > 0, bool(n)) for r, p, n in zip(running, pending, launched, strict=True)]
+    policy, lanes = ready(preemptible)
+    state = snapshot(queued, running, launched, pending, stopping)
+    there = any(queued[i] or running[i] for i in LS)
+    preempted = set()
+    for action in policy.decide(state):
+        if isinstance(action, Start):
+            assert action.tenant in LS
+            assert queued[action.tenant]
+            assert lanes[action.lane].startswith(f"high-priority stream of ls{action.tenant - 1}")
+        elif isinstance(action, Reject):
+            assert action.tenant in LS
+            assert queued[action.tenant]
+        elif isinstance(action, Preempt):
+            assert there
+            assert pending[action.tenant]
+            preempted.add(action.tenant)
+        elif isinstance(action, Advance):
+            tenant = action.tenant
+            assert tenant in BE
+            assert not stopping[tenant]
+            assert tenant not in preempted
+            assert action.segments == 1
+            if not launched[tenant]:
+                assert queued[tenant]
+                assert running[tenant] < 2
+                queued[tenant] -= 1
+                running[tenant] += 1
+                if preemptible:
+                    assert not pending[tenant]  # one request at a time
+            launched[tenant] = (launched[tenant] + 1) % SEGMENTS
+            pending[tenant] += 1
+            assert ("all SMs" in lanes[action.lane]) is not there
+        else:
+            assert isinstance(action, Wake)
+
+
+def test_be_has_all_sms_until_an_ls_request_comes_and_again_when_it_has_gone():
+    policy, lanes = ready()
+    (first, second) = policy.decide(snapshot(queued=(2, 0, 0, 2)))
+    assert {first.tenant, second.tenant} == {0, 3}
+    assert "all SMs" in lanes[first.lane]
+    start, *rest = policy.decide(snapshot(queued=(1, 1, 0, 1), running=(1, 0, 0, 1), launched=(1, 0, 0, 1)))
+    assert start.tenant == 1
+    assert all("68 SMs" in lanes[action.lane] for action in rest)
+    assert policy.decide(snapshot(running=(1, 1, 0, 1), launched=(2, 0, 0, 2), pending=(1, 0, 0, 1))) == []
+    (again, _) = policy.decide(snapshot(running=(1, 0, 0, 1), launched=(2, 0, 0, 2)))
+    assert "all SMs" in lanes[again.lane]
+
+
+def test_it_preempts_once_and_before_it_starts_anything():
+    policy, _ = ready(preemptible=True)
+    pending = {"running": (1, 0, 0, 0), "launched": (2, 0, 0, 0), "pending": (2, 0, 0, 0)}
+    first, second = policy.decide(snapshot(queued=(0, 1, 0, 0), **pending))
+    assert first == Preempt(0)
+    assert second.tenant == 1
+    pending["running"] = (1, 1, 0, 0)
+    assert not any(isinstance(action, Preempt) for action in policy.decide(snapshot(queued=(0, 1, 0, 0), **pending)))
+    off, _ = ready(preemptible=True, preempt=False)
+    assert not any(isinstance(action, Preempt) for action in off.decide(snapshot(queued=(0, 1, 0, 0), **pending)))
+
+
+def test_with_the_whole_share_be_pauses_and_with_linger_it_waits():
+    policy, lanes = ready(ls_share=1.0, linger_us=50.0)
+    assert not any("SMs" in name and "all" not in name for name in lanes)
+    (start,) = policy.decide(snapshot(queued=(1, 1, 0, 1)))
+    assert isinstance(start, Start)
+    assert policy.decide(snapshot(queued=(1, 0, 0, 1), now=10_000)) == [Wake(50_100)]
+    assert [action.tenant for action in policy.decide(snapshot(queued=(1, 0, 0, 1), now=50_100))] == [3, 0]
+
+
+def test_be_tenants_share_by_weight():
+    policy, _ = ready()
+    given = {0: 0, 3: 0}
+    for _ in range(400):
+        (one,) = policy.decide(snapshot(queued=(2, 0, 0, 2), pending=(0, 0, 0, 1)))[:1]
+        given[one.tenant] += 1
+    assert given[3] / given[0] == pytest.approx(3, rel=0.05)
+
+
+def test_one_that_comes_back_does_not_take_over():
+    policy, _ = ready()
+    for _ in range(1000):
+        policy.decide(snapshot(queued=(2, 0, 0, 0)))
+    turns = [action.tenant for _ in range(100) for action in policy.decide(snapshot(queued=(2, 0, 0, 2)))]
+    assert turns.count(0) > 20
+
+
+def test_admission_turns_away_what_is_late_and_no_more():
+    policy, _ = ready()
+    late = snapshot(queued=(0, 2, 0, 0), oldest=(0, 0, 0, 0), now=1_800_000)
+    assert policy.decide(late) == [Reject(1), Wake(1_800_000)]
+    due = snapshot(queued=(0, 1, 0, 0), oldest=(0, 500_000, 0, 0), now=1_800_000)
+    assert isinstance(policy.decide(due)[0], Start)
+    # Seven before it, 0.3 ms each: 2.3 ms from now.
+    behind = snapshot(queued=(0, 1, 0, 0), running=(0, 7, 0, 0), oldest=(0, 90_000, 0, 0), now=100_000)
+    fresh, _ = ready()
+    assert fresh.decide(behind) == [Reject(1)]
+    generous, _ = ready(admission=False)
+    assert isinstance(generous.decide(behind)[0], Start)
+
+
+def test_queues_are_bounded_even_without_an_objective():
+    policy, _ = ready(queue_limit=3)
+    full = snapshot(queued=(0, 0, 3, 0), running=(0, 0, 8, 0))
+    assert policy.decide(full) == []
+    assert policy.decide(snapshot(queued=(0, 0, 4, 0), running=(0, 0, 8, 0)))[0] == Reject(2)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("ls_share=0", "ls_share must be above 0"),
+        ("ls_share=1.2", "at most 1"),
+        ("ls_share=0.8,be_min=0.3", "more than the whole GPU"),
+        ("be_min=1", "below 1"),
+        ("segment_us=-1", "segment_us"),
+        ("queue_limit=0", "queue_limit"),
+        ("share=1", "ls_share"),
+    ],
+)
+def test_bad_options(options, says):
+    with pytest.raises(MisuseError, match=says):
+        create_policy(f"missile:{options}")
+
+
+def test_a_gpu_that_can_t():
+    with pytest.raises(UnsupportedError, match="ls_share=1"):
+        create_policy("missile").setup(MIX, replace(INFO, level=Level.PRIORITIES))
+    create_policy("missile:ls_share=1").setup(MIX, replace(INFO, level=Level.PRIORITIES))
+    with pytest.raises(UnsupportedError, match="priorities"):
+        create_policy("missile").setup(MIX, replace(INFO, level=Level.CORE))
+
+
+@pytest.mark.parametrize("options", ["", ":ls_whole=off", ":elastic=off", ":ls_share=1"])
+def test_lanes_of_ls_have_priority(options):
+    layout = create_policy(f"missile{options}").setup(MIX, INFO)
+    assert [lane.priority for lane in layout.lanes].count(Priority.HIGH) == 2
+    assert all(ns == 60_000.0 for ns in (layout.segment_ns[i] for i in BE))
+    assert all(layout.segment_ns[i] is None for i in LS)
+
+
+# --- on the simulated GPU
+def test_an_objective_below_the_time_alone_is_refused(gpu, tenant):
+    tenants = [tenant("ls", "LS", rate=100, slo_ms=0.01), tenant("be", "BE", "synthetic-gemv")]
+    with pytest.raises(MisuseError, match=r"'ls' has an objective of 0\.01 ms and takes"):
+        run(gpu, tenants, "missile", seed=1, duration_ns=10 * MS)
+
+
+@pytest.mark.parametrize("preempt", [False, True])
+def test_be_keeps_its_rate_and_ls_its_latency(gpu, tenant, preempt):
+    tenants = [tenant("ls", "LS", rate=300), tenant("be", "BE", "synthetic-gemv")]
+    roster = load_tenants(gpu, tenants)
+    if preempt:
+        roster, refused = make_preemptible(roster)
+        assert refused == {}
+    with roster:
+        alone = solo(gpu, roster, "ls", seed=2, duration_ns=150 * MS).tenants[0]
+        fast = solo(gpu, roster, "be", seed=2, duration_ns=150 * MS).tenants[0]
+        naive = run(gpu, roster, "streams", seed=2, duration_ns=150 * MS).tenants[0]
+        record = run(gpu, roster, "missile:ls_share=1", seed=2, duration_ns=150 * MS)
+    assert not record.fault
+    ls, be = record.tenants
+    assert len(ls.arrival) == len(alone.arrival)
+    assert np.all(be.start[1:] >= be.end[:-1])
+    assert np.all(np.diff(be.arrival) >= 0)
+    assert np.percentile(ls.latency, 95) < np.percentile(naive.latency, 95)
+    assert np.percentile(ls.latency, 95) < (1.3 if preempt else 1.6) * np.percentile(alone.latency, 95)
+    busy = float(np.sum(alone.service)) / (150 * MS)
+    assert len(be.done) > (1 - busy) * 0.85 * len(fast.done)
+
+
+def test_preempted_requests_finish_once_each_and_the_next_run_starts_clean(gpu, tenant):
+    tenants = [tenant("ls", "LS", rate=2000), tenant("be", "BE", "synthetic-gemv")]
+    with make_preemptible(load_tenants(gpu, tenants)).roster as roster:
+        first = run(gpu, roster, "missile:ls_share=1", seed=2, duration_ns=60 * MS).tenants[1]
+        second = solo(gpu, roster, "be", seed=2, duration_ns=60 * MS).tenants[0]
+        third = run(gpu, roster, "missile", seed=2, duration_ns=60 * MS).tenants[1]
+    for be in (first, second, third):
+        assert len(be.done) > 5
+        assert len(set(be.end.tolist())) == len(be.end)
+        assert np.all(be.start < be.end)
+    lengths = second.end - second.start
+    assert np.max(lengths) < 1.1 * np.min(lengths)  # nothing of a preempted request is left over
+    assert np.all(first.end - first.start >= 0.9 * np.min(lengths))
+
+
+def test_a_tenant_that_dies_in_the_middle_of_a_request_leaves_the_others_results(tenant):
+    faults = Faults(kernels=(KernelFault(kernel="gemv", launch=500),))
+    gpu = SimulatedGpu(load_spec("h100"), faults=faults, device="sim:h100")
+    roster = load_tenants(gpu, [tenant("ls", "LS", rate=400), tenant("be", "BE", "synthetic-gemv")])
+    record = run(gpu, roster, "missile", seed=1, duration_ns=60 * MS)
+    assert "ILLEGAL_ADDRESS" in record.fault
+    ls, be = record.tenants
+    assert be.error
+    assert not ls.error
+    assert len(be.done) > 5
+    assert np.all(be.done > 0)
