@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from missile.bench.isolation_micro import ColoredUnits, pages_for
-from missile.bench.isolation_plan import FULL, QUICK, Cell, MicroPlan, cells_of, paired_halves, paired_share, schemes_of
-from missile.bench.isolation_plot import plot_isolation
-from missile.bench.isolation_results import outcomes, read_isolation
-from missile.bench.isolation_run import run_micro
-from missile.bench.isolation_table import blocks_of, render_markdown
+from missile.bench.isolation.lab import ColoredUnits, pages_for
+from missile.bench.isolation.plan import FULL, QUICK, Cell, MicroPlan, cells_of, schemes_of
+from missile.bench.isolation.plot import plot_isolation
+from missile.bench.isolation.results import outcomes, read_isolation
+from missile.bench.isolation.run import run_micro
+from missile.bench.isolation.table import blocks_of, render_markdown
 from missile.cli.app import main
 from missile.coloring.pool import ColoredPool
 from missile.errors import MisuseError
@@ -42,16 +42,6 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> ChannelMap:
     """The map of the simulated GPU of these tests."""
     with open_gpu("sim:a5500") as gpu:
         return map_for(gpu, cache=tmp_path_factory.mktemp("maps"), pages=32, interference=False)
-
-
-def test_the_halves_are_those_that_split_pairs_of_granules(recorded: ChannelMap) -> None:
-    one, other = paired_halves(recorded)
-    assert sorted(one + other) == list(range(len(recorded.colors)))
-    assert paired_share(recorded, one) == paired_share(recorded, other) > 0.97
-    # Counted once more, by address: of the first two granules of a KiB exactly one is of these colors.
-    pages = np.arange(0, recorded.page_bytes, 1024)[:, None] + np.array([0, 256])
-    colors = recorded.color_of(pages)
-    assert (np.isin(colors, one).sum(axis=1) == 1).mean() > 0.97
 
 
 def test_schemes_have_disjoint_sides_but_for_the_two_controls(recorded: ChannelMap, known: ChannelMap) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from missile.bench.isolation_real import RealCell, RealPlan, Room, real_cells
-from missile.bench.isolation_real_results import RealResults, RealRun, pair_outcomes, read_real, write_real
-from missile.bench.isolation_real_run import run_real
-from missile.bench.isolation_real_table import grids_of, render_real_markdown
+from missile.bench.isolation.models import RealCell, RealPlan, Room, real_cells
+from missile.bench.isolation.models_results import RealResults, RealRun, pair_outcomes, read_real, write_real
+from missile.bench.isolation.models_run import run_real
+from missile.bench.isolation.models_table import grids_of, render_real_markdown
 from missile.cli.app import main
 from missile.errors import MisuseError
 from missile.gpu import open_gpu

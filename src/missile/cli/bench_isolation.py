@@ -11,15 +11,15 @@ import typer
 from pydantic import BaseModel
 from rich.console import RenderableType
 
-from missile.bench.isolation_plan import FULL, QUICK
-from missile.bench.isolation_plot import plot_isolation
-from missile.bench.isolation_real import DEFAULT_BE, DEFAULT_LS, RealPlan
-from missile.bench.isolation_real_results import RealResults, pair_outcomes
-from missile.bench.isolation_real_run import run_real
-from missile.bench.isolation_real_table import render_real, render_real_markdown
-from missile.bench.isolation_results import IsolationResults, outcomes
-from missile.bench.isolation_run import run_micro
-from missile.bench.isolation_table import render_isolation, render_markdown
+from missile.bench.isolation.models import DEFAULT_BE, DEFAULT_LS, RealPlan
+from missile.bench.isolation.models_results import RealResults, pair_outcomes
+from missile.bench.isolation.models_run import run_real
+from missile.bench.isolation.models_table import render_real, render_real_markdown
+from missile.bench.isolation.plan import FULL, QUICK
+from missile.bench.isolation.plot import plot_isolation
+from missile.bench.isolation.results import IsolationResults, outcomes
+from missile.bench.isolation.run import run_micro
+from missile.bench.isolation.table import render_isolation, render_markdown
 from missile.cli.output import DeviceOption, JsonOption, console, print_json, progress_bar
 from missile.files import write_whole
 from missile.gpu import open_gpu, resolve

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from missile.bench.isolation_real import RealCell, RealSample, Room
+from missile.bench.isolation.models import RealCell, RealSample, Room
 from missile.errors import MisuseError
 from missile.files import write_whole
 from missile.validation import first_problem
@@ -22,7 +22,7 @@ class _Strict(BaseModel):
 
 
 class RealRun(_Strict):
-    """A cell (`isolation_real.RealCell`) with its sample (`isolation_real.RealSample`)."""
+    """A cell (`models.RealCell`) with its sample (`models.RealSample`)."""
 
     ls: str
     be: str

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
+from missile.coloring.halves import find_halves
 from missile.errors import MisuseError
 from missile.gpu.interface import Access
 from missile.probe.channel_map import ChannelMap
 
-__all__ = ["FULL", "QUICK", "Cell", "MicroPlan", "Scheme", "cells_of", "paired_halves", "paired_share", "schemes_of"]
+__all__ = ["FULL", "QUICK", "Cell", "MicroPlan", "Scheme", "cells_of", "halves_of", "schemes_of"]
 
 MIB = 1 << 20
 
@@ -97,14 +95,12 @@ class Cell:
 def schemes_of(channel_map: ChannelMap) -> tuple[Scheme, ...]:
     """The color sets that are compared: all colors for both; halves, and both on the same half; the least shares.
 
-    The halves are those that split most pairs of neighbouring granules (`paired_halves`). MisuseError for a map with
+    The halves are those that tenants get (`coloring.halves`). MisuseError for a map with
     fewer than two colors: there is nothing to keep apart.
     """
     count = len(channel_map.colors)
-    if count < 2:
-        raise MisuseError("This channel map has one color: there are no disjoint sets of colors to compare.")
     every = tuple(range(count))
-    one, other = paired_halves(channel_map)
+    one, other = halves_of(channel_map)
     found = [
         Scheme("none", every, every),
         Scheme(f"{len(one)}/{count} + {len(other)}/{count}", one, other),
@@ -117,28 +113,12 @@ def schemes_of(channel_map: ChannelMap) -> tuple[Scheme, ...]:
     return tuple(found)
 
 
-def paired_halves(channel_map: ChannelMap) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The split of the colors into two sets of equal number that has the largest `paired_share`, the first color first."""
-    count = len(channel_map.colors)
-    rest = range(1, count)
-    halves = [(0, *more) for more in itertools.combinations(rest, (count + 1) // 2 - 1)]
-    best = max(halves, key=lambda half: paired_share(channel_map, half))
-    return best, tuple(sorted(set(range(count)) - set(best)))
-
-
-def paired_share(channel_map: ChannelMap, colors: Sequence[int]) -> float:
-    """Share of the pairs of granules next to each other (indices 2i and 2i + 1) of which exactly one has one of `colors`.
-
-    The mean over every page permutation that the map knows. Where it is near 1, one bit for each pair says where the
-    granule of `colors` is.
-    """
-    of_slice = np.isin(channel_map.color_of_slice, list(colors))
-    pairs = np.array(channel_map.model.patterns).reshape(len(channel_map.model.patterns), -1, 2)
-    shares = []
-    for permutation in channel_map.model.permutations:
-        inside = of_slice[permutation][pairs]
-        shares.append(float((inside[..., 0] != inside[..., 1]).mean()))
-    return float(np.mean(shares))
+def halves_of(channel_map: ChannelMap) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The two halves of all colors that two tenants get. MisuseError for a map with one color only."""
+    halves = find_halves(channel_map)
+    if halves is None:
+        raise MisuseError("This channel map has one color: there are no disjoint sets of colors to compare.")
+    return halves.sets
 
 
 def cells_of(plan: MicroPlan, schemes: Sequence[Scheme], sms: int) -> Iterator[Cell]:

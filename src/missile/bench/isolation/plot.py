@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from missile.bench.isolation_results import IsolationResults, outcomes
-from missile.bench.isolation_table import title_of
+from missile.bench.isolation.results import IsolationResults, outcomes
+from missile.bench.isolation.table import title_of
 from missile.gpu.interface import Access
 
 __all__ = ["plot_isolation"]

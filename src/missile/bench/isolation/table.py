@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from missile.bench.isolation_results import IsolationResults, Outcome, outcomes
+from missile.bench.isolation.results import IsolationResults, Outcome, outcomes
 
 __all__ = ["Block", "blocks_of", "format_bytes", "render_isolation", "render_markdown", "title_of"]
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from missile.bench.isolation_micro import Sample
-from missile.bench.isolation_plan import Cell, Scheme
+from missile.bench.isolation.lab import Sample
+from missile.bench.isolation.plan import Cell, Scheme
 from missile.errors import MisuseError
 from missile.files import write_whole
 from missile.gpu.interface import Access
@@ -48,7 +48,7 @@ class MeasuredScheme(_Strict):
 
 
 class MeasuredCell(_Strict):
-    """A cell of the plan (`isolation_plan.Cell`) with its sample (`isolation_micro.Sample`)."""
+    """A cell of the plan (`plan.Cell`) with its sample (`lab.Sample`)."""
 
     scheme: str
     victim_sms: int

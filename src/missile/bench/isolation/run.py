@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from missile.bench.environment import describe_environment
-from missile.bench.isolation_micro import ColoredUnits, Sample, measure, pages_for
-from missile.bench.isolation_plan import Cell, MicroPlan, cells_of, schemes_of
-from missile.bench.isolation_results import (
+from missile.bench.isolation.lab import ColoredUnits, Sample, measure, pages_for
+from missile.bench.isolation.plan import Cell, MicroPlan, cells_of, schemes_of
+from missile.bench.isolation.results import (
     IsolationResults,
     MeasuredCell,
     measured_schemes,

@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from missile.bench.environment import describe_environment
-from missile.bench.isolation_plan import paired_halves
-from missile.bench.isolation_real import RealCell, RealPlan, RealSample, measure_real, real_cells
-from missile.bench.isolation_real_results import RealResults, RealRun, read_real, write_real
+from missile.bench.isolation.models import RealCell, RealPlan, RealSample, measure_real, real_cells
+from missile.bench.isolation.models_results import RealResults, RealRun, read_real, write_real
+from missile.bench.isolation.plan import halves_of
 from missile.errors import MisuseError
 from missile.gpu.interface import Gpu
 from missile.probe.channel_map import ChannelMap
@@ -50,7 +50,7 @@ def run_real(
             f"{path} holds results of another GPU, {before.gpu} {before.uuid}; choose another folder with -o."
         )
     channel_map = map_for(gpu, known=known, pages=512, seed=plan.seed, progress=lambda text: progress(0, 0, text))
-    ours, theirs = paired_halves(channel_map)
+    ours, theirs = halves_of(channel_map)
     both = [
         Tenant.model_validate({"name": side, "class": side, "model": side, "arrivals": ClosedLoop(depth=1)})
         for side in ("LS", "BE")

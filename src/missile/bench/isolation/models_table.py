@@ -10,8 +10,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from missile.bench.isolation_real import RealCell, Room
-from missile.bench.isolation_real_results import PairOutcome, RealResults, pair_outcomes
+from missile.bench.isolation.models import RealCell, Room
+from missile.bench.isolation.models_results import PairOutcome, RealResults, pair_outcomes
 
 __all__ = ["Grid", "grids_of", "render_real", "render_real_markdown"]
 

@@ -14,7 +14,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from missile.bench.isolation_plan import paired_halves
+from missile.bench.isolation.plan import halves_of
 from missile.errors import MissileError, MisuseError
 from missile.gpu.interface import Gpu, GpuInfo
 from missile.probe.channel_map import ChannelMap
@@ -117,7 +117,7 @@ def measure_real(
     All models are loaded twice, in plain and in colored memory, before the first run. A model that can't be is an `error`
     in its cells; the others go on.
     """
-    ours, theirs = paired_halves(channel_map)
+    ours, theirs = halves_of(channel_map)
     names = {cell.ls for cell in cells if cell.ls} | {cell.be for cell in cells if cell.be}
     tenants = [tenant for tenant in _tenants(plan) if tenant.name in names]
     layout = PartitionPolicy(plan.ls_share).setup(_tenants(plan), gpu.info)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from missile.bench.isolation_plan import Cell, MicroPlan, Scheme
+from missile.bench.isolation.plan import Cell, MicroPlan, Scheme
 from missile.coloring.pool import ColoredPool
 from missile.errors import NoisyGpuError
 from missile.gpu.interface import Access, Gpu, Traffic
