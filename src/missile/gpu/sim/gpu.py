@@ -31,6 +31,7 @@ from missile.gpu.sim.memory import DeviceMemory, SimAddressRange, SimDeviceBuffe
 from missile.gpu.sim.memory_lab import MemoryLab
 from missile.gpu.sim.memory_spec import parse_memory_spec
 from missile.gpu.sim.modules import SimModule
+from missile.gpu.sim.preempt import SimPreemptControl
 from missile.gpu.sim.spec import Faults, GpuSpec, load_spec
 from missile.gpu.sim.streams import SimEvent, SimGraph, SimStream
 from missile.gpu.work import KernelWork
@@ -143,6 +144,10 @@ class SimulatedGpu:
     ) -> SimGraph:
         keeps = working_set([_work_of(operation) for operation in (operations if within is None else within)])
         return SimGraph([self._engine.prepare(operation, keeps) for operation in operations])
+
+    def create_preempt_control(self) -> SimPreemptControl:
+        self._engine.check()
+        return SimPreemptControl(self._engine)
 
     def split_sms(self, counts: Sequence[int]) -> SmSplit:
         self._engine.check()
