@@ -114,6 +114,8 @@ class _Thread:
             if instruction.guard is not None and self._value(instruction.guard) == 0:
                 continue
             root, operands = instruction.root, instruction.operands
+            if root == "cp":
+                continue
             if root == "ret":
                 self._at -= 1
                 self.vote = None
@@ -124,7 +126,7 @@ class _Thread:
                 assert instruction.opcode == "bar.red.or.pred"
                 self._result, self.vote = _name(operands[0]), bool(self._value(operands[2]))
                 return
-            elif root in ("ld", "st") and "param" not in instruction.parts:
+            elif root in ("ld", "st", "atom") and "param" not in instruction.parts:
                 self._machine.meanwhile()
                 yield
                 self._access(instruction)
@@ -139,6 +141,13 @@ class _Thread:
         (address,) = [operand for operand in instruction.operands if isinstance(operand, Address)]
         where = self._registers[str(address.base)] + address.offset
         nbytes = int(instruction.parts[-1][1:]) // 8
+        if instruction.root == "atom":
+            assert "cas" in instruction.parts
+            before = machine.read(where, nbytes)
+            if before == self._value(instruction.operands[2]):
+                machine.write(where, self._value(instruction.operands[3]), nbytes)
+            self._registers[_name(instruction.operands[0])] = before
+            return
         if instruction.root == "st":
             machine.write(where, self._value(instruction.operands[1]), nbytes)
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from missile.coloring.shape import Form, Shape
 from missile.compiler.ptx.assemble import assemble
 from missile.compiler.ptx.parser import parse
-from missile.compiler.ptx.preempt import PARAMETERS, Look, arguments, make_preemptible
+from missile.compiler.ptx.preempt import PARAMETERS, Look, Place, arguments, make_preemptible
 from missile.compiler.ptx.rewrite import rewrite
 from missile.errors import MisuseError, UnsupportedError
 from missile.probe.layout import PageLayout
@@ -57,23 +56,38 @@ def test_the_decision_comes_before_anything_that_others_could_see(path: Path) ->
     assert not {"ld", "st", "cp", "atom", "red", "bar", "bra", "ret", "mbarrier"} & set(roots)
 
 
-@pytest.mark.parametrize("look", Look)
+@pytest.mark.parametrize(("look", "place"), [(Look.FRESH, Place.EARLY), (Look.CACHED, Place.LATE)])
 @pytest.mark.parametrize("path", INPUTS, ids=names)
-def test_kernels_assemble_plain_and_colored(path: Path, look: Look) -> None:
+def test_kernels_assemble_plain_and_colored(path: Path, look: Look, place: Place) -> None:
     pytest.importorskip("triton", reason="its wheel has the assembler")
     plain = path.read_text()
     for text in (plain, rewrite(plain, SHAPE, name=path.stem).ptx):
-        assert assemble(make_preemptible(text, look=look), arch="sm_90a", name=path.stem)[:4] == b"\x7fELF"
+        assert assemble(make_preemptible(text, look=look, place=place), arch="sm_90a", name=path.stem)[:4] == b"\x7fELF"
 
 
-@pytest.mark.parametrize("look", Look)
-def test_golden(look: Look) -> None:
-    text = make_preemptible((HERE.parent / "ptx" / "inputs" / "add_relu.ptx").read_text(), look=look)
-    path = HERE / "golden" / f"add_relu.preempt-{look}.ptx"
+@pytest.mark.parametrize("place", Place)
+def test_golden(place: Place) -> None:
+    text = make_preemptible((HERE.parent / "ptx" / "inputs" / "add_relu.ptx").read_text(), place=place)
+    path = HERE / "golden" / f"add_relu.preempt-{place}.ptx"
     if os.environ.get("MISSILE_GOLDEN") == "write":
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     assert text == path.read_text()
+
+
+def test_a_late_decision_comes_behind_loads_but_not_behind_those_that_other_data_direct() -> None:
+    body = """ld.param.u64 %rd1, [p];
+    ld.global.b32 %r1, [%rd1];
+    ld.global.b32 %r2, [%rd1+8];
+    mad.wide.u32 %rd2, %r1, 4, %rd1;
+    ld.global.b32 %r3, [%rd2];
+    st.global.b32 [%rd1], %r3;"""
+    late = make_preemptible(entry(body), place=Place.LATE)
+    assert late.index("[%rd1+8]") < late.index("bar.red") < late.index("mad.wide") < late.index("[%rd2]")
+    copying = entry("cp.async.cg.shared.global [%r1], [%rd1], 16;\ncp.async.commit_group;\nbar.sync 0;")
+    late = make_preemptible(copying, place=Place.LATE)
+    assert late.index("commit_group") < late.index("bar.red") < late.index("wait_all") < late.index("bar.sync")
+    assert "wait_all" not in make_preemptible(copying)
 
 
 def test_entries_without_parameters_get_a_list() -> None:

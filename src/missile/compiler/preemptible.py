@@ -22,6 +22,7 @@ again on a resume. Streams may change between segments, as long as the new one w
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,22 +34,25 @@ from pathlib import Path
 from missile.compiler.bind import BoundModel, Operation
 from missile.compiler.package import KernelStep, ModelPackage
 from missile.compiler.ptx.assemble import assemble
-from missile.compiler.ptx.parser import parse
-from missile.compiler.ptx.preempt import STEPS, Look, arguments, make_preemptible
+from missile.compiler.ptx.preempt import STEPS, Look, Place, arguments, make_preemptible
 from missile.errors import MisuseError, UnsupportedError
 from missile.gpu.interface import Fill, Gpu, Graph, Kernel, Launch, PreemptControl, Preemption
 
 __all__ = [
+    "HIDE_BELOW_NS",
     "LongBlocks",
     "PreemptibleModel",
     "assemble_preemptible",
     "build_preemptible",
+    "decision_places",
     "long_blocks",
     "preempt_model",
     "read_preemptible",
 ]
 
 _FOLDER = "preemptible"
+
+HIDE_BELOW_NS = 12_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +173,32 @@ def _preemptible(launch: Launch, kernel: Kernel | None, control: PreemptControl,
 
 
 # --- code
+def decision_places(package: ModelPackage, hide_below_ns: float = HIDE_BELOW_NS) -> dict[str, Place]:
+    """Where each kernel's blocks decide: late in kernels none of whose launches takes longer than `hide_below_ns`.
+
+    A block that leaves late has loaded, which disturbs others for as long as the launch would have: not at all where
+    launches are short. A launch that is short feels the latency of an early decision most. Early where not profiled.
+    """
+    longest: dict[str, float] = {}
+    for step in package.steps:
+        if isinstance(step, KernelStep):
+            took = float("inf") if step.profile is None else step.profile.solo_ns
+            longest[step.kernel] = max(took, longest.get(step.kernel, 0.0))
+    return {name: Place.LATE if took <= hide_below_ns else Place.EARLY for name, took in longest.items()}
+
+
 def build_preemptible(
-    package: ModelPackage, directory: Path, *, look: Look = Look.FRESH, workers: int = 4
+    package: ModelPackage,
+    directory: Path,
+    *,
+    look: Look = Look.FRESH,
+    places: Mapping[str, Place] | None = None,
+    workers: int = 4,
 ) -> dict[str, bytes]:
     """Rewrite and assemble every kernel of `package`, which lies in `directory`, and keep the code there.
 
-    UnsupportedError naming the kernel that can't be preempted; then nothing is kept. Replaces what was kept before.
+    places: by kernel id; None takes `decision_places`. UnsupportedError naming the kernel that can't be preempted; then
+    nothing is kept. Replaces what was kept before.
     """
     texts = {}
     for image in package.kernels:
@@ -185,7 +209,8 @@ def build_preemptible(
             raise MisuseError(
                 f"{path} can't be read: {error.strerror}; a package needs its PTX to be preemptible."
             ) from None
-    cubins = assemble_preemptible(texts, look=look, workers=workers)
+    chosen = decision_places(package) if places is None else places
+    cubins = assemble_preemptible(texts, look=look, places=chosen, workers=workers)
     folder = directory / _FOLDER
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -200,12 +225,21 @@ def build_preemptible(
     return cubins
 
 
-def assemble_preemptible(texts: Mapping[str, str], *, look: Look = Look.FRESH, workers: int = 4) -> dict[str, bytes]:
-    """Cubins of the PTX `texts` (by kernel id, colored or not), made preemptible, each for the GPU that it names."""
+def assemble_preemptible(
+    texts: Mapping[str, str], *, look: Look = Look.FRESH, places: Mapping[str, Place] | None = None, workers: int = 4
+) -> dict[str, bytes]:
+    """Cubins of the PTX `texts` (by kernel id, colored or not), made preemptible, each for the GPU that it names.
+
+    places: by kernel id, early where it says nothing.
+    """
+    chosen = places or {}
 
     def build(item: tuple[str, str]) -> bytes:
         name, text = item
-        return assemble(make_preemptible(text, name=name, look=look), arch=parse(text, name).target, name=name)
+        ptx = make_preemptible(text, name=name, look=look, place=chosen.get(name, Place.EARLY))
+        target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
+        assert target is not None  # it was parsed
+        return assemble(ptx, arch=target[1], name=name)
 
     with ThreadPoolExecutor(workers) as pool:
         return dict(zip(texts, pool.map(build, texts.items()), strict=True))

@@ -15,11 +15,11 @@ from enum import StrEnum
 
 from missile.compiler.ptx.flow import destinations, registers
 from missile.compiler.ptx.parser import parse
-from missile.compiler.ptx.syntax import Declaration, Function, Instruction, Label, Name, Scope
+from missile.compiler.ptx.syntax import Declaration, Function, Instruction, Label, Name, Scope, Vector
 from missile.compiler.ptx.tokens import tokenize
 from missile.errors import InternalError, MisuseError, UnsupportedError
 
-__all__ = ["PARAMETERS", "STEPS", "Look", "arguments", "make_preemptible"]
+__all__ = ["PARAMETERS", "STEPS", "Look", "Place", "arguments", "make_preemptible"]
 
 # The control block: u32 left, u32 stop (the flag), u32 resume (the step to resume, plus 1; 0: none), u32 request (its
 # number), u64 address of a word of host memory. `left` says where blocks have left: request << 16 | step + 1, or 0.
@@ -39,12 +39,19 @@ class Look(StrEnum):
     CACHED = "cached"  # through L1: cheaper, but a block may miss a flag that went up after its kernel had started
 
 
+class Place(StrEnum):
+    """Where in a kernel a block decides."""
+
+    EARLY = "early"  # before its first access to memory: a block that leaves has cost nothing
+    LATE = "late"  # behind its first loads, whose latency hides that of the look: for kernels that load little
+
+
 def arguments(control: int, marks: int, step: int) -> tuple[bytes, bytes, bytes]:
     """What `PARAMETERS` take for a launch that is number `step` of its plan; `marks` has a zeroed byte for each block."""
     return struct.pack("<Q", control), struct.pack("<Q", marks), struct.pack("<I", step + 1)
 
 
-def make_preemptible(source: str, *, name: str = "", look: Look = Look.FRESH) -> str:
+def make_preemptible(source: str, *, name: str = "", look: Look = Look.FRESH, place: Place = Place.EARLY) -> str:
     """The PTX text `source` with every entry made preemptible. What is not added stays as it was, byte for byte.
 
     UnsupportedError naming the kernel where a block may wait for others (clusters, spinning on memory, dependent
@@ -63,7 +70,9 @@ def make_preemptible(source: str, *, name: str = "", look: Look = Look.FRESH) ->
             _refuse_clusters(function, head)
             inserts.append(_parameters(function, head))
             inserts.append((_behind_declarations(function), _look(_is_line_of_threads(head), look)))
-            inserts.append((_before_effects(function), _decide()))
+            where, copies = _decision(function, place)
+            inserts.append((where, _decide(copies)))
+            inserts.append((function.end - 1, _look_closer()))
     return _inserted(source, inserts)
 
 
@@ -87,7 +96,7 @@ def _is_line_of_threads(head: str) -> bool:
 
 
 _P, _R, _D = (f"%{_PREFIX}_{kind}" for kind in "prd")
-_AGREE = f"${_PREFIX}_agree"
+_AGREE, _CLOSER = f"${_PREFIX}_agree", f"${_PREFIX}_closer"
 
 
 def _look(line: bool, look: Look) -> str:
@@ -108,15 +117,34 @@ def _look(line: bool, look: Look) -> str:
     )
 
 
-def _decide() -> str:
-    """All threads end, or all go on. p1: this thread has found that the block leaves; only the first one's is ever true."""
+def _decide(copies: bool) -> str:
+    """All threads end, or all go on. p1: this thread has found that the block leaves; only the first one's is ever true.
+
+    copies: asynchronous ones may be under way, into shared memory that the block must not lose before they end.
+    """
     return (
         _code(
             f"setp.ne.u32 {_P}1, {_R}0, {_R}0;",
             f"or.b32 {_R}5, {_R}1, {_R}2;",
             f"or.b32 {_R}5, {_R}5, {_R}3;",
-            f"setp.eq.u32 {_P}2, {_R}5, 0;",
-            f"@{_P}2 bra {_AGREE};",  # nothing is the matter; so it is for the other threads
+            f"setp.ne.u32 {_P}2, {_R}5, 0;",
+            f"@{_P}2 bra {_CLOSER};",
+        )
+        + f"\n{_AGREE}:"
+        + _code(
+            f"bar.red.or.pred {_P}5, 0, {_P}1;",
+            *([f"@{_P}5 cp.async.wait_all;"] if copies else []),
+            f"@{_P}5 ret;",
+        )
+        + "\n\t"
+    )
+
+
+def _look_closer() -> str:
+    """The first thread's decision where something is the matter: out of the way, so that others don't fetch its code."""
+    return (
+        f"\n{_CLOSER}:"
+        + _code(
             # It leaves unless shown otherwise. Steps before the one to resume have run.
             f"setp.eq.u32 {_P}1, {_R}0, {_R}0;",
             f"ld.param.b32 {_R}5, [{PARAMETERS[2]}];",
@@ -150,17 +178,18 @@ def _decide() -> str:
             f"@{_P}4 st.global.u8 [{_D}1], {_R}7;",
             f"@{_P}4 setp.ne.u32 {_P}1, {_R}0, {_R}0;",
             f"@{_P}4 bra {_AGREE};",
-            # Up: it is marked, and the first to leave say where.
+            # Up: it is marked, and one block says where: the way to host memory is narrow.
             f"st.global.u8 [{_D}1], {_R}6;",
             f"setp.ne.u32 {_P}2, {_R}1, 0;",
             f"@{_P}2 bra {_AGREE};",
-            f"st.relaxed.gpu.global.b32 [{_D}0], {_R}4;",
+            f"atom.relaxed.gpu.global.cas.b32 {_R}6, [{_D}0], 0, {_R}4;",
+            f"setp.ne.u32 {_P}2, {_R}6, 0;",
+            f"@{_P}2 bra {_AGREE};",
             f"ld.global.b64 {_D}3, [{_D}0+16];",
             f"st.relaxed.sys.global.b32 [{_D}3], {_R}4;",
+            f"bra {_AGREE};",
         )
-        + f"\n{_AGREE}:"
-        + _code(f"bar.red.or.pred {_P}5, 0, {_P}1;", f"@{_P}5 ret;")
-        + "\n\t"
+        + "\n"
     )
 
 
@@ -239,10 +268,11 @@ def _behind_declarations(function: Function) -> int:
     return where
 
 
-def _before_effects(function: Function) -> int:
-    """Where the text's straight beginning ends: before the first access to memory (but to arguments), barrier, branch.
+def _decision(function: Function, place: Place) -> tuple[int, bool]:
+    """Where in the text's straight beginning to decide, and whether asynchronous copies have been started there.
 
-    What comes before it only computes, and overlaps with the load of the control.
+    The beginning ends where anything happens but arithmetic and loads. What comes before the decision overlaps with the
+    load of the control.
     """
     targets = {
         operand.text
@@ -250,14 +280,43 @@ def _before_effects(function: Function) -> int:
         for operand in instruction.operands
         if instruction.root == "bra" and isinstance(operand, Name)
     }
+    behind_loads = 0
+    copies = False
+    loaded: set[str] = set()
     for statement in function.body or ():
-        if isinstance(statement, Label) and statement.name in targets:
-            return statement.start
-        if isinstance(statement, Scope):
-            return statement.start
-        if isinstance(statement, Instruction) and not _only_computes(statement):
-            return statement.start
+        ends = isinstance(statement, Scope) or (isinstance(statement, Label) and statement.name in targets)
+        if isinstance(statement, Instruction):
+            if not _only_computes(statement):
+                # A load from where other data say could go anywhere, while those data are not there yet.
+                ends = place is Place.EARLY or not _only_loads(statement) or bool(loaded & _decides(statement))
+                if not ends:
+                    behind_loads = statement.end
+                    copies = copies or statement.root == "cp"
+                    loaded.update(destinations(statement))
+            elif loaded & _read(statement):
+                loaded.update(destinations(statement))
+        if ends:
+            return behind_loads or statement.start, copies
     raise InternalError(f"Kernel {function.name!r} never ends.")
+
+
+def _read(instruction: Instruction) -> set[str]:
+    """Registers that `instruction` reads, its guard among them."""
+    found = {name for operand in instruction.operands[1:] for name in registers(operand)}
+    return found if instruction.guard is None else found | {instruction.guard.text}
+
+
+def _decides(instruction: Instruction) -> set[str]:
+    """Registers that say where `instruction` reads, and whether."""
+    found = {name for operand in instruction.operands if not isinstance(operand, Vector) for name in registers(operand)}
+    return found - set(destinations(instruction)) | ({instruction.guard.text} if instruction.guard else set())
+
+
+def _only_loads(instruction: Instruction) -> bool:
+    parts = instruction.parts
+    if parts[:2] == ("cp", "async"):
+        return "bulk" not in parts and parts[2] in ("ca", "cg", "commit_group")
+    return instruction.root == "ld" and "global" in parts and not set(parts) & _STRONG
 
 
 _ARITHMETIC = frozenset(
