@@ -52,4 +52,8 @@ int fake_record(void *event, void *stream) {
     *(int64_t *)event = stream_free[(uint64_t)stream & 15];
     return broken;
 }
+int fake_write(void *stream, uint64_t address, uint32_t value, unsigned flags) {
+    *(uint32_t *)address = value;
+    return broken | (int)flags | !stream;
+}
 int fake_query(void *event) { return broken ? broken : now() < *(volatile int64_t *)event ? 600 : 0; }

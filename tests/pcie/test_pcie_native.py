@@ -134,7 +134,7 @@ class PretendedGpu:
             return ctypes.cast(getattr(self._driver, f"fake_{name}"), ctypes.c_void_p).value or 0
 
         return DriverCalls(
-            **{name: address(name) for name in ("set_context", "to_device", "to_host", "record", "query")},
+            **{name: address(name) for name in ("set_context", "to_device", "to_host", "record", "query", "write")},
             context=1,
             event_handle=lambda event: event.handle,
             failure=lambda call, code: GpuError(call, str(code), usable="nothing" if code >= 700 else "gpu"),
@@ -145,7 +145,8 @@ class PretendedGpu:
 
     def create_stream(self, **_: object) -> Any:
         self._streams += 1
-        return SimpleNamespace(handle=self._streams % 15 + 1, close=lambda: None)
+        raised = lambda latch, value: latch.array.view(np.uint32).__setitem__(0, value)  # noqa: E731
+        return SimpleNamespace(handle=self._streams % 15 + 1, close=lambda: None, raise_latch=raised)
 
     def create_event(self, *, timing: bool = True) -> Any:
         word = ctypes.c_int64(0)
@@ -264,6 +265,20 @@ def test_a_copy_waits_for_its_event_and_holds_nobody_up(engine: CopyEngine, gpu:
     other = engine.to_device("b", device, host)
     engine.run_until_idle(10**10)
     assert other.finished_ns < later.word.value <= held.issued_ns <= behind.issued_ns
+
+
+def test_a_latch_is_raised_behind_the_last_byte_and_also_without_it(engine: CopyEngine) -> None:
+    host, device = Buffer(100_000), Buffer(100_000)
+    latch = Buffer(8)
+    for word, outcome in enumerate((CopyState.DONE, CopyState.CANCELLED, CopyState.FAILED), start=1):
+        target = Span(8, host.nbytes) if outcome is CopyState.FAILED else device
+        ticket = engine.to_device("a", target, host, raises=(latch, word))
+        if outcome is CopyState.CANCELLED:
+            ticket.cancel()
+        assert latch.array.view(np.uint32)[0] < word
+        engine.run_until_idle(10**10)
+        assert ticket.state is outcome
+        assert latch.array.view(np.uint32)[0] == word
 
 
 def test_cancelling_ends_a_copy_wherever_it_stands(engine: CopyEngine) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from missile.errors import GpuError, InternalError, MisuseError
 from missile.gpu.calls import HasDriverCalls
-from missile.gpu.interface import Event, Gpu, HostBuffer
+from missile.gpu.interface import Event, Gpu, HostBuffer, Latch
 from missile.pcie.flight import LinkTiming
 from missile.pcie.lane import ChunkRecord, Lane, LaneStats
 from missile.pcie.native import NativeLane, library
@@ -176,14 +176,17 @@ class CopyEngine:
         source_offset: int = 0,
         nbytes: int | None = None,
         after: Event | None = None,
+        raises: tuple[Latch, int] | None = None,
     ) -> CopyTicket:
         """Copy host bytes `source[source_offset:][:nbytes]` to `target` from `target_offset` on.
 
         source: pinned, or any C-contiguous array (pageable: goes through the staging ring). It must keep its contents,
         and both must live, until the ticket is done. after: the copy starts when this event is done.
+        raises: a latch and the value that it is raised to on the GPU behind the copy (or without it, when it fails or is
+        cancelled), so that streams can wait for it from now on.
         MisuseError: outside either side, unknown tenant, pageable where that is refused, engine stopped.
         """
-        return self._submit(Direction.H2D, tenant, target, target_offset, source, source_offset, nbytes, after)
+        return self._submit(Direction.H2D, tenant, target, target_offset, source, source_offset, nbytes, after, raises)
 
     def to_host(
         self,
@@ -195,9 +198,10 @@ class CopyEngine:
         source_offset: int = 0,
         nbytes: int | None = None,
         after: Event | None = None,
+        raises: tuple[Latch, int] | None = None,
     ) -> CopyTicket:
         """Copy device bytes of `source` from `source_offset` on into `target`; as `to_device` otherwise."""
-        return self._submit(Direction.D2H, tenant, source, source_offset, target, target_offset, nbytes, after)
+        return self._submit(Direction.D2H, tenant, source, source_offset, target, target_offset, nbytes, after, raises)
 
     def _submit(
         self,
@@ -209,6 +213,7 @@ class CopyEngine:
         host_offset: int,
         nbytes: int | None,
         after: Event | None,
+        raises: tuple[Latch, int] | None,
     ) -> CopyTicket:
         if self._lost is not None:
             raise self._lost
@@ -222,9 +227,9 @@ class CopyEngine:
         address = device.address + device_offset
         if isinstance(host, np.ndarray):
             pageable = self._pageable(host, direction)[host_offset : host_offset + size]
-            request = Request(ticket, address, pageable=pageable, after=after)
+            request = Request(ticket, address, pageable=pageable, after=after, raises=raises)
         else:
-            request = Request(ticket, address, pinned=host, offset=host_offset, after=after)
+            request = Request(ticket, address, pinned=host, offset=host_offset, after=after, raises=raises)
         ticket.on_cancel = self._note_cancel
         self._inbox.append(request)
         self.wake()
@@ -275,8 +280,10 @@ class CopyEngine:
             now = self.gpu.now_ns()
             lane = self.lanes[ticket.direction]
             if self._stop is Stop.CANCEL or not lane.fair.knows(ticket.tenant):
+                lane.release(request)
                 ticket.finish(CopyState.CANCELLED, now)
             elif ticket.nbytes == 0:
+                lane.release(request)
                 ticket.finish(CopyState.DONE, now)
             else:
                 lane.submit(request, now)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from missile.errors import GpuError
-from missile.gpu.interface import Event
+from missile.gpu.interface import Event, Gpu, Stream
 from missile.pcie.policy import FairLink
 from missile.pcie.request import Request
 from missile.pcie.staging import Piece, StagingRing
@@ -62,13 +62,15 @@ class LaneVitals:
 class Lane(abc.ABC):
     """Driven by the engine's thread only."""
 
-    def __init__(self, direction: Direction, fair: FairLink, staging: StagingRing) -> None:
+    def __init__(self, gpu: Gpu, direction: Direction, fair: FairLink, staging: StagingRing) -> None:
         """fair: decides, or (native) says who is registered with what share and admits."""
         self.direction = direction
         self.fair = fair
         self.stats: dict[str, LaneStats] = {}
         self.on_chunk: Callable[[ChunkRecord], None] | None = None
+        self._gpu = gpu
         self._staging = staging
+        self._rescue: Stream | None = None
         self._queues: dict[str, deque[Request]] = {}
         self._landing: list[tuple[Request, Piece]] = []  # host copies on their way, of pieces that the GPU is done with
 
@@ -119,8 +121,9 @@ class Lane(abc.ABC):
     def abandon(self, error: GpuError, now_ns: int) -> None:
         """The GPU is lost: end everything with `error`."""
 
-    @abc.abstractmethod
-    def close(self) -> None: ...
+    def close(self) -> None:
+        if self._rescue is not None:
+            self._rescue.close()
 
     # --- for both kinds
 
@@ -150,7 +153,17 @@ class Lane(abc.ABC):
         stats.copies += state is CopyState.DONE
         stats.failed += state is CopyState.FAILED
         stats.cancelled += state is CopyState.CANCELLED
+        if state is not CopyState.DONE:
+            self.release(request)
         request.ticket.finish(state, now_ns, request.error)
+
+    def release(self, request: Request) -> None:
+        """Raise the latch of a copy that won't: what waits for it on the GPU would wait for ever."""
+        if request.raises is None:
+            return
+        if self._rescue is None:
+            self._rescue = self._gpu.create_stream()
+        self._rescue.raise_latch(*request.raises)
 
     def _fail_all(self, others: Iterable[Request], error: GpuError, now_ns: int) -> None:
         """End `others`, what is queued and what is landing, whatever is under way of it."""
@@ -160,6 +173,7 @@ class Lane(abc.ABC):
         for queue in self._queues.values():
             queue.clear()
         for request in (*others, *queued, *landing):
+            request.raises = None
             request.flying = request.landing = 0
             request.pieces.clear()
             request.end(CopyState.FAILED, error)

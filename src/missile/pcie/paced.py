@@ -34,7 +34,7 @@ class PacedLane(Lane):
         depth: int,
         bypass: int,
     ) -> None:
-        super().__init__(direction, fair, staging)
+        super().__init__(gpu, direction, fair, staging)
         self._depth = depth
         self._bypass = bypass
         self._flight = Flight(gpu, timing)
@@ -105,6 +105,7 @@ class PacedLane(Lane):
         self._unready.clear()
 
     def close(self) -> None:
+        super().close()
         self._flight.close()
 
     # --- arrivals
@@ -199,6 +200,8 @@ class PacedLane(Lane):
 
         def copy(stream: Stream) -> None:
             self._enqueue(stream, request, nbytes, piece)
+            if request.raises is not None and nbytes == request.remaining:
+                stream.raise_latch(*request.raises)
 
         try:
             event = self._flight.give(

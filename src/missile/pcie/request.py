@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from missile.errors import MissileError
-from missile.gpu.interface import Event, HostBuffer
+from missile.gpu.interface import Event, HostBuffer, Latch
 from missile.pcie.staging import Bytes, Piece
 from missile.pcie.ticket import CopyState, CopyTicket
 
@@ -16,7 +16,8 @@ class Request:
     """The bytes [0, ticket.nbytes) between device address `device` and either `pinned` (from `offset`) or `pageable`.
 
     `issued`: bytes given to the GPU so far. `flying`: chunks of it that the GPU has. `pieces`: its filled or filling
-    pinned pieces, in order. `landing`: pieces that the GPU is done with and the host is not.
+    pinned pieces, in order. `landing`: pieces that the GPU is done with and the host is not. `raises`: a latch, and the
+    value that it is raised to on the device behind the last chunk.
     """
 
     __slots__ = (
@@ -31,6 +32,7 @@ class Request:
         "pageable",
         "pieces",
         "pinned",
+        "raises",
         "staged",
         "ticket",
     )
@@ -44,6 +46,7 @@ class Request:
         offset: int = 0,
         pageable: Bytes | None = None,
         after: Event | None = None,
+        raises: tuple[Latch, int] | None = None,
     ) -> None:
         self.ticket = ticket
         self.device = device
@@ -51,6 +54,7 @@ class Request:
         self.offset = offset
         self.pageable = pageable
         self.after = after
+        self.raises = raises
         self.issued = 0
         self.flying = 0
         self.staged = 0

@@ -29,6 +29,7 @@ def driver_calls(cu: Driver) -> DriverCalls:
         to_host=address("cuMemcpyDtoHAsync_v2"),
         record=address("cuEventRecord"),
         query=address("cuEventQuery"),
+        write=address("cuStreamWriteValue32_v2"),
         context=int(cu.context),
         event_handle=_event_handle,
         failure=failure,

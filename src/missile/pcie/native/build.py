@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from ctypes import POINTER, c_double, c_int, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, c_double, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +22,7 @@ _PATIENCE_S: Final = 60
 
 Library = Any  # a ctypes.CDLL, whose functions have no static types
 
-CALLS: Final = ("set_context", "to_device", "to_host", "record", "query", "context")
+CALLS: Final = ("set_context", "to_device", "to_host", "record", "query", "write", "context")
 
 
 class Calls(ctypes.Structure):
@@ -74,7 +74,7 @@ _SIGNATURES: Final = {
     "lane_close": (None, c_void_p),
     "lane_admit": (c_int, c_void_p, POINTER(ShareC)),
     "lane_remove": (None, c_void_p, c_int),
-    "lane_submit": (c_uint64, c_void_p, c_int, c_void_p, c_uint64, c_int64, c_void_p, c_void_p),
+    "lane_submit": (c_uint64, c_void_p, c_int, c_void_p, c_uint64, c_int64, c_void_p, c_void_p, c_uint64, c_uint32),
     "lane_cancel": (None, c_void_p, c_int, c_uint64),
     "lane_abandon": (None, c_void_p),
     "lane_step": (c_int64, c_void_p, c_void_p, c_int64, POINTER(c_int64)),

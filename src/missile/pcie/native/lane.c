@@ -32,6 +32,7 @@ struct calls { /* addresses in the driver, and what they are called with */
     int (*to_host)(void *target, uint64_t source, size_t nbytes, void *stream);
     int (*record)(void *event, void *stream);
     int (*query)(void *event);
+    int (*write)(void *stream, uint64_t address, uint32_t value, unsigned flags);
     void *context;
 };
 
@@ -53,6 +54,8 @@ struct copy {
     uint64_t device;
     int64_t nbytes, issued;
     void *event, *after; /* recorded after the last chunk; waited for before the first (NULL: none) */
+    uint64_t latch;      /* device address of a word that is set behind the last chunk (0: none) */
+    uint32_t value;
     int64_t issued_ns;
     int flow, flying, ending, code;
     bool live, queued, over; /* over: nothing more of it will be issued */
@@ -245,6 +248,7 @@ static void issue(struct lane *lane, const struct pick *pick, int64_t now) {
     uint64_t device = copy->device + (uint64_t)copy->issued;
     int status = o->to_host ? o->calls.to_host(host, device, (size_t)nbytes, stream)
                             : o->calls.to_device(device, host, (size_t)nbytes, stream);
+    if (!status && last && copy->latch) status = o->calls.write(stream, copy->latch, copy->value, 0);
     if (!status) status = o->calls.record(event, stream);
     if (status) {
         copy->over = true;
@@ -483,7 +487,8 @@ void lane_remove(struct lane *lane, int flow) {
 }
 
 /* Returns the copy's id, 0 without memory. `event` is recorded when its last chunk is issued. */
-uint64_t lane_submit(struct lane *lane, int flow, void *host, uint64_t device, int64_t nbytes, void *event, void *after) {
+uint64_t lane_submit(struct lane *lane, int flow, void *host, uint64_t device, int64_t nbytes, void *event, void *after,
+                     uint64_t latch, uint32_t value) {
     enter(lane);
     struct copy *copy = copy_new(lane);
     uint64_t id = 0;
@@ -495,6 +500,8 @@ uint64_t lane_submit(struct lane *lane, int flow, void *host, uint64_t device, i
         copy->nbytes = nbytes;
         copy->event = event;
         copy->after = after;
+        copy->latch = latch;
+        copy->value = value;
         copy->issued_ns = -1;
         copy->flow = flow;
         copy->queued = true;

@@ -58,8 +58,7 @@ class NativeLane(Lane):
         calls: DriverCalls,
         library: Library,
     ) -> None:
-        super().__init__(direction, fair, staging)
-        self._gpu = gpu
+        super().__init__(gpu, direction, fair, staging)
         self._calls = calls
         self._library = library
         self._flows: dict[str, int] = {}
@@ -163,7 +162,9 @@ class NativeLane(Lane):
         return None if deadline < 0 else deadline
 
     def events(self) -> list[Event]:
-        return []  # the thread in C looks after them; `step` has said when a copy can have ended
+        # The thread in C looks after the others; `step` has said when a copy can have ended.
+        waiting = (part.request for part in self._parts.values() if part.request.after is not None)
+        return [request.after for request in waiting if request.after and request.ticket.state is CopyState.QUEUED]
 
     def abandon(self, error: GpuError, now_ns: int) -> None:
         self._library.lane_abandon(self._lane)
@@ -173,6 +174,7 @@ class NativeLane(Lane):
         self._fail_all({id(part.request): part.request for part in parts}.values(), error, now_ns)
 
     def close(self) -> None:
+        super().close()
         self._library.lane_close(self._lane)
         for stream in self._streams:
             stream.close()
@@ -223,6 +225,8 @@ class NativeLane(Lane):
         event = self._events.pop() if self._events else self._gpu.create_event(timing=False)
         handle = self._calls.event_handle
         after = None if request.after is None else handle(request.after)
+        last = request.issued + nbytes == request.ticket.nbytes
+        latch, value = (request.raises[0].address, request.raises[1]) if last and request.raises else (0, 0)
         number = self._library.lane_submit(
             self._lane,
             self._flows[request.ticket.tenant],
@@ -231,12 +235,14 @@ class NativeLane(Lane):
             nbytes,
             handle(event),
             after,
+            latch,
+            value,
         )
         if not number:
             raise InternalError("The copy engine has no memory for another copy.")
         request.flying += 1
         request.issued += nbytes
-        self._parts[number] = _Part(request, event, piece, request.issued == request.ticket.nbytes)
+        self._parts[number] = _Part(request, event, piece, last)
 
     def _cancel(self, number: int, part: _Part) -> None:
         flow = self._flows.get(part.request.ticket.tenant)

@@ -1,0 +1,89 @@
+"""The engine's copies put into streams: they stand in a stream's order as its own would, and go when it is their turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from missile.errors import GpuError
+from missile.gpu.interface import Event, Gpu, HostBuffer, Latch, Stream
+from missile.pcie.engine import CopyEngine
+from missile.pcie.ticket import CopyState, CopyTicket, Direction, Span
+from missile.pcie.weights import Share
+
+__all__ = ["StreamedCopies"]
+
+
+class StreamedCopies:
+    """`to_device` and `to_host` in place of `Stream.copy_to_device` and `copy_to_host`, for tenants with shares of the link.
+
+    Later work of the stream waits for the copy on the GPU, by a latch: the host gives it its kernels at once, whenever the
+    copy will go. Owns its latches and events, not the engine; belongs to the engine's thread, which waits through `wait`.
+    """
+
+    def __init__(self, gpu: Gpu, engine: CopyEngine) -> None:
+        self._gpu = gpu
+        self._engine = engine
+        self._latches: dict[tuple[str, Direction], tuple[Latch, int]] = {}
+        self._marks: list[Event] = []
+        self._error: GpuError | None = None
+
+    def admit(self, tenant: str, share: Share) -> None:
+        """Register a tenant with the engine. MisuseError as `CopyEngine.admit`."""
+        self._engine.admit(tenant, share)
+        for direction in Direction:
+            self._latches[tenant, direction] = (self._gpu.create_latch(), 0)
+
+    def to_device(
+        self, tenant: str, stream: Stream, address: int, source: HostBuffer, *, after: Event | None = None
+    ) -> CopyTicket:
+        """Copy all of `source` to `address`; what `stream` is given from now on comes behind it.
+
+        after: what the copy must wait for (None: nothing; work that `stream` has already is not waited for).
+        """
+        raises = self._next(tenant, Direction.H2D)
+        span = Span(address, source.nbytes)
+        ticket = self._engine.to_device(tenant, span, source, after=after, raises=raises)
+        return self._stand_in(stream, ticket, raises)
+
+    def to_host(self, tenant: str, stream: Stream, target: HostBuffer, address: int) -> CopyTicket:
+        """Copy what is at `address` when `stream` has done its work so far to all of `target`, before its later work."""
+        raises = self._next(tenant, Direction.D2H)
+        mark = self._marks.pop() if self._marks else self._gpu.create_event(timing=False)
+        stream.record(mark)
+        ticket = self._engine.to_host(tenant, target, Span(address, target.nbytes), after=mark, raises=raises)
+        ticket.add_done_callback(lambda _: self._marks.append(mark))
+        return self._stand_in(stream, ticket, raises)
+
+    def wait(self, events: Sequence[Event], deadline_ns: int) -> None:
+        """As `Gpu.wait`, with the copies going on; may return early. Raises the error of a copy that has failed."""
+        due = self._engine.step()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        until = deadline_ns if due is None else min(deadline_ns, due)
+        self._gpu.wait([*events, *self._engine.events()], until)
+
+    def close(self) -> None:
+        """The caller has made sure that no stream waits for a copy."""
+        for latch, _ in self._latches.values():
+            latch.close()
+        for mark in self._marks:
+            mark.close()
+        self._latches.clear()
+        self._marks.clear()
+
+    def _next(self, tenant: str, direction: Direction) -> tuple[Latch, int]:
+        latch, value = self._latches[tenant, direction]
+        self._latches[tenant, direction] = (latch, value + 1)
+        return latch, value + 1
+
+    def _stand_in(self, stream: Stream, ticket: CopyTicket, raises: tuple[Latch, int]) -> CopyTicket:
+        stream.wait_latch(*raises)
+        ticket.add_done_callback(self._note)
+        self._engine.step()  # it may be its turn at once
+        return ticket
+
+    def _note(self, ticket: CopyTicket) -> None:
+        if ticket.state is CopyState.FAILED and isinstance(ticket.error, GpuError):
+            ticket.error.tenant = ticket.error.tenant or ticket.tenant
+            self._error = ticket.error

@@ -1,0 +1,86 @@
+"""Copies of the engine in streams' order, on the simulated GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from missile.errors import GpuError
+from missile.gpu import open_gpu
+from missile.gpu.interface import Copy, Event, Gpu
+from missile.pcie.engine import CopyEngine, EngineOptions
+from missile.pcie.streamed import StreamedCopies
+from missile.pcie.ticket import CopyState
+from missile.pcie.weights import MIB, Share
+
+
+@pytest.fixture
+def gpu() -> Iterator[Gpu]:
+    with open_gpu("sim:h100") as opened:
+        yield opened
+
+
+def _until(copies: StreamedCopies, gpu: Gpu, event: Event) -> None:
+    limit = gpu.now_ns() + 10**9
+    while not event.done():
+        copies.wait([event], limit)
+        assert gpu.now_ns() < limit
+
+
+def test_a_stream_sees_its_copies_in_its_own_order_while_others_queue(gpu: Gpu) -> None:
+    """Input, work on it, output, and the next input into the same memory, all given at once behind a flood."""
+    with CopyEngine(gpu, EngineOptions(h2d_rate=54e9, d2h_rate=54e9)) as engine:
+        copies = StreamedCopies(gpu, engine)
+        copies.admit("ls", Share(latency_sensitive=True))
+        engine.admit("flood")
+        flood = engine.to_device("flood", gpu.allocate(256 * MIB), gpu.allocate_host(256 * MIB))
+        stream, done = gpu.create_stream(), gpu.create_event()
+        size = MIB
+        inside, result = gpu.allocate(size), gpu.allocate(size)
+        inputs = [gpu.allocate_host(size) for _ in range(3)]
+        outputs = [gpu.allocate_host(size) for _ in range(3)]
+        after = None
+        begin = gpu.now_ns()
+        for number, (source, target) in enumerate(zip(inputs, outputs, strict=True)):
+            source.array[:] = number + 1
+            copies.to_device("ls", stream, inside.address, source, after=after)
+            stream.launch(Copy(result.address, inside.address, size))
+            copies.to_host("ls", stream, target, result.address)
+            after = gpu.create_event()
+            stream.record(after)
+        stream.record(done)
+        assert gpu.now_ns() - begin < 1_000_000  # the host has waited for nothing
+        _until(copies, gpu, done)
+        for number, target in enumerate(outputs):
+            assert np.all(target.array == number + 1)
+        assert not flood.done  # and it did not stand behind the flood
+        assert done.time_ns() - begin < 1_000_000
+        engine.run_until_idle()
+        assert flood.state is CopyState.DONE
+        copies.close()
+
+
+def test_a_failed_copy_is_raised_with_its_tenant_and_lets_the_stream_go_on(gpu: Gpu) -> None:
+    with CopyEngine(gpu, EngineOptions(h2d_rate=54e9, d2h_rate=54e9)) as engine:
+        copies = StreamedCopies(gpu, engine)
+        copies.admit("a", Share())
+        host = gpu.allocate_host(MIB)
+        stream, done = gpu.create_stream(), gpu.create_event()
+        original = stream.copy_to_device
+        try:
+            type(stream).copy_to_device = _refuse
+            copies.to_device("a", stream, gpu.allocate(MIB).address, host)
+        finally:
+            type(stream).copy_to_device = original.__func__
+        stream.record(done)
+        with pytest.raises(GpuError) as raised:
+            _until(copies, gpu, done)
+        assert raised.value.tenant == "a"
+        _until(copies, gpu, done)
+        copies.close()
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise GpuError("cuMemcpyHtoDAsync", "CUDA_ERROR_INVALID_VALUE")
