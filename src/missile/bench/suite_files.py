@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from missile.bench.results import Results, read_results, write_results
 from missile.bench.scenario import Scenario
-from missile.bench.suite import Cell
+from missile.bench.suite import SETTINGS, Cell
 from missile.errors import MisuseError
 from missile.files import write_whole
 from missile.validation import first_problem
@@ -33,7 +33,23 @@ class SuiteSettings(BaseModel):
     warmup_s: float = Field(0.1, ge=0)
     repeats: int = Field(3, ge=1, le=100)
     seed: int = Field(1, ge=0, lt=2**31)
-    policies: tuple[str, ...] = Field(min_length=1)
+    policies: tuple[str, ...] = Field(tuple(SETTINGS), min_length=1)
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> SuiteSettings:
+        if self.warmup_s >= self.duration_s:
+            raise ValueError(f"warmup_s ({self.warmup_s:g}) must be shorter than duration_s ({self.duration_s:g})")
+        return self
+
+    @classmethod
+    def given(cls, fields: dict[str, Any]) -> SuiteSettings:
+        """From the command line; a short duration takes a short warm-up with it. MisuseError names the first wrong field."""
+        if "duration_s" in fields:
+            fields = {"warmup_s": min(0.1, max(fields["duration_s"], 0.0) / 4), **fields}
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise MisuseError(f"The suite's settings: {first_problem(error)}.") from error
 
 
 class SuiteState(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,7 +12,7 @@ from string import Template
 
 from missile.bench.fidelity import CLOSE, Comparison
 from missile.bench.results import Results
-from missile.bench.suite import BASELINES, SETTINGS, SLO_FACTOR
+from missile.bench.suite import BASELINES, SETTINGS, SLO_FACTOR, family
 from missile.bench.suite_charts import curves, family_class
 from missile.bench.suite_claims import Claim, check_claims
 from missile.bench.suite_files import SuiteState
@@ -30,6 +31,8 @@ from missile.bench.svg import element
 from missile.files import write_whole
 
 __all__ = ["SuiteReport", "write_suite_report"]
+
+_LEFT_OUT = re.compile(r"Policy (\S+) was left out: (.*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,14 +183,18 @@ def _predictions(report: SuiteReport) -> str:
 
 
 def _left_out(report: SuiteReport) -> str:
-    notes: dict[str, list[str]] = {}
+    """What the cells' notes say, each once."""
+    where: dict[str, dict[str, None]] = {}
     for cell in report.cells:
         for note in cell.notes:
-            notes.setdefault(note, []).append(cell.cell.name)
+            policy = _LEFT_OUT.match(note)
+            # A policy that was left out for one reason at several settings was left out once.
+            said = f"Policy {family(policy[1])} was left out: {policy[2]}" if policy else note
+            where.setdefault(said, {})[cell.cell.name] = None
     items = ""
-    for note, names in notes.items():
-        where = "every cell" if len(names) == len(report.cells) else ", ".join(names)
-        items += f'<li>{escape(note)} <span class="note">({escape(where)})</span></li>'
+    for note, names in where.items():
+        cells = "every cell" if len(names) == len(report.cells) else ", ".join(names)
+        items += f'<li>{escape(note)} <span class="note">({escape(cells)})</span></li>'
     return f"<h2>Left out, and other remarks</h2><ul>{items}</ul>" if items else ""
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from missile.bench.fidelity import compare
 from missile.bench.scenario import Scenario
-from missile.bench.suite import SETTINGS, SUITES, Cell, select
+from missile.bench.suite import SUITES, Cell, select
 from missile.bench.suite_files import SuiteFolder, SuiteSettings, SuiteState
 from missile.bench.suite_report import SuiteReport, write_suite_report
 from missile.bench.suite_run import SuiteRun, predict
@@ -64,7 +64,7 @@ def run_suite(
         suite=name,
         gpu=info.name,
         simulated=info.simulated,
-        settings=SuiteSettings.model_validate({"policies": tuple(SETTINGS), **given}),
+        settings=SuiteSettings.given(given),
     )
     stopped: KeyboardInterrupt | None = None
     with progress_bar() as bar:

@@ -1,0 +1,318 @@
+"""The suite: its cells, running and resuming it, and what its results say."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from missile.bench.results import Results, read_results
+from missile.bench.scenario import Scenario
+from missile.bench.suite import BASELINES, SETTINGS, Cell, family, paper_cells, select, settings_of
+from missile.bench.suite_claims import check_claims, compare_with_baselines
+from missile.bench.suite_files import SuiteFolder, SuiteSettings, SuiteState
+from missile.bench.suite_report import SuiteReport, write_suite_report
+from missile.bench.suite_run import SuiteRun
+from missile.bench.suite_summary import CellSummary, Point, geometric_mean, summarize_cells, summarize_families
+from missile.bench.summary import Spread
+from missile.bench.testbed import describe_policy
+from missile.errors import GpuError, MissileError, MisuseError, UnsupportedError
+from missile.workloads.models import MODELS
+from missile.workloads.traces import disb_tasks
+
+CAPACITY = dict.fromkeys(MODELS, 1000.0)
+RUN = {"duration_s": 1.0, "warmup_s": 0.1, "repeats": 1, "seed": 1, "policies": ("streams",)}
+
+
+# --- the cells
+
+
+def test_the_suite_has_every_pair_under_every_load() -> None:
+    cells = paper_cells()
+    names = [cell.name for cell in cells]
+    assert len(set(names)) == len(names)
+    pairs = {
+        (ls, be) for ls, one in MODELS.items() for be, other in MODELS.items() if (one.kind, other.kind) == ("ls", "be")
+    }
+    for load in ("poisson30", "poisson60", "poisson90", "azure-code", "azure-conv"):
+        found = {tuple(name.split("--")[1:]) for name in names if name.startswith(f"{load}--")}
+        assert found == pairs
+    assert {name for name in names if name.startswith("disb")} == {
+        f"disb-{w}" for w in ("A", "B", "C", "D", "E", "REAL")
+    }
+    assert {model for cell in cells for model in cell.models} == set(MODELS)
+
+
+def test_every_cell_is_a_scenario_with_its_load() -> None:
+    for cell in paper_cells():
+        scenario = cell.scenario(CAPACITY, **RUN)
+        assert scenario.duration_s - scenario.warmup_s >= cell.least_s
+        for tenant in scenario.tenants:
+            assert tenant.slo_factor == (1.5 if tenant.latency_sensitive else None)
+    by_name = {cell.name: cell for cell in paper_cells()}
+    poisson = by_name["poisson30--resnet34--bert_large"].scenario({"resnet34": 812.34}, **RUN)
+    assert poisson.tenants[0].arrivals.rate_per_s == 243.7
+    disb = by_name["disb-REAL"].scenario(CAPACITY, **RUN)
+    assert [t.latency_sensitive for t in disb.tenants] == [task.latency_sensitive for task in disb_tasks("REAL")]
+
+
+def test_every_setting_is_a_policy() -> None:
+    for name, settings in SETTINGS.items():
+        for setting in settings:
+            assert describe_policy(setting)
+            assert family(setting) == name
+
+
+def test_settings_are_a_family_s_or_one_of_one_s_own() -> None:
+    assert settings_of(["temporal", "partition:ls_share=0.4"]) == ("temporal", "partition:ls_share=0.4")
+    assert settings_of(["orion", "orion"]) == SETTINGS["orion"]
+
+
+def test_cells_are_chosen_by_name_and_model() -> None:
+    cells = paper_cells()
+    assert [c.name for c in select(cells, ["poisson60*"], ["resnet34", "bert_large"])] == [
+        "poisson60--resnet34--bert_large"
+    ]
+    assert len(select(cells)) == len(cells)
+    with pytest.raises(MisuseError, match="'resnet33'"):
+        select(cells, models=["resnet33"])
+    with pytest.raises(MisuseError, match="poisson60"):
+        select(cells, ["gauss*"])
+
+
+# --- running them
+
+
+def cell(name: str) -> Cell:
+    """A cell of the toy testbed's tenants."""
+    ls = {"name": "detect", "class": "LS", "model": "resnet34", "slo_factor": 1.5}
+    arrivals = {"kind": "poisson", "load": 0.2 if name == "a" else 0.3}
+    be = {"name": "reindex", "class": "BE", "model": "densenet161", "arrivals": {"kind": "closed"}}
+    return Cell(name, name, ({**ls, "arrivals": arrivals}, be))
+
+
+CELLS = (cell("a"), cell("b"), cell("c"))
+
+
+class Suite:
+    """A suite of toy cells in a folder, run as often as asked."""
+
+    def __init__(self, path: Path, testbed: Any) -> None:
+        self.folder = SuiteFolder(path)
+        self.testbed = testbed
+        self.said: list[str] = []
+        self.loaded: list[list[str]] = []
+        self.settings = SuiteSettings(duration_s=1.0, warmup_s=0.1, repeats=2, seed=7, policies=("temporal", "streams"))
+
+    @contextlib.contextmanager
+    def open(self, scenario: Scenario) -> Iterator[Any]:
+        self.loaded.append([tenant.name for tenant in scenario.tenants])
+        yield self.testbed
+
+    def run(self, budget: float | None = None, **more: Any) -> list[str]:
+        state = self.folder.state() or SuiteState(
+            schema="missile-suite/1", suite="paper", gpu="X", simulated=True, settings=self.settings
+        )
+        if "settings" in more:
+            state = state.model_copy(update={"settings": more.pop("settings")})
+        return SuiteRun(self.folder, state, CELLS, self.open, self.said.append, **more).run(budget)
+
+
+@pytest.fixture
+def suite(tmp_path: Path, toy_testbed: Any) -> Suite:
+    return Suite(tmp_path / "out", toy_testbed())
+
+
+def test_a_cell_has_its_solos_and_every_policy_on_the_same_arrivals(suite: Suite) -> None:
+    assert suite.run() == []
+    results = suite.folder.read(CELLS)
+    assert list(results) == ["a", "b", "c"]
+    runs = results["a"].runs
+    assert [(run.kind, run.policy) for run in runs] == [("solo", "solo")] * 4 + [
+        ("policy", "temporal"), ("policy", "streams"), ("policy", "temporal"), ("policy", "streams"),
+    ]  # fmt: skip
+    assert suite.loaded == [["detect", "reindex"]]
+    # c has b's load, so its tenants were not run alone again.
+    assert suite.testbed.calls.count("detect") == 1 + 2 + 2
+    # The rate is a share of what was measured first.
+    state = suite.folder.state()
+    assert state is not None
+    assert results["a"].scenario.tenants[0].arrivals.rate_per_s == round(0.2 * state.capacity["resnet34"], 1)
+
+
+def test_it_goes_on_where_it_was_broken_off(suite: Suite) -> None:
+    suite.testbed.fail_at = {("streams", 8): KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        suite.run()
+    assert suite.folder.read(CELLS) == {}
+    suite.testbed.fail_at = {}
+    now = iter(range(0, 10_000, 10))
+    assert suite.run(15.0, clock=lambda: next(now)) == ["b", "c"]
+    capacity = suite.folder.state().capacity
+    before = suite.folder.cell_path(CELLS[0]).read_bytes()
+    assert suite.run() == []
+    assert suite.folder.cell_path(CELLS[0]).read_bytes() == before
+    assert suite.folder.state().capacity == capacity
+    suite.testbed.calls.clear()
+    assert suite.run() == []
+    assert suite.testbed.calls == []
+
+
+def test_what_was_made_otherwise_is_refused_or_made_again(suite: Suite) -> None:
+    suite.run()
+    longer = suite.settings.model_copy(update={"duration_s": 2.0})
+    with pytest.raises(MisuseError, match=r"a\.json\.gz was made with another duration_s"):
+        suite.run(settings=longer)
+    assert suite.run(settings=longer, redo=True) == []
+    assert {r.scenario.duration_s for r in suite.folder.read(CELLS).values()} == {2.0}
+    with pytest.raises(MisuseError, match="made with repeats = 2, not 3"):
+        suite.folder.require("paper", "X", {"repeats": 3})
+    with pytest.raises(MisuseError, match="results of X, and this is Y"):
+        suite.folder.require("paper", "Y", {})
+    with pytest.raises(MisuseError, match="holds the suite 'paper'"):
+        suite.folder.require("other", None, {})
+
+
+def test_a_policy_that_fails_is_left_out_of_its_cell_alone(suite: Suite) -> None:
+    suite.testbed.fail_at = {("temporal", 7): MissileError("no luck."), ("streams", 8): UnsupportedError("not here.")}
+    assert suite.run() == []
+    results = suite.folder.read(CELLS)["b"]
+    assert [run.policy for run in results.runs if run.kind == "policy"] == ["streams"]
+    assert results.notes == ["Policy temporal was left out: no luck.", "Policy streams was left out: not here."]
+
+
+def test_a_lost_gpu_ends_it(suite: Suite) -> None:
+    suite.testbed.fail_at = {("streams", 7): GpuError("cuX", "CUDA_ERROR_UNKNOWN", usable="nothing")}
+    with pytest.raises(GpuError):
+        suite.run()
+    assert suite.folder.read(CELLS) == {}
+
+
+def test_a_broken_folder_is_said(suite: Suite) -> None:
+    suite.run()
+    (suite.folder.path / "suite.json").write_text('{"schema": "missile-suite/1"}')
+    with pytest.raises(MisuseError, match="suite: Field required"):
+        suite.folder.state()
+
+
+# --- what they say
+
+
+def point(policy: str, attainment: float, p99: float, be: float) -> Point:
+    return Point(policy, attainment, Spread(p99, p99, p99), p99, be, 0.2, p99)
+
+
+def summary(*points: Point, name: str = "poisson60--x--y") -> CellSummary:
+    from missile.bench.suite_summary import _best
+
+    families: dict[str, list[Point]] = {}
+    for one in points:
+        families.setdefault(family(one.policy), []).append(one)
+    best = {key: _best(some) for key, some in families.items()}
+    grouped = {key: tuple(some) for key, some in families.items()}
+    return CellSummary(Cell(name, "g", ({"model": "x"}, {"model": "y"})), grouped, best, ("x",), ("y",), False, ())
+
+
+def test_the_best_setting_attains_and_does_most_be_work() -> None:
+    points = [
+        point("mps", 0.5, 9.0, 0.9),
+        point("mps:be_share=0.5", 0.995, 2.0, 0.4),
+        point("mps:ls_share=0.5", 0.99, 3.0, 0.5),
+    ]
+    assert summary(*points).best["mps"].policy == "mps:ls_share=0.5"
+    assert summary(*points[:1], point("mps:be_share=0.5", 0.7, 2.0, 0.4)).best["mps"].policy == "mps:be_share=0.5"
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(1, 9), st.floats(0.01, 1)), min_size=1, max_size=8))
+def test_no_setting_beats_the_best_by_its_own_rule(settings: list[tuple[float, float, float]]) -> None:
+    points = [point(f"mps:ls_share={i}", *values) for i, values in enumerate(settings)]
+    best = summary(*points).best["mps"]
+    for other in points:
+        if best.attained:
+            assert not other.attained or other.be <= best.be
+        else:
+            assert not other.attained
+            assert other.attainment <= best.attainment
+
+
+def test_claims_hold_where_they_should() -> None:
+    good = summary(
+        point("streams", 0.5, 4.0, 0.95),
+        point("temporal", 0.3, 8.0, 0.9),
+        point("orion", 0.999, 1.1, 0.3),
+        point("missile", 0.999, 1.05, 0.8),
+    )
+    assert [claim.holds for claim in check_claims([good])] == [True] * 6
+    (streams,) = [rival for rival in compare_with_baselines([good]) if rival.baseline == "streams"]
+    assert (streams.compared, streams.halved) == (1, 1)
+    assert streams.ratio == pytest.approx(1.05 / 4)
+    # Orion has a lower BE rate, so its short tail is no comparison.
+    assert [r.compared for r in compare_with_baselines([good]) if r.baseline == "orion"] == [0]
+
+
+def test_exceptions_are_named_with_a_reason() -> None:
+    bad = summary(
+        point("streams", 0.995, 1.2, 0.6),
+        point("missile", 0.9, 1.4, 0.5),
+        name="poisson90--x--y",
+    )
+    attainment, median, worst, share, half, times = check_claims([bad])
+    assert [claim.holds for claim in (attainment, median, worst, share, half, times)] == [False] * 6
+    assert "poisson90--x--y: 90.0%" in attainment.exceptions[0]
+    assert "attained by streams" in attainment.exceptions[0]
+    assert "running" in worst.exceptions[0]
+    assert "does not attain" in times.exceptions[0]
+    close = summary(point("streams", 0.995, 1.2, 0.6), point("missile", 0.995, 1.1, 0.9))
+    (line,) = check_claims([close])[5].exceptions
+    assert "1.50 ×" in line
+    assert "more than the GPU gives" in line
+
+
+def test_without_missile_there_is_no_claim() -> None:
+    assert check_claims([summary(point("streams", 0.5, 4.0, 0.95))]) == []
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=9), st.floats(0.1, 10))
+def test_a_geometric_mean_scales_and_lies_between(values: list[float], scale: float) -> None:
+    mean = geometric_mean(values)
+    assert min(values) * 0.999999 <= mean <= max(values) * 1.000001
+    assert geometric_mean([value * scale for value in values]) == pytest.approx(mean * scale)
+    assert geometric_mean([*values, 0.0]) == 0.0
+
+
+def test_the_report_says_what_is_there(suite: Suite, tmp_path: Path) -> None:
+    suite.testbed.fail_at = {("streams", 8): UnsupportedError("not <here>.")}
+    suite.run()
+    results: dict[str, Results] = suite.folder.read(CELLS)
+    cells = summarize_cells(CELLS, results)
+    assert [c.cell.name for c in cells] == ["a", "b", "c"]
+    families = summarize_families(cells)
+    assert [(f.family, f.cells) for f in families] == [("temporal", 3), ("streams", 3)]
+    state = suite.folder.state()
+    assert state is not None
+    page = write_suite_report(SuiteReport(state, 170, cells, results), tmp_path).read_text()
+    assert "3 of its 170 cells" in page
+    assert "Simulated" in page
+    assert "not &lt;here&gt;." in page
+    assert page.count("<svg") >= 3
+    assert "missile</code> was not run" in page
+    tables = (tmp_path / "tables.md").read_text()
+    assert "Simulated" in tables.splitlines()[0]
+    assert all(f"| {name} | temporal |" in tables for name in "abc")
+    assert all(line.count("|") == 7 for line in tables.splitlines() if line.startswith("| a |"))
+
+
+def test_baselines_are_those_of_the_settings() -> None:
+    assert set(BASELINES) < set(SETTINGS)
+
+
+def test_a_cell_s_file_is_an_ordinary_results_file(suite: Suite) -> None:
+    suite.run()
+    results = read_results(suite.folder.cell_path(CELLS[0]))
+    assert results.scenario.name == "a"
+    assert results.tenants[0].slo_ms is not None

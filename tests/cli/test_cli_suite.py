@@ -1,0 +1,96 @@
+"""`missile bench --suite` on the simulated GPU: run, resume, predict, report, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from missile.bench.results import read_results
+from missile.cli.app import main
+
+CELL = "poisson30--resnet34--decoder_1b"
+SHORT = ["bench", "--suite", "paper", "--device", "sim:h200", "--duration", "0.15", "--repeats", "1"]
+POLICIES = ["--policies", "temporal,streams,mps:be_share=0.5"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A suite of which one cell was run and predicted."""
+    out = tmp_path_factory.mktemp("suite") / "out"
+    assert main([*SHORT, *POLICIES, "--cells", CELL, "--predict", "sim:h100", "-o", str(out)]) == 0
+    return out
+
+
+def test_one_cell_from_command_to_report(folder: Path) -> None:
+    results = read_results(folder / "cells" / f"{CELL}.json.gz")
+    assert results.scenario.policies == ("temporal", "streams", "mps:be_share=0.5")
+    assert [run.policy for run in results.runs] == ["solo", "solo", "temporal", "streams"]
+    page = (folder / "report.html").read_text()
+    assert "1 of its 170 cells" in page
+    assert "Policy mps was left out" in page
+    assert "on the simulated GPU sim:h100" in page
+    assert json.loads((folder / "suite.json").read_text())["capacity"].keys() == {"resnet34"}
+
+
+def test_what_is_there_is_not_run_again_and_settings_are_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "cells" / f"{CELL}.json.gz"
+    before = path.stat().st_mtime_ns
+    assert (
+        main(["bench", "--suite", "paper", "--device", "sim:h200", "--cells", CELL, "--json", "-o", str(folder)]) == 0
+    )
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["cells"] == [CELL]
+    assert answer["simulated"] is True
+    assert [family["family"] for family in answer["families"]] == ["temporal", "streams"]
+    assert path.stat().st_mtime_ns == before
+
+
+def test_the_report_can_be_made_again(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--report", str(folder), "-o", str(tmp_path)]) == 0
+    assert "1 of 170 cells" in capsys.readouterr().out
+    assert (tmp_path / "report.html").read_text() == (folder / "report.html").read_text()
+    assert main(["bench", "--report", str(folder / "cells" / f"{CELL}.json.gz"), "-o", str(tmp_path / "one")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--suite", "thesis"], "'thesis'"),
+        (["--suite", "paper", "--cells", "nothing*"], "--cells"),
+        (["--suite", "paper", "--models", "resnet33"], "'resnet33'"),
+        (["--suite", "paper", "--budget-s", "-1"], "--budget-s"),
+        (["--suite", "paper", "--predict", "cuda:0"], "cuda:0"),
+        (["--suite", "paper", "--device", "sim:none"], "sim:none"),
+        (["--suite", "paper", "--duration", "-1"], "duration_s"),
+        (["--suite", "paper", "--repeats", "0"], "repeats"),
+        (["--suite", "paper", "--policies", "fair"], "'fair'"),
+        (["--suite", "paper", "scenario.toml"], "one of them"),
+        (["--budget-s", "3"], "--suite"),
+    ],
+)
+def test_misuse_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
+) -> None:
+    assert main(["bench", "--device", "sim:h100", *arguments, "-o", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert named in err.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--repeats", "3"], "repeats = 1, not 3"),
+        (["--device", "sim:h100"], "H200"),
+        (["--policies", "orion"], "policies"),
+    ],
+)
+def test_a_folder_is_for_one_gpu_and_one_way_of_running(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
+) -> None:
+    device = [] if "--device" in arguments else ["--device", "sim:h200"]
+    assert main(["bench", "--suite", "paper", *device, *arguments, "-o", str(folder)]) == 2
+    assert named in capsys.readouterr().err.replace("\n", " ")
