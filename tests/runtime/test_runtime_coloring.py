@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from missile.coloring.shares import Demand
 from missile.compiler.bind import BoundModel
 from missile.errors import MisuseError, OutOfMemoryError
 from missile.gpu import open_gpu
 from missile.gpu.interface import Gpu, Launch
 from missile.probe import ChannelMap, map_for
-from missile.runtime.coloring import rounds
 from missile.runtime.loading import Coloring, load_tenants
 from missile.runtime.tenant import Tenant
 
@@ -93,7 +91,7 @@ def test_a_model_that_does_not_fit_says_what_is_missing(channel_map: ChannelMap)
 @pytest.mark.parametrize(
     ("sets", "says"),
     [
-        ({"a": (0, 1), "b": (1, 2)}, "both have color 1"),
+        ({"a": (0, 1), "b": (1, 2)}, "Color 1 is wanted by tenants"),
         ({"a": (0,), "nobody": (1,)}, "for tenant 'nobody'; the tenants are a, b"),
         ({"a": ()}, "empty set of colors"),
         ({"a": (99,)}, "color 99"),
@@ -113,9 +111,3 @@ def test_colors_that_make_no_sense_load_nothing(
 def test_a_map_of_another_gpu_is_refused(channel_map: ChannelMap) -> None:
     with open_gpu("sim:h200") as other, pytest.raises(MisuseError, match="channel map is of"):
         load_tenants(other, [_tenant("a", "squeezenet1_1")], coloring=Coloring(channel_map, {"a": (0,)}))
-
-
-def test_rounds_put_the_largest_of_each_set_together() -> None:
-    demands = [Demand("a", (0, 1), 5), Demand("b", (2,), 7), Demand("c", (1, 0), 9), Demand("d", (2,), 1)]
-    names = [[demand.tenant for demand in group] for group in rounds(demands)]
-    assert names == [["c", "b"], ["a", "d"]]

@@ -66,17 +66,29 @@ class Palette:
         `reference` XORed with x; NO_PAGE where there is none or the page is not classified. Shape (pages,).
         """
         wanted = np.isin(self.pattern(reference), list(colors))
-        index = np.arange(self.layout.granules)
         kinds, place = np.unique(constants, axis=0, return_inverse=True)
         out = np.full(len(kinds), NO_PAGE, np.int64)
-        first = int(np.flatnonzero(wanted)[0])
+        spectrum = _walsh_hadamard(wanted)
         for row, kind in enumerate(kinds):
             if kind[2] == NO_PAGE:
                 continue
             has = np.isin(self.pattern(kind), list(colors))
-            # The reference's first frame has to land on one of this page's.
-            for x in np.sort(np.flatnonzero(has) ^ first):
-                if np.array_equal(wanted[index ^ x], has):
-                    out[row] = x
-                    break
+            if has.sum() != wanted.sum():
+                continue
+            # By XOR convolution: how many of the reference's frames, XORed with x, are among this page's, for every x.
+            common = _walsh_hadamard(spectrum * _walsh_hadamard(has))
+            fits = np.flatnonzero(common == len(common) * wanted.sum())
+            if len(fits):
+                out[row] = fits[0]
         return out[place.reshape(-1)]
+
+
+def _walsh_hadamard(values: npt.ArrayLike) -> Ints:
+    """The transform (not scaled) of 2**n integers: its own inverse up to the factor 2**n."""
+    out = np.array(values, np.int64)
+    size = 1
+    while size < len(out):
+        halves = out.reshape(-1, 2, size)
+        out = np.stack([halves[:, 0] + halves[:, 1], halves[:, 0] - halves[:, 1]], axis=1).reshape(-1)
+        size *= 2
+    return out

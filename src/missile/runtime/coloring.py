@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 import numpy as np
@@ -15,7 +15,7 @@ from missile.errors import MisuseError, OutOfMemoryError
 from missile.gpu.interface import Gpu
 from missile.probe.channel_map import ChannelMap
 
-__all__ = ["ColoredTenants", "Coloring", "rounds"]
+__all__ = ["ColoredTenants", "Coloring"]
 
 _ATTEMPTS = 4  # to guess how many pages are enough
 
@@ -25,8 +25,8 @@ class Coloring:
     """Which colors the tenants' memory has.
 
     channel_map: of the GPU that they run on (`missile.probe.map_for` has one in about a second where it was probed before).
-    sets: colors by tenant. Two tenants have the same set, and then pages of their own, or sets without a common color. A
-    tenant that is not named has plain memory, in all colors. form: of translation; None for what `plan_shares` takes.
+    sets: colors by tenant; those of two tenants are the same, or have none in common. A tenant that is not named has plain
+    memory, in all colors. form: of translation; None for what `plan_shares` takes.
     """
 
     channel_map: ChannelMap
@@ -34,36 +34,12 @@ class Coloring:
     form: Form | None = None
 
     def check(self, tenants: Iterable[str], gpu: Gpu) -> None:
-        """MisuseError for a map of another GPU, a set of a tenant that is not there, and sets that overlap."""
+        """MisuseError for a map of another GPU, and for a set of a tenant that is not there."""
         self.channel_map.check(gpu.info)
         known = list(tenants)
         for name in self.sets:
             if name not in known:
                 raise MisuseError(f"There are colors for tenant {name!r}; the tenants are {', '.join(known)}.")
-        rounds([Demand(name, tuple(colors), 1) for name, colors in self.sets.items()])
-
-
-def rounds(demands: Sequence[Demand]) -> list[list[Demand]]:
-    """Demands in groups of disjoint sets: those of one group can have the same pages, those of different groups can't.
-
-    The largest of each set come first together, so that little of a page is left over. MisuseError for sets that overlap
-    without being the same.
-    """
-    by_set: dict[tuple[int, ...], list[Demand]] = {}
-    owner: dict[int, Demand] = {}
-    for demand in demands:
-        colors = tuple(sorted(demand.colors))
-        for color in colors:
-            other = owner.setdefault(color, demand)
-            if tuple(sorted(other.colors)) != colors:
-                raise MisuseError(
-                    f"Tenants {other.tenant!r} and {demand.tenant!r} both have color {color}, but not the same set of "
-                    f"colors; sets are the same or have nothing in common."
-                )
-        by_set.setdefault(colors, []).append(demand)
-    queues = [sorted(group, key=lambda d: -d.nbytes) for group in by_set.values()]
-    most = max(map(len, queues), default=0)
-    return [[queue[turn] for queue in queues if turn < len(queue)] for turn in range(most)]
 
 
 class ColoredTenants:
@@ -86,8 +62,8 @@ class ColoredTenants:
         self._pool: ColoredPool | None = None
         self._constants = np.empty((0, 3), np.int64)
         try:
-            for group in rounds(demands):
-                self._attach(self._shares(group), quotas or {})
+            for share in self._shares(list(demands)):
+                self._attach(share, quotas or {})
         except BaseException:
             self.close()
             raise
@@ -108,34 +84,29 @@ class ColoredTenants:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _attach(self, shares: Sequence[Share], quotas: Mapping[str, int]) -> None:
-        for share in shares:
-            assert self._pool is not None  # it has the pages of the share
-            self.memories[share.tenant] = self._pool.attach(share, quota=quotas.get(share.tenant))
+    def _attach(self, share: Share, quotas: Mapping[str, int]) -> None:
+        assert self._pool is not None  # it has the pages of the share
+        self.memories[share.tenant] = self._pool.attach(share, quota=quotas.get(share.tenant))
 
-    def _shares(self, group: Sequence[Demand]) -> tuple[Share, ...]:
-        """Shares in pages that no other group has; tenants that don't fit are left out."""
-        first = self.pages
-        wanted = max(self._pages_for(demand, demand.nbytes) for demand in group) + 1
-        left = list(group)
-        for attempt in range(_ATTEMPTS):
-            if not left:
-                return ()
-            missing = self._grow(first + wanted)
+    def _shares(self, left: list[Demand]) -> tuple[Share, ...]:
+        """Shares for `left`, in a pool that grows as long as it has to and can; tenants that don't fit are taken off it."""
+        wanted = self._pages_for(left)
+        attempts = 0
+        while left:
+            full = self._grow(wanted)
             try:
-                return self._plan(left, first)
+                return plan_shares(self._coloring.channel_map, self._constants, left, form=self._coloring.form)
             except OutOfMemoryError as error:
                 short = next(demand for demand in left if demand.tenant == error.tenant)
-                if missing is not None or attempt == _ATTEMPTS - 1:
-                    self.errors[short.tenant] = missing or error
+                attempts += 1
+                if full is not None or attempts == _ATTEMPTS:
+                    self.errors[short.tenant] = full or error
                     left.remove(short)
-                wanted += self._pages_for(short, max(error.requested - error.available, 1)) + 1
-        return self._plan(left, first) if left else ()
-
-    def _plan(self, group: Sequence[Demand], first: int) -> tuple[Share, ...]:
-        constants = self._constants.copy()
-        constants[:first] = -1  # pages of other groups
-        return plan_shares(self._coloring.channel_map, constants, group, form=self._coloring.form)
+                    attempts = 0
+                else:
+                    missing = max(error.requested - error.available, 1)
+                    wanted += self._pages_for([replace(short, nbytes=missing)])
+        return ()
 
     def _grow(self, count: int) -> OutOfMemoryError | None:
         """Have `count` pages, classified; or why the GPU has no more."""
@@ -153,8 +124,13 @@ class ColoredTenants:
         self._constants = np.concatenate([self._constants, measured])
         return None
 
-    def _pages_for(self, demand: Demand, nbytes: int) -> int:
-        """Pages that hold `nbytes` in the demand's colors, if pages are as the map has them on average."""
+    def _pages_for(self, demands: Iterable[Demand]) -> int:
+        """Pages that hold `demands`, if all pages are as the map has them on average, and one for the guard frames."""
         channel_map = self._coloring.channel_map
-        slices = sum(len(channel_map.colors[color]) for color in demand.colors if color < len(channel_map.colors))
-        return -(-nbytes * channel_map.slices // (channel_map.page_bytes * max(slices, 1)))
+        pages: dict[frozenset[int], int] = {}
+        for demand in demands:
+            own = frozenset(demand.colors)
+            slices = sum(len(channel_map.colors[color]) for color in own if color < len(channel_map.colors))
+            needed = -(-demand.nbytes * channel_map.slices // (channel_map.page_bytes * max(slices, 1)))
+            pages[own] = pages.get(own, 0) + needed + 1
+        return max(pages.values(), default=0)
