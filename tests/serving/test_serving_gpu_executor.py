@@ -17,8 +17,9 @@ from missile.compiler.package import ModelPackage, TensorSpec
 from missile.errors import UnsupportedError
 from missile.gpu import open_gpu
 from missile.serving.config import parse_config
-from missile.serving.engine.gpu import GpuExecutor, package_signature, tensor_view
+from missile.serving.engine.gpu import GpuExecutor
 from missile.serving.engine.loop import EngineLoop
+from missile.serving.engine.packages import copy_tensor, package_signature, tensor_view
 from missile.serving.link import CallKind, Link, Outcome
 from missile.serving.tensors import BlockLayout, ModelSignature
 
@@ -91,16 +92,20 @@ class _Client:
         self.thread.start()
 
     def load(self, slot: int, tenant: Any, seconds: float = 400.0) -> dict[str, Any]:
-        self.link.control.send({"op": "load", "slot": slot, "tenant": tenant.model_dump(by_alias=True)})
+        return self.ask({"op": "load", "slot": slot, "tenant": tenant.model_dump(by_alias=True)}, seconds)
+
+    def ask(self, message: dict[str, Any], seconds: float = 30.0) -> dict[str, Any]:
+        """The engine's reply on the control line."""
+        self.link.control.send(message)
         give_up = time.monotonic() + seconds
         while time.monotonic() < give_up and not self.failure:
             if self.link.control.pending():
-                message = self.link.control.receive()
-                assert message is not None
-                if message["op"] != "facts":
-                    return message
+                reply = self.link.control.receive()
+                assert reply is not None
+                if reply["op"] != "facts":
+                    return reply
             time.sleep(0.005)
-        raise AssertionError(self.failure or "it did not load in time")
+        raise AssertionError(self.failure or "no reply in time")
 
     def call(self, number: int, slot: int, batch: int, offset: int) -> None:
         assert self.link.calls.push(CallKind.INFER, slot, number, batch, offset, 0, time.monotonic_ns(), 0)
@@ -120,30 +125,101 @@ class _Client:
         assert not self.failure
 
 
-def test_both_classes_are_answered_on_a_simulated_gpu(tmp_path: Path) -> None:
-    """Order, padding and bookkeeping; a simulated GPU computes nothing."""
+def test_channels_last_copies_equal_plain_ones() -> None:
+    rng = np.random.default_rng(1)
+    for shape in ((2, 3, 4, 5), (2, 9, 4, 5), (3, 4), (2, 1, 3)):
+        plain = rng.integers(0, 255, shape).astype(np.uint8)
+        last = np.moveaxis(np.zeros(np.moveaxis(plain, 1, -1).shape, np.uint8), -1, 1)
+        copy_tensor(last, plain)
+        np.testing.assert_array_equal(last, plain)
+        back = np.zeros_like(plain)
+        copy_tensor(back, last)
+        np.testing.assert_array_equal(back, plain)
+
+
+def _recorded() -> dict[str, int]:
     from missile.compiler.library import recorded_packages
 
-    recorded = dict(recorded_packages())
-    if not recorded:
-        pytest.skip("no recorded packages ship yet")
-    model, batch = next(iter(recorded.items()))
-    config = parse_config(
-        TENANTS.format(ls=model, be=model, batch=batch).replace(
-            "slo_ms = 20", f"slo_ms = 20\nbatch = {{max = {batch}}}"
-        )
-    )
-    for policy in ("priority", "partition"):
-        client = _Client(lambda arena, p=policy: GpuExecutor(arena, open_gpu("sim:h100"), policy=p), tmp_path)
-        for slot, tenant in enumerate(config.tenants, start=1):
-            reply = client.load(slot, tenant)
-            assert reply["op"] == "loaded", reply
-        for number in range(6):
-            client.call(number, 1 + number % 2, 1, (8 << 20) * number)
-        answers = [client.answer() for _ in range(6)]
-        assert sorted(fields[0] for fields in answers) == list(range(6))
-        assert {fields[1] for fields in answers} == {Outcome.DONE}
-        client.stop()
+    return dict(recorded_packages())
+
+
+POLICIES = ("streams", "priority", "partition", "missile")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_both_classes_are_answered_on_a_simulated_gpu(policy: str, tmp_path: Path) -> None:
+    """Order, padding and bookkeeping; a simulated GPU computes nothing. The BE tenant's tensors pass through the thread."""
+    config = parse_config(TENANTS.format(ls="resnet34", be="densenet161", batch=_recorded()["densenet161"]))
+    executors = []
+
+    def make(arena: memoryview) -> GpuExecutor:
+        executors.append(GpuExecutor(arena, open_gpu("sim:h100"), policy=policy))
+        return executors[0]
+
+    client = _Client(make, tmp_path)
+    for slot, tenant in enumerate(config.tenants, start=1):
+        reply = client.load(slot, tenant)
+        assert reply["op"] == "loaded", reply
+    assert [model.aside for model in executors[0]._models.values()] == [False, True]
+    order: dict[int, list[int]] = {1: [], 2: []}
+    sent = 0
+    for wave in range(6):
+        for number in range(20 * wave, 20 * wave + 20):
+            slot = 1 + number % 2
+            client.call(number, slot, 1 if slot == 1 else 1 + number % 7, (16 << 20) * (number % 4))
+            sent += 1
+        for _ in range(20):
+            fields = client.answer()
+            assert fields[1] == Outcome.DONE
+            order[1 + fields[0] % 2].append(fields[0])
+    assert order[1] == sorted(order[1])
+    assert order[2] == sorted(order[2])
+    assert len(order[1]) + len(order[2]) == sent
+    facts = executors[0].tenant_facts(1)
+    sms = executors[0].facts.sms
+    assert facts.sms_granted is not None
+    assert 0 < facts.sms_granted <= sms
+    assert 0.0 <= (facts.sms_used or 0.0) <= sms
+    assert (facts.preemptions is not None) is (policy == "missile")
+    client.stop()
+
+
+def test_tenants_come_and_go_while_others_serve(tmp_path: Path) -> None:
+    """Requests that are on their way when the policy is set up anew are answered, each by its own model."""
+    config = parse_config(TENANTS.format(ls="resnet34", be="densenet161", batch=_recorded()["densenet161"]))
+    front, back = config.tenants
+    client = _Client(lambda arena: GpuExecutor(arena, open_gpu("sim:h100"), policy="partition"), tmp_path)
+    assert client.load(1, front)["op"] == "loaded"
+    numbers = iter(range(10_000))
+    for round_ in range(3):
+        asked = [next(numbers) for _ in range(30)]
+        for number in asked:
+            client.call(number, 1, 1, (1 << 20) * (number % 32))
+        assert client.load(2 + round_, back)["op"] == "loaded"
+        more = [next(numbers) for _ in range(4)]
+        for number in more:
+            client.call(number, 2 + round_, 2, (40 << 20))
+        done = [client.answer() for _ in range(34)]
+        assert sorted(fields[0] for fields in done) == asked + more
+        assert {fields[1] for fields in done} == {Outcome.DONE}
+        assert client.ask({"op": "unload", "slot": 2 + round_})["op"] == "unloaded"
+    client.stop()
+
+
+def test_a_tenant_that_does_not_fit_leaves_the_others_serving(tmp_path: Path) -> None:
+    config = parse_config(TENANTS.format(ls="resnet34", be="bert_large", batch=_recorded()["bert_large"]))
+    gpu = open_gpu("sim:h100")
+    client = _Client(lambda arena: GpuExecutor(arena, gpu, policy="priority"), tmp_path)
+    assert client.load(1, config.tenants[0])["op"] == "loaded"
+    hog = gpu.allocate(gpu.memory_free() - (64 << 20))
+    reply = client.load(2, config.tenants[1])
+    assert reply["op"] == "failed"
+    assert "'back'" in reply["error"]
+    client.call(7, 1, 1, 0)
+    assert client.answer()[:2] == (7, Outcome.DONE)
+    hog.free()
+    assert client.load(3, config.tenants[1])["op"] == "loaded"
+    client.stop()
 
 
 def test_what_a_gpu_cannot_serve_is_refused(tmp_path: Path) -> None:
@@ -199,7 +275,7 @@ def _run_directly(model: str, batch: int, image: Any) -> Any:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("policy", ["priority", "partition"])
+@pytest.mark.parametrize("policy", ["priority", "partition", "missile"])
 def test_served_outputs_are_the_packages_own(policy: str, tmp_path: Path) -> None:
     """Whole and padded batches, bit for bit what the same packages give when they are run directly."""
     config = parse_config(TENANTS.format(ls="resnet34", be="densenet161", batch=32))

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from missile.errors import MisuseError
+from missile.errors import MissileError, MisuseError
+from missile.runtime.policies import create_policy
 from missile.serving.tensors import DATATYPES
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "read_config",
 ]
 
+POLICIES_SERVED = ("streams", "priority", "partition", "missile")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 Port = Annotated[int, Field(ge=0, le=65535)]
 Milliseconds = Annotated[float, Field(gt=0, le=3_600_000)]
@@ -76,8 +78,8 @@ class ServerConfig(_Strict):
     http_port: Port = 8000
     grpc_port: Annotated[int, Field(ge=-1, le=65535)] = 8001
     device: str = "auto"
-    policy: Literal["priority", "partition"] = "priority"  # how a GPU is shared; the CPU device has none
-    ls_share: float = Field(default=0.25, gt=0, lt=1)  # of the SMs, for all LS tenants, under `partition`
+    policy: str = "priority"  # how a GPU is shared, as `missile bench` names it; the CPU device has none
+    ls_share: float | None = Field(default=None, gt=0, lt=1)  # of the SMs, for all LS tenants: an option of the policy
     tls_certificate: str | None = None
     tls_key: str | None = None
     tokens: list[Token] = Field(default_factory=list)
@@ -101,6 +103,24 @@ class ServerConfig(_Strict):
     @property
     def shared_memory_on(self) -> bool:
         return self.shared_memory == "on" or (self.shared_memory == "auto" and self.loopback)
+
+    @property
+    def policy_text(self) -> str:
+        """`policy` with `ls_share` among its options."""
+        if self.ls_share is None:
+            return self.policy
+        return f"{self.policy}{',' if ':' in self.policy else ':'}ls_share={self.ls_share!r}"
+
+    @model_validator(mode="after")
+    def _policy_serves(self) -> Self:
+        name = self.policy.partition(":")[0]
+        if name not in POLICIES_SERVED:
+            raise ValueError(f"policy {name!r} can't serve; those that can are {', '.join(POLICIES_SERVED)}")
+        try:
+            create_policy(self.policy_text)
+        except MissileError as error:
+            raise ValueError(str(error)) from error
+        return self
 
     @model_validator(mode="after")
     def _open_only_with_tokens(self) -> Self:

@@ -60,8 +60,7 @@ class Server:
             self._folder,
             {
                 "device": server.device,
-                "policy": server.policy,
-                "ls_share": server.ls_share,
+                "policy": server.policy_text,
                 "cpu_threads": server.cpu_threads,
                 "spin_us": server.spin_us,
                 "watchdog_s": server.watchdog_seconds,

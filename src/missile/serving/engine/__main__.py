@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -35,7 +36,7 @@ def open_executor(link: Link, hello: dict[str, Any]) -> Executor:
     from missile.gpu.registry import open_gpu
     from missile.serving.engine.gpu import GpuExecutor
 
-    return GpuExecutor(link.arena, open_gpu(device), policy=hello["policy"], ls_share=hello["ls_share"])
+    return GpuExecutor(link.arena, open_gpu(device), policy=hello["policy"])
 
 
 def main() -> int:
@@ -43,6 +44,7 @@ def main() -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     sys.setswitchinterval(0.0005)  # an LS batch must not wait 5 ms for a BE thread to let go of the interpreter
+    gc.set_threshold(100_000, 50, 50)  # a pass over the heap takes longer than a request may wait
     link = Link.attach(*(int(argument) for argument in sys.argv[1:5]))
     hello = link.control.receive()
     if hello is None:

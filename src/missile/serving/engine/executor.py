@@ -32,11 +32,15 @@ class DeviceFacts:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model that can run. memory_bytes: what it holds, weights included. notes: for the log and the metadata."""
+    """A model that can run. memory_bytes: what it holds, weights included. notes: for the log and the metadata.
+
+    depth: batches of it that `start` takes before the first of them has ended.
+    """
 
     signature: ModelSignature
     memory_bytes: int
     notes: tuple[str, ...] = ()
+    depth: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,97 +1,111 @@
-"""The GPU device: compiled packages on streams, LS at high priority or on SMs of its own.
+"""The GPU device: compiled packages under one of the runtime's policies.
 
-A batch is: inputs into pinned memory, one copy to the device, the model's graph, one copy back, outputs out of pinned
-memory. A package is compiled for one batch size; smaller batches run padded. What isolates here is what the policies
-`priority` and `partition` isolate: stream priorities, and one static split of the SMs. Colors, elastic SMs and the copy
-scheduler are not behind this executor. It has been run on the simulated GPU only.
+A batch is: inputs into pinned memory, one copy to the device, the model's kernels, one copy back, outputs out of pinned
+memory. A package is compiled for one batch size; smaller batches run padded. Lanes, segments and preemption are the
+runtime's (see `LiveEngine`). Tensors of a tenant with large ones pass through a copier thread, so that no launch waits for
+them; several of its batches are on their way at once, so that the GPU does not wait either.
 """
 
 from __future__ import annotations
 
 import os
+import queue
 import sys
+import threading
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from missile.compiler.bind import BoundModel, bind
 from missile.compiler.library import find_package
-from missile.compiler.package import BufferKind, ModelPackage, TensorSpec
-from missile.errors import MisuseError, UnsupportedError
-from missile.gpu.interface import Event, Gpu, HostBuffer, Level, Priority, SmPartition, Stream
+from missile.compiler.package import BufferKind, ModelPackage
+from missile.errors import GpuError, MissileError, UnsupportedError
+from missile.gpu.interface import Gpu, HostBuffer, Level
+from missile.runtime.loading import BE_DEPTH, LS_DEPTH, LoadedTenant
+from missile.runtime.tenant import Tenant
 from missile.serving.config import TenantConfig
 from missile.serving.engine.executor import Batch, DeviceFacts, Loaded, TenantFacts
-from missile.serving.tensors import DATATYPES, ModelSignature, TensorSignature
+from missile.serving.engine.live import Ended, LiveEngine
+from missile.serving.engine.packages import Views, copy_tensor, package_signature, views
+from missile.serving.link import ring
+from missile.serving.tensors import ModelSignature
 
-__all__ = ["GpuExecutor", "copy_tensor", "package_signature", "tensor_view"]
+__all__ = ["GpuExecutor"]
 
 _LOOK_NS = 20_000  # how long a poll may wait for a running batch
-_FEW_CHANNELS = 8
-_BY_TORCH = {d.torch: d for d in DATATYPES.values()}
+_ASIDE_BYTES = 1 << 20  # tenants whose batches have more than this, in or out, are copied on a thread
+_SETTLE_S = 60.0  # how long batches may take to end before tenants can't be changed
+_USE_NS = 100_000_000  # shortest time over which used SMs are averaged
+_ISOLATION = {
+    "priority": "LS streams have priority; SMs, caches, memory and link are shared",
+    "partition": "SMs are split between LS and BE tenants; caches, memory and link are shared",
+    "missile": "LS has priority, BE gives SMs back while LS requests are there; caches, memory and link are shared",
+}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Model:
+    """A tenant's model. Views are of one pinned buffer for each batch that may be on its way.
+
+    number: in the live engine. given: batches that it was given since that engine was made; batch n is in buffers n modulo
+    their count. flying: those that have not ended, in order.
+    """
+
     tenant: TenantConfig
     signature: ModelSignature
     bound: BoundModel
-    stream: Stream
-    sms: int
-    inputs: HostBuffer | None
-    outputs: HostBuffer | None
-    input_views: tuple[npt.NDArray[Any], ...]
-    output_views: tuple[npt.NDArray[Any], ...]
-    started: Event
-    ended: Event
-    done: Event
+    loaded: LoadedTenant
+    depth: int
+    aside: bool
+    inputs: Views
+    outputs: Views
     resources: ExitStack
+    number: int = -1
+    given: int = 0
+    flying: deque[Batch] = field(default_factory=deque)
+    sm_ns: int = 0
+    preempted: int = 0
+    used_from: int = 0
+    used_sms: float = 0.0
 
 
 class GpuExecutor:
-    """Owns `gpu`. policy: "priority" or "partition"; ls_share: share of the SMs for all LS tenants under "partition".
+    """Owns `gpu`. policy: what `create_policy` takes. UnsupportedError when the GPU has not what it needs."""
 
-    UnsupportedError when the GPU has no such thing.
-    """
-
-    def __init__(self, arena: memoryview, gpu: Gpu, *, policy: str, ls_share: float = 0.25) -> None:
+    def __init__(self, arena: memoryview, gpu: Gpu, *, policy: str) -> None:
+        if gpu.info.level < Level.PRIORITIES:
+            raise UnsupportedError(f"Serving needs stream priorities, which {gpu.info.name} does not have.")
         self._arena = np.frombuffer(arena, np.uint8)
         self._gpu = gpu
         self._policy = policy
         self._models: dict[int, _Model] = {}
-        self._running: deque[tuple[Batch, _Model]] = deque()
+        self._order: list[_Model] = []  # by number in the live engine
+        self._live: LiveEngine | None = None
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._parts: dict[bool, SmPartition | None] = {True: None, False: None}
-        if gpu.info.level < Level.PRIORITIES:
-            raise UnsupportedError(f"Serving needs stream priorities, which {gpu.info.name} does not have.")
-        if policy == "partition":
-            self._split(ls_share)
-
-    def _split(self, ls_share: float) -> None:
-        info = self._gpu.info
-        if info.level < Level.PARTITIONS:
-            raise UnsupportedError(f"Policy 'partition' needs SM partitions, which {info.name} does not have.")
-        unit = max(info.sm_granularity, 1)
-        count = max(info.sm_minimum, round(ls_share * info.sms / unit) * unit)
-        split = self._gpu.split_sms([count])
-        if split.remainder is None:
-            raise MisuseError(f"server.ls_share = {ls_share:g} leaves no SMs for BE tenants.")
-        self._parts = {True: split.parts[0], False: split.remainder}
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._filled: deque[_Model] = deque()  # a batch of it lies in its buffer
+        self._emptied: deque[Batch] = deque()
+        self._finished: deque[Batch] = deque()
+        self._copier = threading.Thread(target=self._copy, name="missile-copy", daemon=True)
+        self._copier.start()
 
     @property
     def facts(self) -> DeviceFacts:
         info = self._gpu.info
-        if self._policy == "partition":
-            sides = [part.sms for part in self._parts.values() if part is not None]
-            isolation = f"SMs split {sides[0]} (LS) + {sides[1]} (BE); caches, memory and link are shared"
-        else:
-            isolation = "LS streams have priority; SMs, caches, memory and link are shared"
-        return DeviceFacts(info.device, info.name, info.simulated, isolation, sms=info.sms, policy=self._policy)
+        name = self._policy.partition(":")[0]
+        return DeviceFacts(
+            info.device,
+            info.name,
+            info.simulated,
+            _ISOLATION.get(name, "none: tenants share everything"),
+            sms=info.sms,
+            policy=self._policy,
+        )
 
     @property
     def bell(self) -> int:
@@ -99,7 +113,7 @@ class GpuExecutor:
 
     @property
     def polling(self) -> bool:
-        return bool(self._running)
+        return self._live is not None and self._live.busy
 
     # --- models
 
@@ -122,72 +136,130 @@ class GpuExecutor:
         return find_package(tenant.model, tenant.batch.max, self._gpu.info)
 
     def install(self, slot: int, tenant: TenantConfig, prepared: tuple[ModelPackage, Path | None]) -> Loaded:
+        """The others pause while the policy is set up anew with this tenant: the GPU is split once for all of them."""
         package, directory = prepared
         if any(buffer.kind is BufferKind.STATE for buffer in package.buffers):
             raise UnsupportedError(f"Tenant {tenant.name!r}: its model keeps state from request to request.")
-        signature = package_signature(package)
-        latency_sensitive = tenant.tenant_class == "LS"
-        gpu, partition = self._gpu, self._parts[latency_sensitive]
-        with ExitStack() as undo:
-            bound = bind(package, directory, gpu, tenant=tenant.name)
-            undo.callback(bound.close)
-            priority = Priority.HIGH if latency_sensitive else Priority.LOW
-            stream = gpu.create_stream(priority=priority, partition=partition)
-            undo.callback(stream.close)
-            started, ended, done = gpu.create_event(), gpu.create_event(), gpu.create_event(timing=False)
-            for event in (started, ended, done):
-                undo.callback(event.close)
-            inputs = self._pinned(bound.input_bytes, tenant, undo)
-            outputs = self._pinned(bound.output_bytes, tenant, undo)
-            model = _Model(
-                tenant=tenant,
-                signature=signature,
-                bound=bound,
-                stream=stream,
-                sms=partition.sms if partition is not None else gpu.info.sms,
-                inputs=inputs,
-                outputs=outputs,
-                input_views=tuple(
-                    tensor_view(inputs, s, _place(bound, s, bound.input_address)) for s in package.inputs
-                ),
-                output_views=tuple(
-                    tensor_view(outputs, s, _place(bound, s, bound.output_address)) for s in package.outputs
-                ),
-                started=started,
-                ended=ended,
-                done=done,
-                resources=undo.pop_all(),
-            )
+        model = self._load(tenant, package, directory)
         try:
-            self._enqueue(model)  # the first run instantiates the graph
-            model.stream.synchronize()
-        except BaseException:
-            model.resources.close()
+            self._set_up([*self._models.values(), model])
+        except BaseException as error:
+            self._drop(model, error)
             raise
         self._models[slot] = model
         notes = (f"compiled for a batch of {package.batch}; smaller ones run padded",) if package.batch > 1 else ()
-        return Loaded(signature, bound.nbytes, notes)
+        return Loaded(model.signature, model.bound.nbytes, notes, depth=model.depth)
 
-    def _pinned(self, nbytes: int, tenant: TenantConfig, undo: ExitStack) -> HostBuffer | None:
-        if not nbytes:
-            return None
-        buffer = self._gpu.allocate_host(nbytes, tenant=tenant.name)
-        undo.callback(buffer.free)
-        buffer.array[:] = 0
-        return buffer
+    def _load(self, tenant: TenantConfig, package: ModelPackage, directory: Path | None) -> _Model:
+        signature = package_signature(package)
+        depth = LS_DEPTH if tenant.tenant_class == "LS" else BE_DEPTH + 1  # one is filled while others are on the GPU
+        with ExitStack() as undo:
+            bound = bind(package, directory, self._gpu, tenant=tenant.name)
+            undo.callback(bound.close)
+            inputs = self._pinned(bound.input_bytes, depth, tenant, undo)
+            outputs = self._pinned(bound.output_bytes, depth, tenant, undo)
+            loaded = LoadedTenant(_runtime_tenant(tenant), bound, inputs, outputs, depth)
+            return _Model(
+                tenant=tenant,
+                signature=signature,
+                bound=bound,
+                loaded=loaded,
+                depth=depth,
+                aside=max(bound.input_bytes, bound.output_bytes) > _ASIDE_BYTES,
+                inputs=views(bound, inputs, depth, is_input=True),
+                outputs=views(bound, outputs, depth, is_input=False),
+                resources=undo.pop_all(),
+            )
+
+    def _pinned(self, nbytes: int, count: int, tenant: TenantConfig, undo: ExitStack) -> tuple[HostBuffer, ...]:
+        buffers = []
+        for _ in range(count if nbytes else 0):
+            buffer = self._gpu.allocate_host(nbytes, tenant=tenant.name)
+            undo.callback(buffer.free)
+            buffer.array[:] = 0
+            buffers.append(buffer)
+        return tuple(buffers)
+
+    def _drop(self, model: _Model, error: BaseException) -> None:
+        """Give a model back that could not be set up, and go on with the others."""
+        if isinstance(error, GpuError) and error.usable == "nothing":
+            return
+        self._gpu.synchronize()
+        model.resources.close()
+        if self._live is None:
+            self._set_up(list(self._models.values()))
+
+    def _set_up(self, models: Sequence[_Model]) -> None:
+        """A live engine of these models, once what runs has ended. Without one when it raises."""
+        self._settle()
+        if self._live is not None:
+            live, self._live = self._live, None
+            self._note_use()
+            live.close()
+        self._order = []
+        if models:
+            depth = [min(m.depth, LS_DEPTH if m.tenant.tenant_class == "LS" else BE_DEPTH) for m in models]
+            self._live = LiveEngine(self._gpu, self._policy, [m.loaded for m in models], depth)
+        self._order = list(models)
+        for number, model in enumerate(models):
+            model.number, model.given, model.sm_ns = number, 0, 0
+            model.used_from = self._gpu.now_ns()
+
+    def _settle(self) -> None:
+        """Bring everything that was started to its end; `poll` hands it out later."""
+        give_up = time.monotonic() + _SETTLE_S
+        while any(model.flying for model in self._order):
+            self._move()
+            if time.monotonic() > give_up:
+                raise MissileError("Batches on the GPU did not end, so its tenants can't be changed.")
 
     def unload(self, slot: int) -> None:
         model = self._models.pop(slot, None)
         if model is not None:
-            model.stream.synchronize()
+            self._set_up(list(self._models.values()))
             model.resources.close()
 
     def tune(self, slot: int, tenant: TenantConfig) -> None:
-        self._models[slot].tenant = tenant
+        model = self._models[slot]
+        model.tenant = tenant
+        fresh = _runtime_tenant(tenant)
+        if fresh != model.loaded.tenant:
+            loaded = model.loaded
+            model.loaded = LoadedTenant(fresh, loaded.model, loaded.inputs, loaded.outputs, loaded.depth)
+            self._set_up(list(self._models.values()))
 
     def tenant_facts(self, slot: int) -> TenantFacts:
         model = self._models[slot]
-        return TenantFacts(memory_bytes=model.bound.nbytes, sms_granted=float(model.sms))
+        self._note_use()
+        preemptible = self._policy.startswith("missile")
+        return TenantFacts(
+            memory_bytes=model.bound.nbytes,
+            sms_granted=float(self._granted(model)),
+            sms_used=round(model.used_sms, 2),
+            preemptions=model.preempted if preemptible else None,
+        )
+
+    def _granted(self, model: _Model) -> int:
+        """SMs of the tenant's side of the split; all of them where there is none."""
+        everything = self._gpu.info.sms
+        if self._live is None or not self._live.layout.partitions:
+            return everything
+        kept = self._live.layout.partitions[0]
+        return kept if model.tenant.tenant_class == "LS" else everything - kept
+
+    def _note_use(self) -> None:
+        """Take over what the live engine has counted since the last time."""
+        live = self._live
+        if live is None:
+            return
+        now = self._gpu.now_ns()
+        for model in self._order:
+            took = now - model.used_from
+            if took >= _USE_NS:
+                model.used_sms = (live.sm_ns[model.number] - model.sm_ns) / took
+                model.sm_ns, model.used_from = live.sm_ns[model.number], now
+            model.preempted += live.preemptions[model.number]
+            live.preemptions[model.number] = 0
 
     # --- batches
 
@@ -197,102 +269,109 @@ class GpuExecutor:
     def start(self, batch: Batch, *, latency_sensitive: bool) -> None:
         model = self._models[batch.slot]
         batch.start_ns = time.monotonic_ns()
+        model.flying.append(batch)
+        index = model.given % model.depth
+        model.given += 1
+        if model.aside:
+
+            def fill() -> None:
+                self._fill(model, batch, index)
+                self._filled.append(model)
+
+            self._work.put(fill)
+        else:
+            self._fill(model, batch, index)
+            self._filled.append(model)
+
+    def poll(self) -> list[Batch]:
+        if not self._finished:
+            self._move()
+        ended = list(self._finished)
+        self._finished.clear()
+        return ended
+
+    def _move(self) -> None:
+        """One step: filled batches to the live engine, ended ones from it."""
+        live = self._live
+        if live is None:
+            return
+        while self._filled:
+            live.submit(self._filled.popleft().number)
+        for ended in live.step(_LOOK_NS) if live.busy else ():
+            self._end(ended)
+        while self._emptied:
+            batch = self._emptied.popleft()
+            self._hand_out(batch)
+
+    def _end(self, ended: Ended) -> None:
+        model = self._order[ended.tenant]
+        batch = next(b for b in model.flying if not b.executed_ns)
+        # Event times are on the host's clock, but only to within its calibration: keep the parts in order.
+        now = time.monotonic_ns()
+        batch.execute_ns = min(max(ended.start_ns, batch.start_ns), now)
+        batch.executed_ns = min(max(ended.end_ns, batch.execute_ns), now)
+        index = ended.request % model.depth
+        if model.aside:
+
+            def empty() -> None:
+                self._empty(model, batch, index)
+                self._emptied.append(batch)
+
+            self._work.put(empty)
+        else:
+            self._empty(model, batch, index)
+            self._hand_out(batch)
+
+    def _hand_out(self, batch: Batch) -> None:
+        for model in self._order:
+            if model.flying and model.flying[0] is batch:
+                model.flying.popleft()
+        self._finished.append(batch)
+
+    def _copy(self) -> None:
+        """The copier thread: NumPy lets go of the interpreter while it copies."""
+        while (work := self._work.get()) is not None:
+            work()
+            ring(self._bell)
+
+    def _fill(self, model: _Model, batch: Batch, index: int) -> None:
         row = 0
         for call, layout in zip(batch.calls, batch.layouts, strict=True):
-            for view, offset, size in zip(model.input_views, layout.inputs, layout.input_sizes, strict=True):
+            for view, offset, size in zip(model.inputs[index], layout.inputs, layout.input_sizes, strict=True):
                 start = call.offset + offset
                 rows = view[row : row + call.batch]
                 copy_tensor(rows, self._arena[start : start + size].view(view.dtype).reshape(rows.shape))
             row += call.batch
-        self._enqueue(model)
-        self._running.append((batch, model))
 
-    def _enqueue(self, model: _Model) -> None:
-        stream, bound = model.stream, model.bound
-        if model.inputs is not None:
-            stream.copy_to_device(bound.input_address, model.inputs)
-        stream.record(model.started)
-        stream.launch_graph(bound.graph)
-        stream.record(model.ended)
-        if model.outputs is not None:
-            stream.copy_to_host(model.outputs, bound.output_address)
-        stream.record(model.done)
-
-    def poll(self) -> list[Batch]:
-        if not self._running:
-            return []
-        self._gpu.wait([model.done for _, model in self._running], self._gpu.now_ns() + _LOOK_NS)
-        ended = []
-        for _ in range(len(self._running)):
-            batch, model = self._running.popleft()
-            if model.done.done():
-                self._finish(batch, model)
-                ended.append(batch)
-            else:
-                self._running.append((batch, model))
-        return ended
-
-    def _finish(self, batch: Batch, model: _Model) -> None:
+    def _empty(self, model: _Model, batch: Batch, index: int) -> None:
         row = 0
         for call, layout in zip(batch.calls, batch.layouts, strict=True):
-            for view, offset, size in zip(model.output_views, layout.outputs, layout.output_sizes, strict=True):
+            for view, offset, size in zip(model.outputs[index], layout.outputs, layout.output_sizes, strict=True):
                 start = call.offset + offset
                 rows = view[row : row + call.batch]
                 copy_tensor(self._arena[start : start + size].view(view.dtype).reshape(rows.shape), rows)
             row += call.batch
         batch.end_ns = time.monotonic_ns()
-        started, ended = model.started.time_ns(), model.ended.time_ns()
-        # Event times are on the host's clock, but only to within its calibration: keep the parts in order.
-        batch.execute_ns = min(max(started, batch.start_ns), batch.end_ns)
-        batch.executed_ns = min(max(ended, batch.execute_ns), batch.end_ns)
 
     def close(self) -> None:
         self._gpu.synchronize()
         for slot in list(self._models):
             self.unload(slot)
+        self._work.put(None)
+        self._copier.join(5.0)
         self._gpu.close()
 
 
-def package_signature(package: ModelPackage) -> ModelSignature:
-    """What a compiled model takes and gives; the batch is dimension 0. UnsupportedError for types that can't be served."""
-
-    def tensors(specs: tuple[TensorSpec, ...], prefix: str) -> tuple[TensorSignature, ...]:
-        found = []
-        for index, spec in enumerate(specs):
-            datatype = _BY_TORCH.get(spec.dtype.removeprefix("torch."))
-            if datatype is None:
-                raise UnsupportedError(
-                    f"Package {package.name!r}: {spec.name!r} is {spec.dtype}, which can't be served."
-                )
-            if not spec.shape or spec.shape[0] != package.batch:
-                raise UnsupportedError(f"Package {package.name!r}: {spec.name!r} has no batch in dimension 0.")
-            found.append(TensorSignature(spec.name or f"{prefix}{index}", datatype.name, spec.shape[1:]))
-        return tuple(found)
-
-    return ModelSignature(tensors(package.inputs, "input"), tensors(package.outputs, "output"), package.batch)
-
-
-def _place(bound: BoundModel, spec: TensorSpec, base: int) -> int:
-    return bound.addresses[spec.buffer] + spec.offset - base
-
-
-def tensor_view(buffer: HostBuffer | None, spec: TensorSpec, offset: int) -> npt.NDArray[Any]:
-    """`spec`'s elements in pinned memory that mirrors the device's range, from byte `offset`, with its strides."""
-    dtype = _BY_TORCH[spec.dtype.removeprefix("torch.")].numpy
-    if buffer is None:
-        return np.empty(spec.shape, dtype)
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(spec.shape, spec.strides, strict=True))
-    flat = buffer.array[offset : offset + extent * dtype.itemsize].view(dtype)
-    return np.lib.stride_tricks.as_strided(flat, spec.shape, tuple(stride * dtype.itemsize for stride in spec.strides))
-
-
-def copy_tensor(target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
-    """`target[...] = source`, fast also where one of the two is channels-last (dimension 1 next to each other).
-
-    NumPy would run over few channels in its innermost loop; one channel after another is five times as fast.
-    """
-    if target.ndim >= 3 and 1 < target.shape[1] <= _FEW_CHANNELS and target.strides != source.strides:
-        for channel in range(target.shape[1]):
-            target[:, channel] = source[:, channel]
-    else:
-        target[...] = source
+def _runtime_tenant(tenant: TenantConfig) -> Tenant:
+    """The tenant as the runtime's policies see it; how its requests arrive is not known, and none of them asks."""
+    return Tenant.model_validate(
+        {
+            "name": tenant.name,
+            "class": tenant.tenant_class,
+            "model": tenant.model,
+            "batch": tenant.batch.max,
+            "arrivals": {"kind": "poisson", "rate_per_s": 1.0},
+            "slo_ms": tenant.slo_ms if tenant.tenant_class == "LS" else None,
+            "weight": tenant.weight,
+        }
+    )

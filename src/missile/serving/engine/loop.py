@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import select
@@ -28,13 +29,14 @@ CONTROL_EVERY_NS = 2_000_000
 BACKLOG_NS = 1_000_000
 
 
-def batch_limits(tenant: TenantConfig) -> BatchLimits:
+def batch_limits(tenant: TenantConfig, depth: int = 1) -> BatchLimits:
     return BatchLimits(
         latency_sensitive=tenant.tenant_class == "LS",
         slo_ns=int((tenant.slo_ms or 0.0) * 1e6),
         weight=tenant.weight,
         max_items=tenant.batch.max,
         delay_ns=int(tenant.batch.delay_ms * 1e6),
+        depth=depth,
     )
 
 
@@ -55,7 +57,7 @@ class EngineLoop:
         self._limits: dict[int, BatchLimits] = {}
         self._signatures: dict[int, ModelSignature] = {}
         self._layouts: dict[tuple[int, int], BlockLayout] = {}
-        self._running: dict[int, int] = {}  # when the batch that is on the executor started, by slot
+        self._running: dict[int, deque[int]] = {}  # when the batches that are on the executor started, by slot
         self._loaded: deque[tuple[int, TenantConfig, Any]] = deque()  # what the loader threads have to say
         self._unloading: set[int] = set()
         self._backlog: deque[tuple[int, ...]] = deque()  # answers that found the ring full
@@ -148,7 +150,7 @@ class EngineLoop:
                     self._answer(call, Outcome.CANCELLED, queue_ns=now - call.arrival_ns)
                 if run:
                     batch = Batch(slot, run, [self._layout(call) for call in run], now)
-                    self._running[slot] = now
+                    self._running.setdefault(slot, deque()).append(now)
                     self._executor.start(batch, latency_sensitive=latency_sensitive)
                     self._collect()
                     self._take_calls()
@@ -159,7 +161,10 @@ class EngineLoop:
             self._backlog.popleft()
         finished = self._executor.poll()
         for batch in finished:
-            del self._running[batch.slot]
+            started = self._running[batch.slot]
+            started.popleft()
+            if not started:
+                del self._running[batch.slot]
             self._scheduler.done(batch.slot, batch.end_ns - batch.start_ns)
             items = sum(max(1, call.batch) for call in batch.calls)
             for index, call in enumerate(batch.calls):
@@ -249,7 +254,8 @@ class EngineLoop:
                     raise
                 self._link.control.send({"op": "failed", "slot": slot, "error": str(error)})
                 continue
-            self._limits[slot] = batch_limits(tenant)
+            gc.freeze()  # what a model consists of lives long
+            self._limits[slot] = batch_limits(tenant, result.depth)
             self._signatures[slot] = result.signature
             self._scheduler.add(slot, self._limits[slot])
             self._link.control.send(
@@ -264,7 +270,7 @@ class EngineLoop:
 
     def _tune(self, slot: int, tenant: TenantConfig) -> None:
         if slot in self._limits:
-            self._limits[slot] = batch_limits(tenant)
+            self._limits[slot] = batch_limits(tenant, self._limits[slot].depth)
             self._scheduler.tune(slot, self._limits[slot])
             self._executor.tune(slot, tenant)
 
@@ -283,9 +289,10 @@ class EngineLoop:
     def _check_batches(self, now: int) -> None:
         """A batch that never ends can't be taken back: the process has to go, and is started anew."""
         for slot, started in self._running.items():
-            if self._batch_patience_ns and now - started > self._batch_patience_ns:
-                self._link.control.send({"op": "stuck", "slot": slot, "seconds": (now - started) / 1e9})
-                raise InternalError(f"A batch of slot {slot} has been running for {(now - started) / 1e9:.0f} s.")
+            seconds = (now - started[0]) / 1e9
+            if self._batch_patience_ns and now - started[0] > self._batch_patience_ns:
+                self._link.control.send({"op": "stuck", "slot": slot, "seconds": seconds})
+                raise InternalError(f"A batch of slot {slot} has been running for {seconds:.0f} s.")
 
     def _send_facts(self) -> None:
         tenants = {str(slot): self._executor.tenant_facts(slot).as_json() for slot in self._limits}

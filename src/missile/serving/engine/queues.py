@@ -16,13 +16,18 @@ __all__ = ["BatchLimits", "Scheduler"]
 
 @dataclass(slots=True)
 class BatchLimits:
-    """How a tenant's requests are chosen and merged. slo_ns is 0 for BE."""
+    """How a tenant's requests are chosen and merged. slo_ns is 0 for BE.
+
+    depth: batches that may run at once. While one runs the next starts only when it is whole: the others of a partial one
+    may still come.
+    """
 
     latency_sensitive: bool
     slo_ns: int = 0
     weight: float = 1.0
     max_items: int = 1
     delay_ns: int = 0
+    depth: int = 1
 
 
 @dataclass(slots=True)
@@ -32,7 +37,14 @@ class _Queue:
     items: int = 0
     waiting_since: int = 0
     served: float = 0.0  # ns of service over weight
-    busy: bool = False
+    running: int = 0
+
+    @property
+    def open(self) -> bool:
+        """Whether a batch of what waits may start, once it is due."""
+        if not self.heap or self.running >= self.limits.depth:
+            return False
+        return not self.running or self.items >= self.limits.max_items
 
     def due_ns(self) -> int:
         """When its next batch may start."""
@@ -42,7 +54,7 @@ class _Queue:
 
 
 class Scheduler:
-    """The queues of all tenants, by slot. A tenant runs one batch at a time."""
+    """The queues of all tenants, by slot."""
 
     def __init__(self) -> None:
         self._queues: dict[int, _Queue] = {}
@@ -72,8 +84,8 @@ class Scheduler:
             return False
         if not queue.heap:
             queue.waiting_since = call.arrival_ns
-            if not queue.busy and not queue.limits.latency_sensitive:
-                active = [q.served for q in self._queues.values() if q is not queue and (q.heap or q.busy)]
+            if not queue.running and not queue.limits.latency_sensitive:
+                active = [q.served for q in self._queues.values() if q is not queue and (q.heap or q.running)]
                 queue.served = max(queue.served, min(active, default=queue.served))
         self._order += 1
         heapq.heappush(queue.heap, (call.priority, self._order, call))
@@ -97,7 +109,7 @@ class Scheduler:
         best: int | None = None
         best_key = 0.0
         for slot, queue in self._queues.items():
-            if queue.limits.latency_sensitive is not latency_sensitive or queue.busy or not queue.heap:
+            if queue.limits.latency_sensitive is not latency_sensitive or not queue.open:
                 continue
             if queue.due_ns() > now_ns:
                 continue
@@ -107,7 +119,7 @@ class Scheduler:
         return best
 
     def take(self, slot: int, now_ns: int) -> tuple[list[Call], list[Call], list[Call]]:
-        """(to run now as one batch, expired, cancelled). The tenant is busy until `done` unless nothing is to run."""
+        """(to run now as one batch, expired, cancelled). What runs counts until `done`."""
         queue = self._queues[slot]
         run: list[Call] = []
         expired: list[Call] = []
@@ -131,16 +143,16 @@ class Scheduler:
             queue.items -= size
         if queue.heap:
             queue.waiting_since = queue.heap[0][2].arrival_ns
-        queue.busy = bool(run)
+        queue.running += bool(run)
         return run, expired, cancelled
 
     def done(self, slot: int, service_ns: int) -> None:
-        """The slot's batch has ended after `service_ns`."""
+        """One of the slot's batches has ended after `service_ns`."""
         queue = self._queues.get(slot)
         if queue is not None:
-            queue.busy = False
+            queue.running -= 1
             queue.served += service_ns / queue.limits.weight
 
     def next_due_ns(self) -> int | None:
-        """When the next waiting batch becomes due (may be past); None when nothing waits or all that wait are busy."""
-        return min((q.due_ns() for q in self._queues.values() if q.heap and not q.busy), default=None)
+        """When the next waiting batch becomes due (may be past); None when nothing that waits may start."""
+        return min((q.due_ns() for q in self._queues.values() if q.open), default=None)

@@ -1,0 +1,77 @@
+"""What a compiled package takes and gives, as the server sees it, and its tensors in pinned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from missile.compiler.bind import BoundModel
+from missile.compiler.package import ModelPackage, TensorSpec
+from missile.errors import UnsupportedError
+from missile.gpu.interface import HostBuffer
+from missile.serving.tensors import DATATYPES, ModelSignature, TensorSignature
+
+__all__ = ["Views", "copy_tensor", "package_signature", "tensor_view", "views"]
+
+Views = tuple[tuple[npt.NDArray[Any], ...], ...]
+
+_FEW_CHANNELS = 8
+_BY_TORCH = {d.torch: d for d in DATATYPES.values()}
+
+
+def package_signature(package: ModelPackage) -> ModelSignature:
+    """What a compiled model takes and gives; the batch is dimension 0. UnsupportedError for types that can't be served."""
+
+    def tensors(specs: tuple[TensorSpec, ...], prefix: str) -> tuple[TensorSignature, ...]:
+        found = []
+        for index, spec in enumerate(specs):
+            datatype = _BY_TORCH.get(spec.dtype.removeprefix("torch."))
+            if datatype is None:
+                raise UnsupportedError(
+                    f"Package {package.name!r}: {spec.name!r} is {spec.dtype}, which can't be served."
+                )
+            if not spec.shape or spec.shape[0] != package.batch:
+                raise UnsupportedError(f"Package {package.name!r}: {spec.name!r} has no batch in dimension 0.")
+            found.append(TensorSignature(spec.name or f"{prefix}{index}", datatype.name, spec.shape[1:]))
+        return tuple(found)
+
+    return ModelSignature(tensors(package.inputs, "input"), tensors(package.outputs, "output"), package.batch)
+
+
+def views(bound: BoundModel, buffers: Sequence[HostBuffer], count: int, *, is_input: bool) -> Views:
+    """The model's inputs or outputs in each of `count` pinned buffers, which mirror the device's range (no buffers: the
+    tensors are empty)."""
+    specs, base = bound.package.outputs, bound.output_address
+    if is_input:
+        specs, base = bound.package.inputs, bound.input_address
+    places = [bound.addresses[spec.buffer] + spec.offset - base for spec in specs]
+    found = []
+    for index in range(count):
+        buffer = buffers[index] if buffers else None
+        found.append(tuple(tensor_view(buffer, spec, place) for spec, place in zip(specs, places, strict=True)))
+    return tuple(found)
+
+
+def tensor_view(buffer: HostBuffer | None, spec: TensorSpec, offset: int) -> npt.NDArray[Any]:
+    """`spec`'s elements in pinned memory that mirrors the device's range, from byte `offset`, with its strides."""
+    dtype = _BY_TORCH[spec.dtype.removeprefix("torch.")].numpy
+    if buffer is None:
+        return np.empty(spec.shape, dtype)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(spec.shape, spec.strides, strict=True))
+    flat = buffer.array[offset : offset + extent * dtype.itemsize].view(dtype)
+    return np.lib.stride_tricks.as_strided(flat, spec.shape, tuple(stride * dtype.itemsize for stride in spec.strides))
+
+
+def copy_tensor(target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
+    """`target[...] = source`, fast also where one of the two is channels-last (dimension 1 next to each other).
+
+    NumPy would run over few channels in its innermost loop; one channel after another is five times as fast.
+    """
+    if target.ndim >= 3 and 1 < target.shape[1] <= _FEW_CHANNELS and target.strides != source.strides:
+        for channel in range(target.shape[1]):
+            target[:, channel] = source[:, channel]
+    else:
+        target[...] = source
