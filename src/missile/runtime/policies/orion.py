@@ -35,6 +35,7 @@ __all__ = ["OrionPolicy"]
 
 _BUSY = 0.6  # a kernel is bound by what it uses at least this share of, as in the paper
 _MOST_ADVANCES = 12  # of one tenant in flight: the engine has events for 16
+_MOST_AT_ONCE = 8  # kernels of one tenant: each launch takes microseconds, in which an LS request may arrive
 
 
 class _Kind(Enum):
@@ -190,6 +191,7 @@ class OrionPolicy:
         be, now = self._be[tenant], snapshot.now_ns
         launched, pending = snapshot.launched[tenant], snapshot.pending[tenant]
         fresh = min(snapshot.queued[tenant], snapshot.depth[tenant] - snapshot.running[tenant])
+        left = _MOST_AT_ONCE
         while be.has_room(pending):
             if not launched:
                 if fresh <= 0:
@@ -197,6 +199,9 @@ class OrionPolicy:
                 fresh -= 1
             count, at = 0, None
             while launched + count < be.count:
+                if count == left:  # look at what has arrived meanwhile, and go on
+                    at = now
+                    break
                 at = self._when(be, launched + count, outstanding, now)
                 if at != now:
                     break
@@ -206,6 +211,7 @@ class OrionPolicy:
                 actions.append(Advance(tenant, tenant, count))
                 be.advance(count)
                 pending += count
+                left -= count
             if launched + count < be.count:
                 return outstanding, at
             launched = 0
