@@ -85,7 +85,7 @@ def _be_table(summary: Summary) -> Table:
 def _table(title: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, padding=(0, 1))
     for heading in headings:
-        table.add_column(heading, overflow="ellipsis", no_wrap=True)
+        table.add_column(heading, overflow="fold")  # names give way where a terminal is narrow, figures never
     return table
 
 
