@@ -19,13 +19,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +32,8 @@ import numpy.typing as npt
 from missile.compiler.bind import BoundModel, bind
 from missile.compiler.library import find_package
 from missile.compiler.package import BufferKind, KernelStep, ModelPackage
-from missile.compiler.preemptible import (
-    PreemptibleModel,
-    assemble_preemptible,
-    decision_places,
-    long_blocks,
-    preempt_model,
-)
+from missile.compiler.preemptible import control_of, long_blocks, preempt_model
+from missile.compiler.preemptible_code import PreemptibleKernels, build_preemptible
 from missile.compiler.ptx.preempt import Look, Place
 from missile.gpu import open_gpu
 from missile.gpu.cuda.gpu import CudaGpu
@@ -217,31 +209,17 @@ def flag(gpu: CudaGpu) -> dict[str, Any]:
 
 
 # --- models
-_CODE: dict[tuple[str, Look, Place], dict[str, bytes]] = {}
+_CODE: dict[tuple[str, str], PreemptibleKernels] = {}
 
 
-def _code(package: ModelPackage, directory: Path, variant: str) -> dict[str, bytes]:
-    """Cubins of all kernels; one process each, because rewriting is Python."""
-    looks = {image.id: Look.FRESH for image in package.kernels}
-    places = decision_places(package)
-    if variant != "auto":
+def _code(package: ModelPackage, directory: Path, variant: str) -> PreemptibleKernels:
+    """Code of the variant: "auto" is what Missile takes, else the same look and place for all kernels."""
+    key = (package.name, variant)
+    if key not in _CODE:
         look, _, place = variant.partition("-")
-        looks, places = dict.fromkeys(looks, Look(look)), dict.fromkeys(looks, Place(place))
-    missing = [name for name in looks if name not in _CODE.setdefault((package.name, looks[name], places[name]), {})]
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        jobs = [
-            pool.submit(
-                _assembled, name, (directory / "kernels" / f"{name}.ptx").read_text(), looks[name], places[name]
-            )
-            for name in missing
-        ]
-        for name, job in zip(missing, jobs, strict=True):
-            _CODE[(package.name, looks[name], places[name])][name] = job.result()
-    return {name: _CODE[(package.name, looks[name], places[name])][name] for name in looks}
-
-
-def _assembled(name: str, text: str, look: Look, place: Place) -> bytes:
-    return assemble_preemptible({name: text}, look=look, places={name: place}, workers=1)[name]
+        same = {image.id: Place(place) for image in package.kernels} if place else None
+        _CODE[key] = build_preemptible(package, directory, look=Look(look) if place else Look.FRESH, places=same)
+    return _CODE[key]
 
 
 class Loaded:
@@ -255,7 +233,8 @@ class Loaded:
         code = _code(package, directory, variant)
         self.build_s = time.perf_counter() - begin
         self.plain: BoundModel = bind(package, directory, gpu, tenant=name)
-        self.model: PreemptibleModel = preempt_model(self.plain, gpu, code)
+        self.model = preempt_model(self.plain, gpu, code)
+        self.control = control_of(self.model)
         self.segments = _cut(package)
         self.graphs: list[Graph] = [gpu.create_graph(self.model.operations[a:b]) for a, b in self.segments]
         host = gpu.allocate_host(max(self.model.input_bytes, 1))
@@ -272,16 +251,16 @@ class Loaded:
 
     def launch(self, first: int) -> None:
         if first == 0:
-            self.model.control.begin(self.stream)
+            self.control.begin(self.stream)
         for graph in self.graphs[first:]:
             self.stream.launch_graph(graph)
 
     def resume(self) -> bool:
         """Relaunch what is left, False where nothing is. All launches have ended."""
-        left = self.model.control.left()
+        left = self.control.left()
         if left is None:
             return False
-        self.model.control.resume(self.stream, left)
+        self.control.resume(self.stream, left)
         self.launch_from(left.step)
         return True
 
@@ -445,7 +424,7 @@ def disturbed(loaded: Loaded, urgent: Urgent, order: str, count: int) -> tuple[l
         took.append(urgent.take(order))
         loaded.stream.synchronize()
         ended = (time.perf_counter_ns() - begin) / 1e3
-        left = loaded.model.control.left()
+        left = loaded.control.left()
         where.append(-1 if left is None else left.step)
         if left is not None:
             drains.append(ended / max(len(loaded.model.operations) - left.step, 1))
@@ -465,7 +444,7 @@ def latency(gpu: CudaGpu, name: str, options: argparse.Namespace) -> dict[str, A
     }
     for kind in ("whole SMs", "parts of SMs"):
         probe = Probe(gpu, kind)
-        urgent = Urgent(gpu, probe.stream, probe.graph, loaded.model.control)
+        urgent = Urgent(gpu, probe.stream, probe.graph, loaded.control)
         part: dict[str, Any] = {"idle": urgent.idle}
         for order in Urgent.ORDERS:
             took, where, drains = disturbed(loaded, urgent, order, options.probes)
@@ -492,7 +471,7 @@ def service(gpu: CudaGpu, name: str, options: argparse.Namespace) -> dict[str, A
     package, directory = find_package(options.urgent, None, gpu.info)
     model = bind(package, directory, gpu, tenant=options.urgent)
     stream = gpu.create_stream(priority=Priority.HIGH)
-    urgent = Urgent(gpu, stream, model.graph, loaded.model.control)
+    urgent = Urgent(gpu, stream, model.graph, loaded.control)
     out: dict[str, Any] = {"urgent": options.urgent, "alone": urgent.idle["launch only"]}
     for order in Urgent.ORDERS:
         out[order] = spread(disturbed(loaded, urgent, order, options.probes)[0])
@@ -518,7 +497,7 @@ def _spin(duration_ns: float) -> None:
 def bits(gpu: CudaGpu, name: str, options: argparse.Namespace) -> dict[str, Any]:
     loaded = Loaded(gpu, name, options.variants[0])
     rng = np.random.default_rng(2)
-    control = loaded.model.control
+    control = loaded.control
     state = [b for b in loaded.package.buffers if b.kind is BufferKind.STATE]
     reader = _Reader(gpu, loaded)
     loaded.run()

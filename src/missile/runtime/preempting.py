@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from missile.compiler.bind import BoundModel
 from missile.compiler.library import find_package
-from missile.compiler.preemptible import build_preemptible, preempt_model, read_preemptible
+from missile.compiler.preemptible import preempt_model
+from missile.compiler.preemptible_code import PreemptibleKernels, preemptible_kernels
 from missile.compiler.synthetic import is_synthetic
-from missile.errors import MisuseError, UnsupportedError
+from missile.errors import UnsupportedError
 from missile.gpu.interface import Gpu
 from missile.runtime.loading import LoadedTenant, Roster
 
@@ -47,7 +48,7 @@ def make_preemptible(
                 if progress is not None:
                     progress(loaded.tenant.name)
                 try:
-                    model = preempt_model(loaded.model, gpu, _images(gpu, loaded, loaded.model, cache))
+                    model = preempt_model(loaded.model, gpu, _kernels(gpu, loaded, loaded.model, cache))
                 except UnsupportedError as error:
                     refused[loaded.tenant.name] = str(error)
                 else:
@@ -60,18 +61,17 @@ def make_preemptible(
     return Preempting(Roster(gpu, tenants, resources), refused)
 
 
-def _images(gpu: Gpu, loaded: LoadedTenant, model: BoundModel, cache: Path | None) -> dict[str, bytes]:
+def _kernels(gpu: Gpu, loaded: LoadedTenant, model: BoundModel, cache: Path | None) -> PreemptibleKernels | None:
     if len(model.operations) != len(model.package.steps):
         raise UnsupportedError(f"Tenant {loaded.tenant.name!r}: a model in colored memory can't be preempted yet.")
     if gpu.info.simulated:
-        return {}
+        return None
     tenant = loaded.tenant
     if is_synthetic(tenant.model):
-        raise UnsupportedError(f"Tenant {tenant.name!r}: a synthetic model keeps no code that could be made preemptible.")
+        raise UnsupportedError(
+            f"Tenant {tenant.name!r}: a synthetic model keeps no code that could be made preemptible."
+        )
     package, directory = find_package(tenant.model, tenant.batch, gpu.info, cache)
     if directory is None:
         raise UnsupportedError(f"Tenant {tenant.name!r}: package {package.name!r} has no code.")
-    try:
-        return read_preemptible(model.package, directory)
-    except MisuseError:
-        return build_preemptible(model.package, directory)
+    return preemptible_kernels(model.package, directory)
