@@ -138,6 +138,11 @@ class Swapper:
                 raise MisuseError(f"A weight segment of tenant {model.tenant!r} lies outside its image: {part}.")
         self._models[model.tenant] = _Loaded(model, stream)
 
+    @property
+    def address(self) -> int:
+        """Where the budget begins on the device."""
+        return self._memory.address
+
     def resident(self) -> tuple[str, ...]:
         return self._extents.resident()
 
