@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from missile.bench.isolation.models import RealCell, RealPlan, Room, real_cells
+from missile.bench.isolation.models_plot import plot_models
 from missile.bench.isolation.models_results import RealResults, RealRun, pair_outcomes, read_real, write_real
 from missile.bench.isolation.models_run import run_real
 from missile.bench.isolation.models_table import grids_of, render_real_markdown
@@ -121,6 +122,13 @@ def test_a_model_that_can_not_be_loaded_does_not_stop_the_others(known: ChannelM
 def test_plans_that_make_no_sense_are_refused(bad: dict) -> None:
     with pytest.raises(MisuseError):
         RealPlan(**bad)
+
+
+def test_the_picture_is_drawn_where_there_are_pairs(results: RealResults, tmp_path: Path) -> None:
+    assert plot_models(results, tmp_path / "models.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["models.png"]
+    assert not plot_models(results.model_copy(update={"runs": ()}), tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_broken_files_are_refused(results: RealResults, tmp_path: Path) -> None:

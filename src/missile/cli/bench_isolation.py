@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from rich.console import RenderableType
 
 from missile.bench.isolation.models import DEFAULT_BE, DEFAULT_LS, RealPlan
+from missile.bench.isolation.models_plot import plot_models
 from missile.bench.isolation.models_results import RealResults, pair_outcomes
 from missile.bench.isolation.models_run import run_real
 from missile.bench.isolation.models_table import render_real, render_real_markdown
@@ -83,6 +84,7 @@ def command(
                 micro = run_micro(gpu, cells, out / "isolation.json", known=known, seed=seed, progress=progress)
     if part is Part.MODELS:
         write_whole(out / "models.md", render_real_markdown(models))
+        plot_models(models, out / "models.png")
         _show(models, pair_outcomes(models), render_real(models), out / "models.json", as_json=json)
     else:
         write_whole(out / "isolation.md", render_markdown(micro))
