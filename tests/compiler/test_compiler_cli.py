@@ -38,3 +38,8 @@ def test_profile_on_a_simulated_gpu_changes_nothing(
     assert main(["profile", str(tmp_path), "-d", "sim:h100", "--json"]) == 2
     assert "simulated" in _error(capsys)
     assert read_package(tmp_path) == package
+
+
+def test_a_package_needs_a_place(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", "resnet34", "--json"]) == 2
+    assert "-o DIR" in _error(capsys)

@@ -1,30 +1,78 @@
-"""`missile compile`: a model becomes a package of Triton kernels for this machine's GPU."""
+"""`missile compile`: a model becomes a package of Triton kernels for this machine's GPU; with `--color`, colored too."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from missile.cli.output import JsonOption, console, print_json, stderr_console
-from missile.compiler.package import ModelPackage
-from missile.errors import UnsupportedError
-from missile.gpu import resolve
+from missile.coloring.usual import usual_shapes
+from missile.compiler.colored import color_kernels, is_colored, shape_name
+from missile.compiler.package import ModelPackage, read_package
+from missile.errors import MisuseError, UnsupportedError
+from missile.gpu import open_gpu, resolve
+from missile.probe import ChannelMap, map_for
+from missile.probe.map_file import read_map
 
 __all__ = ["command", "summary"]
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="One of the twelve, or your own as MODULE:FACTORY.", metavar="MODEL")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The package's directory.", metavar="DIR")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="One of the twelve, your own as MODULE:FACTORY, or (with --color) a package's directory.",
+            metavar="MODEL",
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The new package's directory.", metavar="DIR")
+    ] = None,
     batch: Annotated[
         int | None, typer.Option("--batch", help="Requests in a batch (default: the model's own).")
     ] = None,
     device: Annotated[str, typer.Option("--device", "-d", help="auto or cuda:N.", metavar="DEVICE")] = "auto",
+    color: Annotated[bool, typer.Option("--color", help="Make code for colored memory, too.")] = False,
+    channel_map: Annotated[
+        Path | None,
+        typer.Option(
+            "--map", help="The GPU's channel map; with it, coloring a package needs no GPU.", metavar="MAP.json"
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compile MODEL for this machine's GPU: Triton kernels only, launch plan, weights, profile, check against eager."""
+    """Compile MODEL for this machine's GPU: Triton kernels only, launch plan, weights, profile, check against eager.
+
+    Colored code goes into the package beside the plain one: for the forms of translation that tenants can come to have on
+    this GPU, whatever their colors. It is made when a tenant is loaded, too, where a package has none yet.
+    """
+    if channel_map is not None and not color:
+        raise MisuseError("--map says what to color for; it goes with --color.")
+    known = None if channel_map is None else read_map(channel_map)
+    directory = Path(model)
+    if (directory / "package.json").is_file():
+        if not color:
+            raise MisuseError(f"{model} is a package already; --color would add colored code to it.")
+        if output is not None:
+            raise MisuseError(f"{model} is a package already, and colored code goes into it: -o is for a new one.")
+        package = read_package(directory)
+    else:
+        if output is None:
+            raise MisuseError(f"Where should the package of {model!r} go? -o DIR says so.")
+        package, directory = _compile(model, output, batch, device), output
+    colored = _color(package, directory, known, device) if color else []
+    if as_json:
+        extra = {"colored": colored} if color else {}
+        print_json(summary(package) | {"directory": str(directory)} | extra)
+        return
+    for line in _lines(package, directory) + [_colored_line(row) for row in colored]:
+        console().print(line)
+
+
+def _compile(model: str, output: Path, batch: int | None, device: str) -> ModelPackage:
     from missile.compiler.build import compile_model
     from missile.workloads.models import default_batch
 
@@ -34,16 +82,40 @@ def command(
         raise UnsupportedError(
             "Compiling needs a GPU: packages are tuned and measured on it (simulated GPUs run recorded packages)."
         )
-    screen = stderr_console()
-    with screen.status(f"{model}: starting") as status:
-        package = compile_model(
+    with stderr_console().status(f"{model}: starting") as status:
+        return compile_model(
             model, output, batch=batch, device=name, progress=lambda what: status.update(f"{model}: {what}")
         )
-    if as_json:
-        print_json(summary(package) | {"directory": str(output)})
-        return
-    for line in _lines(package, output):
-        console().print(line)
+
+
+def _color(package: ModelPackage, directory: Path, known: ChannelMap | None, device: str) -> list[dict[str, Any]]:
+    """Code for every shape that there is none for yet; what was made or found, and how long it took."""
+    with stderr_console().status(f"{package.name}: looking at the GPU's memory") as status:
+        if known is None:
+            name, _ = resolve(device)
+            if name.startswith("sim:"):
+                raise UnsupportedError(
+                    "Coloring needs the channel map of the GPU that the package is for: --map MAP.json."
+                )
+            with open_gpu(name) as gpu:
+                known = map_for(gpu, progress=lambda what: status.update(f"{package.name}: {what}"))
+        if known.gpu != package.gpu:
+            raise MisuseError(f"The channel map is of {known.gpu!r}, the package is for {package.gpu!r}.")
+        rows = []
+        for shape in usual_shapes(known):
+            status.update(f"{package.name}: coloring, form {shape.form}")
+            started = time.perf_counter()
+            fresh = not is_colored(directory, shape)
+            if fresh:
+                color_kernels(package, directory, shape)
+            seconds = time.perf_counter() - started
+            rows.append({"form": str(shape.form), "shape": shape_name(shape), "made": fresh, "seconds": seconds})
+        return rows
+
+
+def _colored_line(row: dict[str, Any]) -> str:
+    done = f"made in {row['seconds']:.1f} s" if row["made"] else "was there already"
+    return f"Colored, form {row['form']} ({row['shape']}): {done}."
 
 
 def summary(package: ModelPackage) -> dict[str, Any]:
