@@ -34,6 +34,14 @@ MIX = (make("be0", "BE"), make("ls0", "LS", slo_ms=2.0), make("ls1", "LS"), make
 LS, BE = (1, 2), (0, 3)
 
 
+def work_given(policy: MissilePolicy, now: int) -> int:
+    """Segments started beside an LS request that has run all the time."""
+    return sum(
+        isinstance(action, Advance)
+        for action in policy.decide(snapshot(queued=(2, 0, 0, 2), running=(0, 1, 0, 0), now=now))
+    )
+
+
 def ready(preemptible: bool = False, **options: float) -> tuple[MissilePolicy, tuple[str, ...]]:
     """A policy that was told about the mix, and its lanes' names."""
     policy = MissilePolicy(**options)
@@ -101,14 +109,15 @@ def test_what_it_asks_for_can_be_done(queued, running, launched, pending, stoppi
 
 
 def test_be_has_all_sms_until_an_ls_request_comes_and_again_when_it_has_gone():
-    policy, lanes = ready()
+    policy, lanes = ready(pause=False)
     (first, second) = policy.decide(snapshot(queued=(2, 0, 0, 2)))
     assert {first.tenant, second.tenant} == {0, 3}
     assert "all SMs" in lanes[first.lane]
     start, *rest = policy.decide(snapshot(queued=(1, 1, 0, 1), running=(1, 0, 0, 1), launched=(1, 0, 0, 1)))
     assert start.tenant == 1
     assert all("68 SMs" in lanes[action.lane] for action in rest)
-    assert policy.decide(snapshot(running=(1, 1, 0, 1), launched=(2, 0, 0, 2), pending=(1, 0, 0, 1))) == []
+    full = snapshot(running=(1, 1, 0, 1), launched=(2, 0, 0, 2), pending=(1, 0, 0, 1))
+    assert policy.decide(full) == []
     (again, _) = policy.decide(snapshot(running=(1, 0, 0, 1), launched=(2, 0, 0, 2)))
     assert "all SMs" in lanes[again.lane]
 
@@ -132,6 +141,24 @@ def test_with_the_whole_share_be_pauses_and_with_linger_it_waits():
     assert isinstance(start, Start)
     assert policy.decide(snapshot(queued=(1, 0, 0, 1), now=10_000)) == [Wake(50_100)]
     assert [action.tenant for action in policy.decide(snapshot(queued=(1, 0, 0, 1), now=50_100))] == [3, 0]
+
+
+@pytest.mark.parametrize("be_min", [0.0, 0.1, 0.4])
+def test_a_pausing_be_tenant_keeps_the_rate_that_it_was_promised(be_min):
+    policy, lanes = ready(be_min=be_min)
+    assert any("68 SMs" in name for name in lanes) is (be_min > 0)
+    begin = 30 * MS  # from here on, an LS request runs all the time
+    given = sum(work_given(policy, now) for now in range(begin, begin + 500 * MS, 20_000))
+    assert given * 50_000 / (500 * MS) == pytest.approx(be_min, rel=0.05)
+
+
+def test_it_asks_to_be_woken_when_be_will_be_owed_work():
+    policy, _ = ready(be_min=0.2)
+    policy.decide(snapshot(queued=(2, 0, 0, 2), now=1 * MS))
+    *_, wake = policy.decide(snapshot(queued=(2, 1, 0, 2), now=2 * MS))
+    assert isinstance(wake, Wake)
+    assert work_given(policy, wake.at_ns - 1_000) == 0
+    assert work_given(policy, wake.at_ns) > 0
 
 
 def test_be_tenants_share_by_weight():
@@ -190,8 +217,8 @@ def test_bad_options(options, says):
 
 
 def test_a_gpu_that_can_t():
-    with pytest.raises(UnsupportedError, match="ls_share=1"):
-        create_policy("missile").setup(MIX, replace(INFO, level=Level.PRIORITIES))
+    with pytest.raises(UnsupportedError, match="pauses"):
+        create_policy("missile:pause=off").setup(MIX, replace(INFO, level=Level.PRIORITIES))
     create_policy("missile:ls_share=1").setup(MIX, replace(INFO, level=Level.PRIORITIES))
     with pytest.raises(UnsupportedError, match="priorities"):
         create_policy("missile").setup(MIX, replace(INFO, level=Level.CORE))

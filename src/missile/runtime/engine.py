@@ -272,7 +272,7 @@ class Engine:
             elif isinstance(action, Reject):
                 self._reject(action.tenant)
             elif isinstance(action, Wake):
-                self._wake_at = action.at_ns
+                self._wake_at = min(self._wake_at, action.at_ns)
 
     def _refuse(self, what: str) -> InternalError:
         return InternalError(f"Policy {self._policy.name!r} {what}.")

@@ -6,10 +6,13 @@ from collections.abc import Collection, Sequence
 
 from missile.runtime.policies.interface import Action, Advance, Preempt, Snapshot, Start, TenantBrief
 
-__all__ = ["Filling"]
+__all__ = ["NEVER", "Filling", "Floor"]
+
+NEVER = 1 << 62  # ns, later than any clock
 
 _IN_FLIGHT = 2  # segments: one that runs and one that follows it without the host
 _CATCH_UP_NS = 1e6
+_REMEMBERED_NS = 20e6  # a promise of a rate holds over about this time
 
 
 class Filling:
@@ -73,6 +76,18 @@ class Filling:
             room -= 1
         return actions
 
+    def expected_ns(self, snapshot: Snapshot, actions: Sequence[Action]) -> float:
+        """How long the segments that `actions`, an answer to `snapshot`, start would take alone on all SMs."""
+        total = 0.0
+        at: dict[int, int] = {}
+        for action in actions:
+            if isinstance(action, Advance):
+                lengths = self._lengths[self._numbers.index(action.tenant)]
+                segment = at.get(action.tenant, snapshot.launched[action.tenant])
+                total += lengths[segment]
+                at[action.tenant] = (segment + 1) % len(lengths)
+        return total
+
     def _turn(self, view: _View) -> float:
         """What the tenant was served; one that had nothing to do for a while does not catch up more than a little."""
         served = self._served[view.place]
@@ -103,3 +118,33 @@ class _View:
             self.openable -= 1
         self.launched = (self.launched + 1) % segments
         self.pending += 1
+
+
+class Floor:
+    """Whether BE has had the least rate that it was promised. share: of its rate alone on all SMs, in [0, 1).
+
+    Rates are counted over about 20 ms: what BE had before that is forgotten, and so is what it lacked.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._most = share * _REMEMBERED_NS
+        self._owed = -self._most  # ns of work alone
+        self._at = 0
+
+    def owed_at(self, now: int) -> int:
+        """When it will be owed work, if it gets none until then: `now`, later, or `NEVER`."""
+        if not self._share:
+            return NEVER
+        self._update(now)
+        return now if self._owed > 0.0 else now + int(-self._owed / self._share) + 1
+
+    def gave(self, now: int, work_ns: float) -> None:
+        """It was given segments that take `work_ns` alone."""
+        if self._share:
+            self._update(now)
+            self._owed = max(self._owed - work_ns, -self._most)
+
+    def _update(self, now: int) -> None:
+        self._owed = min(self._owed + self._share * (now - self._at), self._most)
+        self._at = now

@@ -145,7 +145,7 @@ class Reject(NamedTuple):
 
 
 class Wake(NamedTuple):
-    """Call `decide` again at `at_ns` even if nothing happens until then. The last one given holds."""
+    """Call `decide` again at `at_ns` even if nothing happens until then. The earliest one asked for holds."""
 
     at_ns: int
 

@@ -12,7 +12,7 @@ from missile.errors import MisuseError, UnsupportedError
 from missile.gpu.interface import GpuInfo, Level, Priority
 from missile.runtime.policies._admission import Admission
 from missile.runtime.policies._common import latency_first, part_of
-from missile.runtime.policies._filling import Filling
+from missile.runtime.policies._filling import NEVER, Filling, Floor
 from missile.runtime.policies.interface import Action, Lane, Layout, Snapshot, TenantBrief, Wake
 from missile.runtime.tenant import Tenant
 
@@ -21,8 +21,9 @@ __all__ = ["MissilePolicy"]
 
 class MissilePolicy:
     """ls_share: share of the SMs that BE keeps off while an LS request is queued or runs, in (0, 1], rounded to what the
-    GPU can split; 1.0: BE pauses then. be_min: share of the SMs that BE is promised at all times; both together are at
-    most 1.
+    GPU can split; 1.0: BE pauses then. be_min: the least rate that BE is promised, as a share of its rate alone on all SMs;
+    both together are at most 1. pause: BE pauses beside LS requests unless it has fallen below be_min (off: it always runs
+    on its side of the split then).
     ls_whole: LS requests run on the whole GPU before everything else (off: on the SMs kept free for them).
     elastic: BE uses all SMs while there is no LS request (off: never more than its side of the split).
     preempt: stop BE kernels that look at a flag when an LS request comes. colors: whether tenants' memory should be
@@ -38,6 +39,7 @@ class MissilePolicy:
         self,
         ls_share: float = 0.5,
         be_min: float = 0.0,
+        pause: float = True,
         ls_whole: float = True,
         elastic: float = True,
         preempt: float = True,
@@ -63,14 +65,16 @@ class MissilePolicy:
         ):
             if not least <= value < float("inf"):
                 raise MisuseError(f"Policy 'missile': {name} must be at least {least:g}, not {value:g}.")
-        self.ls_share = ls_share
+        self.ls_share, self.be_min, self.pause = ls_share, be_min, bool(pause)
         self.ls_whole, self.elastic, self.preempt = bool(ls_whole), bool(elastic), bool(preempt)
         self.colors, self.copies, self.admission = bool(colors), bool(copies), bool(admission)
+        self._pauses = self.elastic and (self.pause or ls_share == 1.0)
         self._segment_ns, self._linger_ns = segment_us * 1e3, int(linger_us * 1e3)
         self._queue_limit = int(queue_limit)
         self._ls: tuple[int, ...] = ()
         self._gates: tuple[Admission, ...] = ()
         self._be = Filling((), (), (), ())
+        self._floor = Floor(0.0)
         self._keep_off_until = 0
         self._ls_was_there = False
 
@@ -80,10 +84,11 @@ class MissilePolicy:
         order = latency_first(tenants)
         self._ls = tuple(i for i in order if tenants[i].latency_sensitive)
         be = tuple(i for i in order if not tenants[i].latency_sensitive)
-        split = self.ls_share < 1.0 and bool(self._ls) and bool(be)
+        runs_beside = not self._pauses or self.be_min > 0.0
+        split = bool(self._ls) and bool(be) and runs_beside and self.ls_share < 1.0
         if split and info.level < Level.PARTITIONS:
             raise UnsupportedError(
-                f"Policy 'missile' needs SM partitions, which {info.name} does not have; with ls_share=1 it needs none."
+                f"Policy 'missile' needs SM partitions, which {info.name} does not have; when BE pauses it needs none."
             )
         kept = part_of(self.ls_share, info) if split else info.sms
         lanes: list[Lane] = []
@@ -108,6 +113,7 @@ class MissilePolicy:
                 alone.append(len(lanes))
                 lanes.append(Lane(f"stream of {name}, all SMs"))
         self._be = Filling(be, [tenants[i].weight for i in be], alone, beside)
+        self._floor = Floor(self.be_min)
         if not self._ls:
             return Layout(tuple(lanes))
         return Layout(
@@ -139,4 +145,8 @@ class MissilePolicy:
         stops = self._be.make_way(snapshot) if there and not self._ls_was_there else []
         self._ls_was_there = there
         stopped = [stop.tenant for stop in stops]
-        return [*stops, *actions, *self._be.fill(snapshot, beside_ls=there, stopped=stopped)]
+        if there and self._pauses and (owed_at := self._floor.owed_at(now)) > now:
+            return [*stops, *actions] if owed_at == NEVER else [*stops, *actions, Wake(owed_at)]
+        filled = self._be.fill(snapshot, beside_ls=there, stopped=stopped)
+        self._floor.gave(now, self._be.expected_ns(snapshot, filled))
+        return [*stops, *actions, *filled]
