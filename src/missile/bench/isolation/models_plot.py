@@ -21,14 +21,13 @@ def plot_models(results: RealResults, path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    ls, be = (list(dict.fromkeys(key[place] for key in pairs)) for place in (0, 1))
+    ls, be = list(dict.fromkeys(key[0] for key in pairs)), list(dict.fromkeys(key[1] for key in pairs))
     figure, panels = pyplot.subplots(
-        1, len(be), figsize=(1.0 + 3.0 * len(be), 0.5 * len(ls) + 1.8), sharey=True, squeeze=False, layout="constrained"
+        1, len(be), figsize=(3.0 + 2.6 * len(be), 0.5 * len(ls) + 1.8), sharey=True, squeeze=False, layout="constrained"
     )
     what = " (simulated)" if results.simulated else ""
-    figure.suptitle(
-        f"LS time over alone on the same {results.ls_sms} SMs, beside a BE model on {results.be_sms}: {results.gpu}{what}"
-    )
+    sides = f"{results.ls_sms} + {results.be_sms} SMs"
+    figure.suptitle(f"{results.gpu}{what}: LS time over alone on the same SMs ({sides})")
     places = np.arange(len(ls))
     for axes, model in zip(panels[0], be, strict=True):
         for colored, label in ((False, "plain"), (True, "colored")):
@@ -39,7 +38,7 @@ def plot_models(results: RealResults, path: Path) -> bool:
         axes.set(title=f"beside {model}", xlim=(0, None))
     panels[0][0].set_yticks(places, ls)
     panels[0][0].invert_yaxis()
-    panels[0][-1].legend(fontsize="small")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     part = path.with_suffix(".part.png")
     figure.savefig(part, dpi=120)
     pyplot.close(figure)

@@ -11,6 +11,7 @@ from missile.gpu.interface import Access
 __all__ = ["plot_isolation"]
 
 MIB = 1 << 20
+_TICKS = (1, 1.2, 1.5, 2, 3, 5, 8)
 
 
 def plot_isolation(results: IsolationResults, path: Path) -> bool:
@@ -29,6 +30,7 @@ def plot_isolation(results: IsolationResults, path: Path) -> bool:
     first = found[0]
     same = [o for o in found if (o.victim_sms, o.aggressor_bytes) == (first.victim_sms, first.aggressor_bytes)]
     accesses = list(dict.fromkeys(o.aggressor_access for o in same))
+    sizes = sorted({o.victim_bytes / MIB for o in same})
     figure, panels = pyplot.subplots(
         1, len(accesses), figsize=(5.2 * len(accesses), 4.4), sharey=True, squeeze=False, layout="constrained"
     )
@@ -42,7 +44,9 @@ def plot_isolation(results: IsolationResults, path: Path) -> bool:
             axes.plot(*zip(*sorted(line), strict=True), marker="o", linestyle="-" if disjoint else "--", label=scheme)
         axes.axhline(1.0, color="grey", linewidth=0.8)
         axes.set(xscale="log", yscale="log", xlabel="victim's working set, MiB", title=f"neighbour: {access}")
-        axes.set_yticks([1, 1.2, 1.5, 2, 3, 5, 8], ["1", "1.2", "1.5", "2", "3", "5", "8"])
+        axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        axes.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
+        axes.minorticks_off()
     panels[0][0].set_ylabel("victim's time over alone")
     panels[0][-1].legend(title="victim + aggressor", fontsize="small")
     part = path.with_suffix(".part.png")
