@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 from missile.bench.scenario import Scenario
 from missile.gpu import open_gpu, resolve
 from missile.gpu.interface import Gpu, GpuInfo
-from missile.runtime.loading import Roster, load_tenants
+from missile.runtime.loading import LoadedTenant, Roster, load_tenants
 from missile.runtime.mps import MpsPool, MpsSettings, is_mps
 from missile.runtime.policies import create_policy, policy_summaries
+from missile.runtime.policies.missile import MissilePolicy
+from missile.runtime.preempting import Preempting, make_preemptible
 from missile.runtime.records import RunRecord
 from missile.runtime.run import run, solo
 from missile.runtime.tenant import Tenant
@@ -24,7 +26,8 @@ class GpuTestbed:
     """A GPU with a scenario's tenants loaded. `why`: why `auto` chose this device, "" when it was named.
 
     Tenants are found by name: one that is run may have other arrivals, objectives or weights than the one loaded. Owns what
-    the `mps` policy needs, which is made when it is first asked for; `close` ends that. GPU and roster stay the caller's.
+    single policies need (processes for `mps`, preemptible BE models for `missile`), which is made when one is first asked
+    for; `close` ends that. GPU and roster stay the caller's.
     """
 
     gpu: Gpu
@@ -32,6 +35,7 @@ class GpuTestbed:
     why: str = ""
     seed: int = 0
     _pool: MpsPool | None = field(default=None, init=False)
+    _preempting: Preempting | None = field(default=None, init=False)
 
     @property
     def info(self) -> GpuInfo:
@@ -52,18 +56,40 @@ class GpuTestbed:
             if self._pool is None:
                 self._pool = MpsPool(self.info.device, seed=self.seed)
             return self._pool.run(tenants, policy, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
-        return run(self.gpu, self._view(tenants), policy, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
+        made = create_policy(policy)
+        stoppable = self._preemptible() if isinstance(made, MissilePolicy) and made.preempt else None
+        view = self._view(tenants, () if stoppable is None else stoppable.roster.tenants)
+        record = run(self.gpu, view, policy, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
+        refused = {} if stoppable is None else stoppable.refused
+        notes = [f"Not preemptible: {refused[tenant.name]}" for tenant in tenants if tenant.name in refused]
+        return replace(record, notes=(*record.notes, *notes))
 
-    def _view(self, tenants: Sequence[Tenant]) -> Roster:
-        """A roster of `tenants` on the models that are loaded, which stay this testbed's."""
-        loaded = {entry.tenant.name: entry for entry in self.roster.tenants}
+    def _preemptible(self) -> Preempting:
+        """The BE tenants' models once more, with kernels that look at a flag. Other policies run the plain ones."""
+        if self._preempting is None:
+            tenants = [entry.tenant for entry in self.roster.ready if not entry.tenant.latency_sensitive]
+            self._preempting = (
+                make_preemptible(load_tenants(self.gpu, tenants))
+                if tenants
+                else Preempting(Roster(self.gpu, (), ExitStack()), {})
+            )
+        return self._preempting
+
+    def _view(self, tenants: Sequence[Tenant], instead: Sequence[LoadedTenant] = ()) -> Roster:
+        """A roster of `tenants` on the models that are loaded, or on those of `instead`. They stay their owners'."""
+        loaded = {entry.tenant.name: entry for entry in (*self.roster.tenants, *instead)}
         return Roster(self.gpu, [replace(loaded[t.name], tenant=t) for t in tenants], ExitStack())
 
     def close(self) -> None:
-        """End the processes of the `mps` policy. Idempotent."""
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+        """Give back what single policies needed. Idempotent."""
+        pool, preempting = self._pool, self._preempting
+        self._pool = self._preempting = None
+        try:
+            if pool is not None:
+                pool.close()
+        finally:
+            if preempting is not None:
+                preempting.roster.close()
 
 
 def describe_policy(policy: str) -> str:
