@@ -3,8 +3,9 @@
     PYTHONPATH=src python3 benchmarks/gpu/colored_models.py -o OUT --packages DIR --map MAP.json [--models a,b]
 
 DIR has a package directory for each model. Every variant (a form of translation and a set of colors) runs in one process
-with the plain package, by turns. Pages are taken to be alike, as the reference page of the map: which slices they really
-have makes no difference to what a translation computes or costs. OUT gets `models.json`.
+with the plain package, by turns. Pages are taken to be of kinds that the map knows, drawn at random (all of one kind for
+the table of one page): which slices they really have makes no difference to what a translation computes or costs. OUT gets
+`models.json`. --startup loads decoder_1b as `missile` does, and says how long each part takes.
 """
 
 from __future__ import annotations
@@ -26,12 +27,20 @@ from typing import Any
 
 import numpy as np
 
+from missile.coloring.halves import find_halves
 from missile.coloring.pool import ColoredPool, TenantMemory
 from missile.coloring.shape import Form, TableSpace
 from missile.coloring.shares import Demand, Share, plan_shares
 from missile.compiler.bind import BoundModel, bind
 from missile.compiler.bind_colored import bind_colored
-from missile.compiler.colored import ColoredKernels, color_kernels, is_colored, read_colored, shape_name
+from missile.compiler.colored import (
+    ColoredKernels,
+    color_kernels,
+    colored_kernels,
+    is_colored,
+    read_colored,
+    shape_name,
+)
 from missile.compiler.mover import Mover
 from missile.compiler.package import BufferKind, KernelStep, ModelPackage, read_package
 from missile.compiler.planning import needed_bytes, place_buffers
@@ -39,8 +48,10 @@ from missile.compiler.profile import measure_steps
 from missile.errors import MissileError
 from missile.gpu import open_gpu
 from missile.gpu.interface import Fill, Gpu, Graph, Launch, Stream
+from missile.probe import map_for
 from missile.probe.channel_map import ChannelMap
 from missile.probe.map_file import read_map
+from missile.runtime.coloring import ColoredTenants, Coloring
 
 _BATCH = 10  # launches between two waits
 _ROUNDS = 6
@@ -49,31 +60,39 @@ _TRANSFER_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Variant:
-    """colors: how many of the map's, chosen at random where not all. timed: whether by turns with the plain package."""
+    """all_colors: the tenant has every color; else half of them, chosen at random where the form lets one choose."""
 
     name: str
     form: Form
-    space: TableSpace
-    colors: int
-    timed: bool = True
+    space: TableSpace = TableSpace.SHARED
+    all_colors: bool = False
 
     def share(self, channel_map: ChannelMap, pages: int, nbytes: int, rng: np.random.Generator) -> Share:
-        chosen = rng.permutation(len(channel_map.colors))[: self.colors]
-        demand = Demand("tenant", tuple(chosen.tolist()), nbytes)
-        constants = np.zeros((pages, 3), np.int64)
-        return plan_shares(channel_map, constants, [demand], form=self.form, space=self.space)[0]
+        colors = tuple(range(len(channel_map.colors)))
+        if not self.all_colors:
+            halves = find_halves(channel_map)
+            if self.form is Form.PAIR and halves is not None:
+                colors = halves.sets[int(rng.integers(2))]
+            else:
+                colors = tuple(rng.permutation(len(colors))[: len(colors) // 2].tolist())
+        demand = Demand("tenant", colors, nbytes)
+        return plan_shares(
+            channel_map, self._pages(channel_map, pages, rng), [demand], form=self.form, space=self.space
+        )[0]
+
+    def _pages(self, channel_map: ChannelMap, pages: int, rng: np.random.Generator) -> Any:
+        """Constants of made-up pages: all alike for a table of one page, else of every kind that the map knows."""
+        model = channel_map.model
+        limits = (1, 1, 1) if self.form is Form.IN_PAGE else (len(model.patterns), 64, len(model.permutations))
+        return np.stack([rng.integers(0, limit, pages) for limit in limits], axis=1)
 
 
-def variants(colors: int) -> dict[str, Variant]:
+def variants() -> dict[str, Variant]:
     found = []
-    for form, space in (
-        (Form.IN_PAGE, TableSpace.SHARED),
-        (Form.IN_PAGE, TableSpace.GLOBAL),
-        (Form.SHADOW, TableSpace.SHARED),
-    ):
-        name = str(form) if form is Form.SHADOW else f"{form}-{space}"
-        found.append(Variant(f"{name}-all", form, space, colors))
-        found.append(Variant(f"{name}-half", form, space, colors // 2))
+    for all_colors, what in ((False, "half"), (True, "all")):
+        found.append(Variant(f"pair-{what}", Form.PAIR, all_colors=all_colors))
+        found += [Variant(f"in-page-{s}-{what}", Form.IN_PAGE, s, all_colors) for s in TableSpace]
+        found.append(Variant(f"shadow-{what}", Form.SHADOW, all_colors=all_colors))
     return {variant.name: variant for variant in found}
 
 
@@ -209,9 +228,16 @@ class ModelRun:
     """One model, plain and in its variants."""
 
     def __init__(
-        self, gpu: Gpu, pool: ColoredPool, channel_map: ChannelMap, name: str, package: ModelPackage, directory: Path
-    ):
-        self._gpu, self._pool, self._map = gpu, pool, channel_map
+        self,
+        gpu: Gpu,
+        pool: ColoredPool,
+        channel_map: ChannelMap,
+        name: str,
+        package: ModelPackage,
+        directory: Path,
+        by_class: bool,
+    ) -> None:
+        self._gpu, self._pool, self._map, self._by_class = gpu, pool, channel_map, by_class
         self.name, self.package, self.directory = name, package, directory
 
     def run(self, chosen: Sequence[Variant], rng: np.random.Generator, deadline: float) -> dict[str, Any]:
@@ -259,7 +285,7 @@ class ModelRun:
         with ExitStack() as undo:
             clock = time.perf_counter
             marks = [clock()]
-            share = variant.share(self._map, self._pool.page_count, needed_bytes(self.package) + (1 << 20), rng)
+            share = variant.share(self._map, self._pool.page_count, needed_bytes(self.package) + _TRANSFER_BYTES, rng)
             marks.append(clock())
             memory = self._pool.attach(share)
             undo.callback(memory.close)
@@ -283,8 +309,6 @@ class ModelRun:
                 "pages": len(share.pages),
                 "seconds": dict(zip(("plan", "attach", "bind"), np.diff(marks).tolist(), strict=True)),
             }
-            if not variant.timed:
-                return row
             inner = self._gpu.create_graph([op for op in model.operations if not _moves(op)])
             undo.callback(inner.close)
             times = timer.by_turns({"plain": plain.graph, "colored": model.graph, "kernels": inner})
@@ -292,7 +316,7 @@ class ModelRun:
             row["ratio"] = times["colored"] / times["plain"]
             row["ratio_kernels"] = times["kernels"] / times["plain"]
             row |= transfer_speed(self._gpu, timer, mover, memory)
-            return row | {"classes": self._classes(plain, model)}
+            return row | {"classes": self._classes(plain, model) if self._by_class else {}}
 
     def _classes(self, plain: BoundModel, model: BoundModel) -> dict[str, Any]:
         """Time by class of kernel, plain and colored, ns; and the ten steps that lose most."""
@@ -315,6 +339,36 @@ class ModelRun:
         }
 
 
+def startup(gpu: Gpu, channel_map: ChannelMap, packages: dict[str, tuple[ModelPackage, Path]]) -> dict[str, Any]:
+    """Seconds until the largest of the models runs in one half of the colors: map verified, pages classified, weights in."""
+    package, directory = max(packages.values(), key=lambda entry: needed_bytes(entry[0]))
+    clock = time.perf_counter
+    marks = [clock()]
+    verified = map_for(gpu, known=channel_map)
+    marks.append(clock())
+    halves = find_halves(verified)
+    assert halves is not None
+    coloring = Coloring(verified, {"tenant": halves.sets[0]})
+    with ColoredTenants(gpu, coloring, [Demand("tenant", halves.sets[0], needed_bytes(package))]) as tenants:
+        marks.append(clock())
+        memory = tenants.memories["tenant"]
+        code = colored_kernels(package, directory, memory.translation.shape)
+        marks.append(clock())
+        bind_colored(package, directory, gpu, memory, kernels=code).close()
+        marks.append(clock())
+        names = ("map", "memory", "code", "bind")
+        return {
+            "model": package.name,
+            "bytes": needed_bytes(package),
+            "weight_bytes": package.weight_bytes,
+            "pages": tenants.pages,
+            "form": str(memory.translation.shape.form),
+            "table_bytes": memory.table_bytes,
+            "same_chip": verified.uuid == channel_map.uuid,
+            "seconds": dict(zip(names, np.diff(marks).tolist(), strict=True)),
+        }
+
+
 def _moves(operation: Any) -> bool:
     return isinstance(operation, Launch) and operation.kernel.name.startswith("missile_")
 
@@ -328,11 +382,13 @@ def main() -> None:
     parser.add_argument("--variants", default="")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--no-classes", dest="classes", action="store_false", help="leave the times of kernels out")
+    parser.add_argument("--startup", action="store_true")
     parser.add_argument("--build-only", action="store_true", help="compile the colored kernels and stop: needs no GPU")
     arguments = parser.parse_args()
     started = time.monotonic()
     channel_map = read_map(arguments.map)
-    known = variants(len(channel_map.colors))
+    known = variants()
     chosen = [known[name] for name in arguments.variants.split(",") if name] or list(known.values())
     names = [name for name in arguments.models.split(",") if name] or sorted(
         path.name for path in arguments.packages.iterdir() if (path / "package.json").is_file()
@@ -349,18 +405,25 @@ def main() -> None:
     print(f"built in {result['build']['seconds']:.1f} s", flush=True)
     if arguments.build_only:
         return
-    fewest = min(v.colors for v in chosen) / len(channel_map.colors)
+    part = 1.0 if all(v.all_colors for v in chosen) else 0.45  # colors have not quite the same number of slices
     largest = max(needed_bytes(package) for package, _ in packages.values()) + _TRANSFER_BYTES
     with open_gpu(arguments.device) as gpu:
         result |= {"gpu": gpu.info.name, "driver": gpu.info.driver}
+        if arguments.startup:
+            try:
+                result["startup"] = startup(gpu, channel_map, packages)
+            except Exception as error:
+                result["startup"] = {"error": f"{type(error).__name__}: {error}"}
+                traceback.print_exc()
+            print(result["startup"], flush=True)
         begin = time.perf_counter()
-        with ColoredPool(gpu, math.ceil(largest / fewest * 1.15 / channel_map.page_bytes) + 8) as pool:
+        with ColoredPool(gpu, math.ceil(largest / part / channel_map.page_bytes) + 8) as pool:
             result["pool"] = {"pages": pool.page_count, "seconds": time.perf_counter() - begin}
             for name, (package, directory) in packages.items():
                 row = {"model": name, "error": "out of time"}
                 if time.monotonic() < started + arguments.seconds:
                     try:
-                        run = ModelRun(gpu, pool, channel_map, name, package, directory)
+                        run = ModelRun(gpu, pool, channel_map, name, package, directory, arguments.classes)
                         row = run.run(chosen, rng, started + arguments.seconds)
                     except Exception as error:
                         row = {"model": name, "error": f"{type(error).__name__}: {error}"}
@@ -394,9 +457,9 @@ def report(result: dict[str, Any], names: Sequence[str]) -> None:
     result["mean"] = {}
     for name in names:
         rows = [row["variants"][name] for row in result["rows"] if "ratio" in row.get("variants", {}).get(name, {})]
-        classes = sorted({kind for row in rows for kind in row["classes"]["ns"]})
+        classes = sorted({kind for row in rows for kind in row["classes"].get("ns", {})})
         by_class = {
-            kind: _mean([r["classes"]["ns"][kind]["ratio"] for r in rows if kind in r["classes"]["ns"]])
+            kind: _mean([r["classes"]["ns"][kind]["ratio"] for r in rows if kind in r["classes"].get("ns", {})])
             for kind in classes
         }
         result["mean"][name] = {
