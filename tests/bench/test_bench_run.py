@@ -50,6 +50,22 @@ def test_objectives_follow_from_solo_runs(scenario: Scenario, toy_testbed: Any) 
     assert reindex.batch == 32  # the model's usual one
 
 
+def test_policies_are_told_objectives_in_ms(
+    scenario: Scenario, toy_testbed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    whole = toy_testbed.shared
+
+    def listening(self: Any, tenants: Any, policy: str, **more: Any) -> Any:
+        told.append([(tenant.slo_ms, tenant.slo_factor) for tenant in tenants])
+        return whole(self, tenants, policy, **more)
+
+    monkeypatch.setattr(toy_testbed, "shared", listening)
+    results, _ = _run(scenario, toy_testbed())
+    detect = results.tenants[0]
+    assert all(row == [(detect.slo_ms, None), (6.0, None), (None, None), (None, None)] for row in told)
+
+
 def test_interruption_keeps_what_was_measured(scenario: Scenario, toy_testbed: Any) -> None:
     results, stopped = _run(scenario, toy_testbed(fail_at={("priority", 8): KeyboardInterrupt()}))
     assert isinstance(stopped, KeyboardInterrupt)

@@ -98,9 +98,8 @@ class Bench:
         else:
             policy = step.what
             try:
-                record = self.testbed.shared(
-                    scenario.tenants, policy, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns
-                )
+                tenants = tuple(self._with_objective(tenant) for tenant in scenario.tenants)
+                record = self.testbed.shared(tenants, policy, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
             except UnsupportedError as error:
                 self._skipped.add(policy)
                 self.notes.append(f"Policy {policy} was left out: {error}")
@@ -129,13 +128,24 @@ class Bench:
             notes=self.notes,
         )
 
+    def _objective_ms(self, tenant: Tenant) -> float | None:
+        """The tenant's objective, ms, as far as it is known by now."""
+        if tenant.slo_factor is None:
+            return tenant.slo_ms
+        alone = [run for run in self.runs if run.kind == "solo" and run.whole]
+        solo_p99 = percentile(latencies_ms(alone, tenant.name), 99)
+        return tenant.slo_factor * solo_p99 if solo_p99 is not None else None
+
+    def _with_objective(self, tenant: Tenant) -> Tenant:
+        """`tenant` with its objective in ms, which is what policies go by."""
+        if tenant.slo_factor is None or (slo_ms := self._objective_ms(tenant)) is None:
+            return tenant
+        return tenant.model_copy(update={"slo_ms": slo_ms, "slo_factor": None})
+
     def _tenant_info(self, tenant: Tenant) -> TenantInfo:
-        slo_ms, slo_text = tenant.slo_ms, f"{tenant.slo_ms:g} ms" if tenant.slo_ms else ""
+        slo_ms, slo_text = self._objective_ms(tenant), f"{tenant.slo_ms:g} ms" if tenant.slo_ms else ""
         if tenant.slo_factor:
             slo_text = f"{tenant.slo_factor:g} × solo p99"
-            alone = [run for run in self.runs if run.kind == "solo" and run.whole]
-            solo_p99 = percentile(latencies_ms(alone, tenant.name), 99)
-            slo_ms = tenant.slo_factor * solo_p99 if solo_p99 is not None else None
         return TenantInfo(
             name=tenant.name,
             tenant_class=tenant.tenant_class.value,
