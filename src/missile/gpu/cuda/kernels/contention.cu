@@ -62,19 +62,27 @@ __device__ void store_l2(u64 address, u64 value) {
 
 extern __shared__ u32 share[];
 
-// A block's part of its side's list: every blocks-th unit from its rank on.
+// A block's part of its side's list: every blocks-th unit from its rank on, or a stretch of the list where that does not
+// fit in shared memory (what is staged again and again had better be contiguous).
 struct Share {
     const u32* units;  // shared memory where it fits, else the list itself
     i64 count;
     i64 first, step;
 };
 
+// The whole block calls this, when no warp of it needs what `share` holds any more.
+__device__ Share stage(const Share& part) {
+    for (i64 i = threadIdx.x; i < part.count; i += blockDim.x) share[i] = part.units[part.first + i * part.step];
+    __syncthreads();
+    return {share, part.count, 0, 1};
+}
+
 __device__ Share take_share(const Side& side, int rank, i64 shared_units) {
     i64 count = rank < side.n ? (side.n - rank + side.blocks - 1) / side.blocks : 0;
-    if (count > shared_units) return {side.units, count, rank, side.blocks};
-    for (i64 i = threadIdx.x; i < count; i += blockDim.x) share[i] = side.units[rank + i * side.blocks];
-    __syncthreads();
-    return {share, count, 0, 1};
+    if (count <= shared_units) return stage({side.units, count, rank, side.blocks});
+    i64 each = (side.n + side.blocks - 1) / side.blocks, first = each * rank;
+    i64 left = side.n > first ? side.n - first : 0;
+    return {side.units, left < each ? left : each, first, 1};
 }
 
 // A warp's next BATCH units of its block's share, from index i on, `stride` apart; the loads are in flight together.
@@ -107,6 +115,23 @@ __device__ int move_units(const Side& side, const Share& mine, i64 i, i64 stride
     return valid;
 }
 
+// A pass over all of `mine`. A share that does not fit in shared memory comes in parts: were each entry read where it is
+// used, a pass would wait for the list, which lies anywhere in memory, and not for what is measured.
+template <int BATCH>
+__device__ void pass_over(const Side& side, const Share& mine, i64 shared_units, u64 zero, u64& value) {
+    const i64 warps = blockDim.x / 32, warp = threadIdx.x / 32;
+    if (mine.units == share) {
+        for (i64 i = warp; i < mine.count; i += warps * BATCH) move_units<BATCH>(side, mine, i, warps, zero, value);
+        return;
+    }
+    for (i64 from = 0; from < mine.count; from += shared_units) {
+        i64 count = mine.count - from < shared_units ? mine.count - from : shared_units;
+        __syncthreads();
+        Share part = stage({mine.units, count, mine.first + from * mine.step, mine.step});
+        for (i64 i = warp; i < count; i += warps * BATCH) move_units<BATCH>(side, part, i, warps, zero, value);
+    }
+}
+
 // All victim blocks wait for each other; `turn` counts arrivals since the launch.
 __device__ void victims_meet(State* state, int blocks, u32& meetings) {
     __syncthreads();
@@ -122,8 +147,7 @@ __device__ void victims_meet(State* state, int blocks, u32& meetings) {
 // BATCH 1 chases one load at a time, more is for bandwidth.
 template <int BATCH>
 __device__ void be_victim(State* state, const Side& side, const Share& mine, int rank, int repeats, int passes,
-                          u64 zero, int aggressors, u64* begins, u64* ends) {
-    const i64 warps = blockDim.x / 32, warp = threadIdx.x / 32;
+                          i64 shared_units, u64 zero, int aggressors, u64* begins, u64* ends) {
     u64 value = 0, timed = 0;
     u32 meetings = 0;
     if (rank == 0 && threadIdx.x == 0)
@@ -135,8 +159,7 @@ __device__ void be_victim(State* state, const Side& side, const Share& mine, int
             atomicExch(&state->phase, TIMED);
         }
         if (repeat >= 0 && threadIdx.x == 0) begins[(i64)repeat * side.blocks + rank] = nanoseconds();
-        for (int pass = 0; pass < passes; pass++)
-            for (i64 i = warp; i < mine.count; i += warps * BATCH) move_units<BATCH>(side, mine, i, warps, zero, value);
+        for (int pass = 0; pass < passes; pass++) pass_over<BATCH>(side, mine, shared_units, zero, value);
         // Loads have ended when their values are used, stores when a fence says so.
         if (value == ~zero) state->sink = value;
         if (side.access != READ) __threadfence();
@@ -203,9 +226,9 @@ extern "C" __global__ void __launch_bounds__(1024) contention(State* state, cons
     if (role > 0) {
         Share mine = take_share(victim, role - 1, shared_units);
         if (chase)
-            be_victim<1>(state, victim, mine, role - 1, repeats, passes, zero, aggressor.blocks, begins, ends);
+            be_victim<1>(state, victim, mine, role - 1, repeats, passes, shared_units, zero, aggressor.blocks, begins, ends);
         else
-            be_victim<8>(state, victim, mine, role - 1, repeats, passes, zero, aggressor.blocks, begins, ends);
+            be_victim<8>(state, victim, mine, role - 1, repeats, passes, shared_units, zero, aggressor.blocks, begins, ends);
     } else if (role < 0) {
         Share mine = take_share(aggressor, -role - 1, shared_units);
         be_aggressor(state, aggressor, mine, -role - 1, window_ns, zero);
