@@ -40,7 +40,8 @@ from missile.gpu.cuda.gpu import CudaGpu
 from missile.gpu.interface import Graph, Launch, PreemptControl, Priority, Stream
 
 MODELS = ("densenet161", "bert_large", "decoder_1b")
-SEGMENT_NS = 300_000
+SEGMENT_NS = 300_000.0
+AHEAD = ((300_000.0, 2), (100_000.0, 2), (50_000.0, 2))  # a segment's length, ns, and how many are on the GPU
 SHORT_NS, LONG_NS = 10_000, 30_000  # of a block: classes of kernels
 WATCH = r"""
 .version 8.0
@@ -109,7 +110,7 @@ def main() -> None:
         assert isinstance(gpu, CudaGpu)
         results: dict[str, Any] = {"gpu": gpu.info.name, "driver": gpu.info.driver, "note": options.note}
         parts: dict[str, Callable[[], Any]] = {
-            "flag": lambda: flag(gpu),
+            "flag": lambda: flag(gpu, options),
             **{
                 f"{part}/{name}": lambda part=part, name=name: MEASUREMENTS[part](gpu, name, options)  # type: ignore[misc]
                 for part in MEASUREMENTS
@@ -147,7 +148,7 @@ def spread(samples: list[float]) -> dict[str, Any]:
 
 
 # --- flag
-def flag(gpu: CudaGpu) -> dict[str, Any]:
+def flag(gpu: CudaGpu, options: argparse.Namespace) -> dict[str, Any]:
     """From before the call to the host's sight of the GPU's answer, us; and the call alone."""
     module = gpu.load_module(WATCH.encode(), name="watch")
     word, host, far = gpu.allocate(512), gpu.allocate_host(4096), gpu.allocate(256 << 20)
@@ -165,11 +166,12 @@ def flag(gpu: CudaGpu) -> dict[str, Any]:
     def by_store(value: int) -> None:
         direct[0] = value
 
+    def by_write(value: int, flags: int) -> None:
+        cu("cuStreamWriteValue32", writer.handle, word.address, value, flags)
+
     ways: dict[str, tuple[int, Callable[[int], None]]] = {
-        "cuStreamWriteValue32": (
-            word.address,
-            lambda value: cu("cuStreamWriteValue32", writer.handle, word.address, value, 0),
-        ),
+        "cuStreamWriteValue32": (word.address, lambda value: by_write(value, 0)),
+        "cuStreamWriteValue32 without barrier": (word.address, lambda value: by_write(value, 1)),
         "4-byte copy": (word.address, by_copy),
         "cuMemsetD32Async": (word.address, lambda value: cu("cuMemsetD32Async", word.address, value, 1, writer.handle)),
         "store to host memory that blocks read": (host.address + 128, by_store),
@@ -177,11 +179,14 @@ def flag(gpu: CudaGpu) -> dict[str, Any]:
     kernel = module.kernel("watch")
     serial = 0
     out: dict[str, Any] = {}
-    for load in ("idle", "copies"):
+    loaded = Loaded(gpu, options.models[0])
+    for load in ("idle", "model", "copies"):
         for name, (where, write) in ways.items():
             total, call = [], []
-            for _ in range(200 if load == "idle" else 60):
+            for _ in range(100):
                 serial += 1
+                if load == "model" and loaded.stream.idle():
+                    loaded.launch(0)
                 params = (
                     where.to_bytes(8, "little"),
                     host.address.to_bytes(8, "little"),
@@ -203,6 +208,7 @@ def flag(gpu: CudaGpu) -> dict[str, Any]:
                 call.append((called - begin) / 1e3)
             out[f"{load}: {name}"] = {"answer_us": spread(total), "call_us": spread(call)}
             gpu.synchronize()
+    loaded.close()
     for thing in (far, large, word, host):
         thing.free()
     return out
@@ -225,7 +231,7 @@ def _code(package: ModelPackage, directory: Path, variant: str) -> PreemptibleKe
 class Loaded:
     """A model as it is and preemptible, with segments of the latter. Close it."""
 
-    def __init__(self, gpu: CudaGpu, name: str, variant: str = "auto") -> None:
+    def __init__(self, gpu: CudaGpu, name: str, variant: str = "auto", segment_ns: float = SEGMENT_NS) -> None:
         package, directory = find_package(name, None, gpu.info)
         self.gpu, self.package = gpu, package
         begin = time.perf_counter()
@@ -235,7 +241,7 @@ class Loaded:
         self.plain: BoundModel = bind(package, directory, gpu, tenant=name)
         self.model = preempt_model(self.plain, gpu, code)
         self.control = control_of(self.model)
-        self.segments = _cut(package)
+        self.segments = _cut(package, segment_ns)
         self.graphs: list[Graph] = [gpu.create_graph(self.model.operations[a:b]) for a, b in self.segments]
         host = gpu.allocate_host(max(self.model.input_bytes, 1))
         _fill_inputs(package, host.array)
@@ -249,10 +255,10 @@ class Loaded:
         self.launch(0)
         self.stream.synchronize()
 
-    def launch(self, first: int) -> None:
-        if first == 0:
-            self.control.begin(self.stream)
-        for graph in self.graphs[first:]:
+    def launch(self, first: int, count: int = 1 << 16) -> None:
+        """Segments from `first` on, as those of a new request: its results are right where `first` is 0."""
+        self.control.begin(self.stream)
+        for graph in self.graphs[first : first + count]:
             self.stream.launch_graph(graph)
 
     def resume(self) -> bool:
@@ -276,11 +282,11 @@ class Loaded:
         self.stream.close()
 
 
-def _cut(package: ModelPackage) -> list[tuple[int, int]]:
+def _cut(package: ModelPackage, segment_ns: float) -> list[tuple[int, int]]:
     pieces, first, length = [], 0, 0.0
     for index, step in enumerate(package.steps):
         length += step.profile.solo_ns if isinstance(step, KernelStep) and step.profile else 0.0
-        if length >= SEGMENT_NS or index + 1 == len(package.steps):
+        if length >= segment_ns or index + 1 == len(package.steps):
             pieces.append((first, index + 1))
             first, length = index + 1, 0.0
     return pieces
@@ -413,13 +419,21 @@ class Urgent:
         return took
 
 
-def disturbed(loaded: Loaded, urgent: Urgent, order: str, count: int) -> tuple[list[float], list[int], list[float]]:
-    """`count` times at random instants of the model: us, the step where blocks left (-1: none), us for a step to drain."""
+def disturbed(
+    loaded: Loaded, urgent: Urgent, order: str, count: int, ahead: int = 0
+) -> tuple[list[float], list[int], list[float]]:
+    """`count` times at random instants: us, the step where blocks left (-1: none), us for a step to drain.
+
+    ahead: how many segments the model has on the GPU; the instant lies in the first of them. 0: all of a request.
+    """
     rng = np.random.default_rng(1)
     took, where, drains = [], [], []
+    total = len(loaded.segments)
+    ahead = min(ahead, total)
     for _ in range(count):
-        loaded.launch(0)
-        _spin(rng.uniform(0.05, 0.85) * loaded.solo_ns)
+        first = int(rng.integers(0, total - ahead + 1)) if ahead else 0
+        loaded.launch(first, ahead or total)
+        _spin(5e3 + rng.uniform(0.05, 0.85) * (loaded.solo_ns / total if ahead else loaded.solo_ns))
         begin = time.perf_counter_ns()
         took.append(urgent.take(order))
         loaded.stream.synchronize()
@@ -427,7 +441,7 @@ def disturbed(loaded: Loaded, urgent: Urgent, order: str, count: int) -> tuple[l
         left = loaded.control.left()
         where.append(-1 if left is None else left.step)
         if left is not None:
-            drains.append(ended / max(len(loaded.model.operations) - left.step, 1))
+            drains.append(ended / max(loaded.segments[first + (ahead or total) - 1][1] - left.step, 1))
             loaded.resume()
             loaded.stream.synchronize()
     return took, where, drains
@@ -467,17 +481,23 @@ def latency(gpu: CudaGpu, name: str, options: argparse.Namespace) -> dict[str, A
 
 
 def service(gpu: CudaGpu, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    loaded = Loaded(gpu, name, options.variants[0])
     package, directory = find_package(options.urgent, None, gpu.info)
     model = bind(package, directory, gpu, tenant=options.urgent)
     stream = gpu.create_stream(priority=Priority.HIGH)
-    urgent = Urgent(gpu, stream, model.graph, loaded.control)
-    out: dict[str, Any] = {"urgent": options.urgent, "alone": urgent.idle["launch only"]}
-    for order in Urgent.ORDERS:
-        out[order] = spread(disturbed(loaded, urgent, order, options.probes)[0])
+    out: dict[str, Any] = {"urgent": options.urgent}
+    for segment_ns, ahead in ((SEGMENT_NS, 0), *AHEAD):
+        loaded = Loaded(gpu, name, options.variants[0], segment_ns)
+        urgent = Urgent(gpu, stream, model.graph, loaded.control)
+        out["alone"] = urgent.idle["launch only"]
+        where = f"{ahead} segments of {segment_ns / 1e3:.0f} us" if ahead else "whole request"
+        for order in Urgent.ORDERS:
+            if order != "launch only" or not ahead:
+                took, _, drains = disturbed(loaded, urgent, order, options.probes, ahead)
+                out[f"{where}: {order}"] = spread(took)
+                out[f"{where}: {order}: us for a launch that leaves"] = spread(drains)
+        loaded.close()
     stream.close()
     model.close()
-    loaded.close()
     return out
 
 
@@ -577,6 +597,8 @@ class _Reader:
         self._model, self._stream = loaded.model, loaded.stream
         self._host = gpu.allocate_host(loaded.model.output_bytes)
         first, last = loaded.model.operations[0], loaded.model.operations[-1]
+        assert isinstance(first, Launch)
+        assert isinstance(last, Launch)
         self._marks = int.from_bytes(first.params[-2], "little")
         self._blocks = int.from_bytes(last.params[-2], "little") + int(np.prod(last.grid)) - self._marks
         self._gpu = gpu

@@ -60,11 +60,12 @@ class Host:
         self.machine = Machine(self.rng, cached=look is Look.CACHED)
         self._answer = np.zeros(CONTROL_BYTES, np.uint8)
         address = int(self._answer.ctypes.data)
-        api: Any = SimpleNamespace()
+        flags = SimpleNamespace(CU_STREAM_WRITE_VALUE_NO_MEMORY_BARRIER=1)
+        driver: Any = _Driver(SimpleNamespace(CUstreamWriteValue_flags=flags), self._driver)
         block: Any = SimpleNamespace(address=CONTROL, free=lambda: None)
         answer: Any = SimpleNamespace(address=address, array=self._answer, free=lambda: None)
-        self.control = CudaPreemptControl(self._driver, "flag", block, answer, lambda _: None)
-        self.stream = CudaStream(_Driver(api, self._driver), 7, Priority.LOW, None, lambda _: None)
+        self.control = CudaPreemptControl(driver, "flag", block, answer, lambda _: None)
+        self.stream = CudaStream(driver, 7, Priority.LOW, None, lambda _: None)
         self._kernel = module(make_preemptible(KERNEL, look=look, place=place))
         self._answer_address = address
         write = self.machine.write

@@ -46,6 +46,8 @@ class CudaPreemptControl:
         self._on_close = on_close
         self._request = 0
         self._closed = False
+        # Nothing was written before a flag that its readers have to see.
+        self._no_barrier = cu.api.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_NO_MEMORY_BARRIER
         contents = np.array([0, 0, answer.address], np.uint64)
         cu("cuMemcpyHtoD", block.address, contents.ctypes.data, contents.nbytes)
 
@@ -59,10 +61,13 @@ class CudaPreemptControl:
         return self._request
 
     def raise_flag(self) -> None:
-        self._cu("cuStreamWriteValue32", self._native, self._block.address + _STOP, 1, 0)
+        self._flag(1)
 
     def lower_flag(self) -> None:
-        self._cu("cuStreamWriteValue32", self._native, self._block.address + _STOP, 0, 0)
+        self._flag(0)
+
+    def _flag(self, value: int) -> None:
+        self._cu("cuStreamWriteValue32", self._native, self._block.address + _STOP, value, self._no_barrier)
 
     def left(self) -> Left | None:
         value = int(self._answer[0])
