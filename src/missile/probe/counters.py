@@ -1,8 +1,11 @@
-"""The witness of hardware counters: a set predicted to lie on k slices must light up as many L2 instances.
+"""The witness of hardware counters: groups of slices that share nothing must light up L2 instances of their own.
 
 `ncu` profiles a child process (`missile.probe.counting`) that reads predicted sets, one kernel launch for each. Sectors
 read, summed over all L2 instances, over the most that one instance read, is the number of busy instances; over the
 mean, it is how many there are. Only kernels of the child are profiled, and clocks are left as they are.
+
+A latency class is no instance: on an H200 each lights up two, at half the load, and shares both with others of its group
+(docs/design/channel-map.md). So whole groups are read: k slices in whole groups must light up k instances.
 """
 
 from __future__ import annotations
@@ -17,16 +20,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from missile.errors import UnsupportedError
 from missile.probe.channel_map import ChannelMap, Verdict, Witness
 from missile.probe.map_file import write_map
 
-__all__ = ["SET_SIZES", "SectorCount", "count_sectors", "counter_witness", "find_ncu", "parse_report", "with_counters"]
+__all__ = ["SectorCount", "count_sectors", "counter_witness", "find_ncu", "group_sets", "parse_report", "with_counters"]
 
-SET_SIZES = (1, 5, 10, 20, 40)
 METRIC = "lts__t_sectors_op_read"
+_ROLLUPS = ("sum", "avg", "min", "max")
 _KERNEL = "contention"
 _TIMEOUT_S = 240
 _TOLERANCE = 0.15  # of the predicted number of busy instances
@@ -35,10 +36,11 @@ _PLACES = ("/usr/local/cuda/bin/ncu", "/opt/nvidia/nsight-compute")
 
 @dataclass(frozen=True, slots=True)
 class SectorCount:
-    """Sectors of 32 bytes that the L2 instances read during one kernel: over all, mean and most of one instance."""
+    """Sectors of 32 bytes that the L2 instances read during one kernel: over all, mean, least and most of one instance."""
 
     total: float
     mean: float
+    least: float
     most: float
 
     @property
@@ -80,7 +82,7 @@ def count_sectors(
         path = Path(directory) / "map.json"
         write_map(channel_map, path)
         wanted = json.dumps({"sets": [list(map(int, part)) for part in sets], "sms": list(map(int, sms))})
-        metrics = ",".join(f"{METRIC}.{suffix}" for suffix in ("sum", "avg", "max"))
+        metrics = ",".join(f"{METRIC}.{suffix}" for suffix in _ROLLUPS)
         profile = [str(ncu), "--clock-control", "none", "--target-processes", "all", "--csv", "--page", "raw"]
         profile += ["--kernel-name", _KERNEL, "--metrics", metrics]
         child = [sys.executable, "-m", "missile.probe.counting", str(path), device, wanted]
@@ -104,38 +106,47 @@ def parse_report(text: str) -> list[SectorCount]:
     counts = []
     for row in csv.DictReader(lines[head:]):
         if (row.get("ID") or "").isdecimal():
-            values = [float(row[f"{METRIC}.{suffix}"].replace(",", "")) for suffix in ("sum", "avg", "max")]
+            values = [float(row[f"{METRIC}.{suffix}"].replace(",", "")) for suffix in _ROLLUPS]
             counts.append(SectorCount(*values))
     return counts
 
 
-def counter_witness(channel_map: ChannelMap, device: str, *, seed: int = 0) -> Witness:
-    """Read sets of 1, 5, 10, 20 and 40 slices and compare the number of busy instances with the prediction.
+def counter_witness(channel_map: ChannelMap, device: str) -> Witness:
+    """Read one group of slices, more of them, half and all, and compare the number of busy instances with the prediction.
 
-    SMs of one half read, so that a granule is served by one instance where the halves cache separately.
+    Groups are the map's channels, else its colors. SMs of one half read, so that a granule is served by one instance where
+    the halves cache separately.
     """
-    rng = np.random.default_rng(seed)
     topology = channel_map.topology
     sms = [sm for sm, half in zip(topology.sms, topology.sm_half, strict=True) if half == topology.sm_half[0]]
-    sizes = [size for size in SET_SIZES if size <= channel_map.slices]
-    sets = [sorted(rng.choice(channel_map.slices, size, replace=False).tolist()) for size in sizes]
+    sets = group_sets(channel_map.channels or channel_map.colors)
     try:
-        floor, *counts = count_sectors(channel_map, device, [[], *sets], sms)
+        floor, *counts = count_sectors(channel_map, device, [(), *sets], sms)
     except UnsupportedError as error:
         return Witness("counters", Verdict.NOT_RUN, str(error))
     numbers = {"instances": counts[-1].instances, "floor_sectors": floor.total}
     agree = True
-    for size, count in zip(sizes, counts, strict=True):
-        numbers[f"busy_{size}"] = count.busy
+    for slices, count in zip(sets, counts, strict=True):
+        size = len(slices)
+        numbers |= {
+            f"busy_{size}": count.busy,
+            f"least_of_mean_{size}": count.least / count.mean if count.mean else 0.0,
+        }
         agree &= abs(count.busy - size) <= max(1.0, _TOLERANCE * size)
-    listed = ", ".join(f"{size}: {numbers[f'busy_{size}']:.1f}" for size in sizes)
+    listed = ", ".join(f"{len(slices)}: {numbers[f'busy_{len(slices)}']:.1f}" for slices in sets)
     return Witness(
         "counters",
         Verdict.AGREES if agree else Verdict.DISAGREES,
-        f"Busy L2 instances by number of slices read: {listed}, of {counts[-1].instances:.0f}; without any, "
-        f"{floor.total:.0f} sectors are read (noise floor).",
+        f"Busy L2 instances by number of slices read, in whole groups: {listed}, of {counts[-1].instances:.0f}; without "
+        f"any, {floor.total:.0f} sectors are read (noise floor).",
         numbers,
     )
+
+
+def group_sets(groups: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """Unions of 1, 2, half and all of `groups`, each of another size, ascending."""
+    wanted = sorted({count for count in (1, 2, len(groups) // 2, len(groups)) if 1 <= count <= len(groups)})
+    return [tuple(sorted(slice_ for group in groups[:count] for slice_ in group)) for count in wanted]
 
 
 def with_counters(channel_map: ChannelMap, device: str) -> ChannelMap:

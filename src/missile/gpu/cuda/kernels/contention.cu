@@ -79,8 +79,8 @@ __device__ Share stage(const Share& part) {
 
 __device__ Share take_share(const Side& side, int rank, i64 shared_units) {
     i64 count = rank < side.n ? (side.n - rank + side.blocks - 1) / side.blocks : 0;
-    if (count <= shared_units) return stage({side.units, count, rank, side.blocks});
     i64 each = (side.n + side.blocks - 1) / side.blocks, first = each * rank;
+    if (each <= shared_units) return stage({side.units, count, rank, side.blocks});
     i64 left = side.n > first ? side.n - first : 0;
     return {side.units, left < each ? left : each, first, 1};
 }
