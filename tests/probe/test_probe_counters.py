@@ -10,10 +10,10 @@ from missile.probe.counters import SectorCount, counter_witness, group_sets, par
 REPORT = """==PROF== Connected to process 1
 ==PROF== Profiling "contention" - 0: 0%....100% - 1 pass
 ==PROF== Disconnected from process 1
-"ID","Kernel Name","lts__t_sectors_op_read.avg","lts__t_sectors_op_read.max","lts__t_sectors_op_read.min","lts__t_sectors_op_read.sum"
-"","","sector","sector","sector","sector"
-"0","contention","25.50","1,020","3","2,040"
-"1","contention","51.00","1,020","0","4,080"
+"ID","lts__t_sectors_op_read.avg","lts__t_sectors_op_read.max","lts__t_sectors_op_read.min","lts__t_sectors_op_read.sum"
+"","sector","sector","sector","sector"
+"0","25.50","1,020","3","2,040"
+"1","51.00","1,020","0","4,080"
 """
 
 
