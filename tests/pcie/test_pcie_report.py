@@ -75,7 +75,8 @@ def test_chosen_chunks_reach_the_rate_and_keep_the_latency(raw: float, overhead_
     best = max(rates.values())
     assert g.short <= g.shared <= g.solo
     assert rates[g.solo] >= 0.985 * best or g.solo == max(rates)
-    assert options.depth * g.short / rates[g.short] + MIB / best + 15e-6 <= 130e-6 + 1e-9 or g.short == min(rates)
+    beside = options.depth * (g.short / raw + overhead_us * 1e-6) + MIB / best + 35e-6
+    assert beside <= 130e-6 + 1e-9 or g.short in (min(rates), 256 << 10)
 
 
 def test_the_link_of_the_simulated_gpu_is_measured_as_specified() -> None:

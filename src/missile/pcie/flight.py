@@ -75,7 +75,7 @@ class Flight:
         self._urgent += urgent
         return event
 
-    def arrivals(self) -> Iterator[tuple[Chunk, MissileError | None]]:
+    def arrivals(self, now_ns: int) -> Iterator[tuple[Chunk, MissileError | None]]:
         """Take the chunks that have arrived, each with the error that it ended in, if any. Raises when the GPU is lost."""
         for chunks in self._chunks:
             while chunks:
@@ -94,6 +94,11 @@ class Flight:
                 yield chunk, failure
         if not self.nbytes:
             self._busy_until = 0
+        elif self._chunks[0] and (late := now_ns - self._chunks[0][0].eta_ns) > 0:
+            # What should have arrived puts all behind it off: the estimate must not run away from the link.
+            for chunk in self._chunks[0]:
+                chunk.eta_ns += late
+            self._busy_until += late
 
     def deadline(self, now_ns: int) -> int | None:
         """When to look for the next arrival; None when the GPU has nothing."""
@@ -101,8 +106,9 @@ class Flight:
         if not heads:
             return None
         deadline = min(heads)
-        if self._urgent and deadline - now_ns < _SPIN_NS:
-            return now_ns + _SOON_NS
+        if self._urgent:
+            soon = min(chunk.eta_ns for chunks in self._chunks for chunk in chunks if chunk.urgent) - _SPIN_NS
+            deadline = max(min(deadline, soon), now_ns + _SOON_NS)
         if deadline > now_ns:
             return deadline
         bulk = self._chunks[0]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from missile.errors import MisuseError
 from missile.gpu.interface import DeviceBuffer, Gpu, HostBuffer, Stream
 from missile.pcie.engine import EngineOptions
@@ -20,7 +22,8 @@ CHUNKS: Final = tuple(1 << power for power in range(16, 27))  # 64 KiB to 64 MiB
 LATENCY_SIZES: Final = (4 << 10, 64 << 10, MIB)
 BYPASS_SIZES: Final = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10)
 
-_HOST_NS: Final = 5_000  # between a copy's arrival and the scheduler's next step
+_HOST_NS: Final = 25_000  # between a copy's arrival and the driver's call, and from its end until the owner has seen it
+_STEP: Final = 256 << 10  # chunk sizes beside latency-sensitive tenants are multiples of this
 _AHEAD_NS: Final = 1_200_000  # of copying, given to the GPU while nobody is latency-sensitive: a host's short stops
 _BYPASS_CHUNK: Final = 4 * MIB
 _BYPASS_TRIES: Final = 24
@@ -225,8 +228,10 @@ def _smallest(profile: LinkProfile, direction: Direction, part: float, at_least_
 
 def _largest(profile: LinkProfile, direction: Direction, latency_ns: float, small: int, depth: int) -> int:
     rates = profile.chunk_rates[direction]
-    raw = profile.raw(direction)
+    sizes = sorted(rates)
+    times = [size / rates[size] * 1e9 for size in sizes]
     overhead = profile.latency[direction][min(LATENCY_SIZES)][0] + _HOST_NS
-    left = latency_ns - overhead - small / raw * 1e9
-    fit = [chunk for chunk, rate in rates.items() if depth * chunk / rate * 1e9 <= left]
-    return max(fit, default=min(rates))
+    left = latency_ns - overhead - small / profile.raw(direction) * 1e9
+    tried = range(_STEP, sizes[-1] + 1, _STEP)
+    fit = [size for size in tried if depth * float(np.interp(size, sizes, times)) <= left]
+    return max(fit, default=sizes[0])

@@ -70,7 +70,7 @@ class PacedLane(Lane):
 
     def step(self, now_ns: int) -> int | None:
         if self._flight.nbytes:
-            for chunk, failure in self._flight.arrivals():
+            for chunk, failure in self._flight.arrivals(now_ns):
                 self._landed(chunk, now_ns, failure)
         if self._landing:
             self._collect(now_ns)

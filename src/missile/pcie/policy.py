@@ -15,12 +15,15 @@ from missile.errors import MisuseError
 from missile.pcie.bucket import TokenBucket
 from missile.pcie.weights import MIB, NICE_ZERO, Share
 
-__all__ = ["FLOOR_CHUNKS", "MAX_RESERVED", "FairLink", "Granularity", "Pick"]
+__all__ = ["FLOOR_CHUNKS", "MAX_RESERVED", "MINIMUM_MARGIN", "FairLink", "Granularity", "Pick"]
 
 MAX_RESERVED: Final = 0.95
 """Part of the link that guaranteed minimums may take: the rest keeps tenants without one from starving."""
 
 _UNITS_PER_BYTE: Final = NICE_ZERO
+MINIMUM_MARGIN: Final = 1.01
+"""Minimums gather so much faster than was promised: chunks are whole, and windows begin in the middle of them."""
+
 FLOOR_CHUNKS: Final = 8  # how much of a missed minimum is made up for, in chunks
 
 
@@ -82,7 +85,8 @@ class _Flow:
         self.awake = False
         self.throttled = False
         self.limit = None if share.limit is None else TokenBucket(share.limit, share.burst_bytes, full=True)
-        self.floor = TokenBucket(share.minimum, FLOOR_CHUNKS * granularity.solo, full=False) if share.minimum else None
+        gathers, most = MINIMUM_MARGIN * share.minimum, FLOOR_CHUNKS * granularity.solo
+        self.floor = TokenBucket(gathers, most, full=False) if share.minimum else None
 
 
 class FairLink:

@@ -205,6 +205,16 @@ static void refresh(struct lane *lane, int flow, int64_t now) {
 
 /* --- with the GPU */
 
+/* What should have arrived by now and has not puts all that is behind it off: the estimate never runs away from the link. */
+static void correct(struct lane *lane, int64_t now) {
+    struct ring *ring = &lane->rings[BULK];
+    if (ring->tail == ring->head) return;
+    int64_t late = now - ring->chunks[ring->tail % DEPTH_MOST].eta_ns;
+    if (late <= 0) return;
+    for (uint64_t i = ring->tail; i != ring->head; i++) ring->chunks[i % DEPTH_MOST].eta_ns += late;
+    lane->busy_until += late;
+}
+
 static void arrivals(struct lane *lane, int64_t now) {
     for (int which = 0; which < STREAMS; which++) {
         struct ring *ring = &lane->rings[which];
@@ -228,6 +238,7 @@ static void arrivals(struct lane *lane, int64_t now) {
             else if (copy->over) settle(lane, copy, now);
         }
     }
+    correct(lane, now);
     if (lane->flying) return;
     if (lane->fair.awake_count) lane->vitals.dry_ns += now - least(now, lane->busy_until);
     lane->busy_until = 0;
@@ -357,13 +368,10 @@ static int64_t owner_deadline(const struct lane *lane, int64_t now) {
         const struct ring *ring = &lane->rings[which];
         for (uint64_t i = ring->tail; i != ring->head; i++) {
             const struct chunk *chunk = &ring->chunks[i % DEPTH_MOST];
-            if (chunk->last) {
-                at = least(at, chunk->eta_ns);
-                break;
-            }
+            if (chunk->last) at = least(at, chunk->urgent ? chunk->eta_ns - SPIN_NS : chunk->eta_ns);
         }
     }
-    if (lane->urgent && at - now < SPIN_NS) return now + SOON_NS;
+    if (lane->urgent && at <= now) return now + SOON_NS;
     if (lane->flying && at <= now) return now + POLL_NS;
     if (!lane->flying && lane->fair.awake_count) { /* rate limits hold back all who have copies waiting */
         int64_t eligible = fair_next_eligible(&lane->fair, now);

@@ -13,7 +13,7 @@ from missile.gpu.interface import Event, Gpu
 from missile.pcie.flight import LinkTiming, is_lost
 from missile.pcie.lane import POLL_NS, Lane, LaneVitals
 from missile.pcie.native.build import CALLS, Calls, Chunks, Library, Options, Report, ShareC, Vitals
-from missile.pcie.policy import FLOOR_CHUNKS, FairLink
+from missile.pcie.policy import FLOOR_CHUNKS, MINIMUM_MARGIN, FairLink
 from missile.pcie.request import Request
 from missile.pcie.staging import Piece, StagingRing
 from missile.pcie.ticket import CopyState, Direction
@@ -308,6 +308,6 @@ def share_of(share: Share, fair: FairLink) -> Any:
         credit=g.latency_sensitive_credit if share.latency_sensitive else g.credit,
         limit=0 if share.limit is None else max(1, round(share.limit)),
         burst=share.burst_bytes,
-        minimum=max(1, round(share.minimum)) if share.minimum else 0,
+        minimum=max(1, round(MINIMUM_MARGIN * share.minimum)) if share.minimum else 0,
         latency_sensitive=share.latency_sensitive,
     )
