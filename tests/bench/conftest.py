@@ -112,6 +112,9 @@ class ToyTestbed:
     ) -> RunRecord:
         return self._run(tenants, policy, policy, seed, duration_ns, warmup_ns)
 
+    def prepare(self, tenants: tuple[Tenant, ...], policies: tuple[str, ...]) -> None:
+        pass
+
     def _run(
         self, tenants: tuple[Tenant, ...], policy: str, what: str, seed: int, duration_ns: int, warmup_ns: int
     ) -> RunRecord:

@@ -70,6 +70,25 @@ def test_settings_have_processes_of_their_own_which_stay(pool: MpsPool) -> None:
     assert len(workers(pool)) == len(before) + 1
 
 
+def test_workers_of_several_runs_start_at_once_and_are_found_ready(pool: MpsPool) -> None:
+    pool._dismiss()
+    settings = ["mps", "mps:priority=on", "mps:ls_share=0.5"]
+    pool.prepare([TINY, COPY], settings)
+    before = workers(pool)
+    assert len(before) == 4  # TINY whole and half, COPY at either priority
+    for policy in settings:
+        pool.run([TINY, COPY], policy, **{**SPAN, "duration_ns": 100_000_000})
+    assert sorted(workers(pool)) == sorted(before)
+
+
+def test_what_fails_in_preparation_is_told_by_the_run(pool: MpsPool) -> None:
+    wrong = tenant("x", "LS", "resnet33")
+    pool.prepare([wrong, TINY], ["mps"])
+    assert "x" not in {worker.tenant for worker in pool._workers.values()}
+    with pytest.raises(MisuseError, match="resnet33"):
+        pool.run([wrong, TINY], "mps", **SPAN)
+
+
 def test_there_are_never_too_many_processes(pool: MpsPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("missile.runtime.mps._MOST_WORKERS", 3)
     short = {**SPAN, "duration_ns": 100_000_000}

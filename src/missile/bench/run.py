@@ -40,6 +40,9 @@ class Testbed(Protocol):
     ) -> RunRecord:
         """Run all `tenants` under `policy`. The same seed gives the same arrivals as in `solo`."""
 
+    def prepare(self, tenants: tuple[Tenant, ...], policies: tuple[str, ...]) -> None:
+        """Told that such runs follow: make what takes time once for all of them. Never needed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:

@@ -28,13 +28,13 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "temporal": ("temporal",),
     "streams": ("streams",),
     "priority": ("priority",),
-    "partition": tuple(f"partition:ls_share={share}" for share in (0.125, 0.25, 0.5, 0.75)),
+    "partition": tuple(f"partition:ls_share={share}" for share in (0.25, 0.5, 0.75, 0.9)),
     "mps": (
         "mps",
         "mps:priority=on",
-        "mps:be_share=0.75",
-        "mps:be_share=0.5",
-        "mps:ls_share=0.25,be_share=0.75",
+        "mps:be_share=0.75,priority=on",
+        "mps:be_share=0.5,priority=on",
+        "mps:be_share=0.25,priority=on",
         "mps:ls_share=0.5,be_share=0.5",
     ),
     "orion": (
@@ -42,7 +42,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "orion:dur_threshold=0.1",
         "orion:dur_threshold=0.5",
         "orion:dur_threshold=2",
-        "orion:dur_threshold=0.1,sm_threshold=0.5",
+        "orion:dur_threshold=0.5,sm_threshold=0.5",
         "orion:dur_threshold=0.1,throttle_idle=off",
     ),
     "missile": ("missile",),
@@ -154,15 +154,16 @@ def paper_cells() -> tuple[Cell, ...]:
     def pairs(label: str, group: str, arrivals: dict[str, Any]) -> list[Cell]:
         return [Cell(f"{label}--{one}--{other}", group, (_ls(one, arrivals), _be(other))) for one in ls for other in be]
 
-    def mix(label: str, of_ls: Sequence[str], of_be: Sequence[str], load: float) -> Cell:
-        return Cell(f"mix-{label}", "mix", (*(_ls(name, _poisson(load)) for name in of_ls), *map(_be, of_be)))
+    def mix(label: str, of_ls: Sequence[str], of_be: Sequence[str], load: float, least_s: float = 0.0) -> Cell:
+        tenants = (*(_ls(name, _poisson(load)) for name in of_ls), *map(_be, of_be))
+        return Cell(f"mix-{label}", "mix", tenants, least_s)
 
     return (
         *pairs("poisson60", "Poisson, 60% of capacity", _poisson(0.6)),
         mix("1ls-2be", ["efficientnet_b0"], ["bert_large", "decoder_1b"], 0.5),
         mix("2ls-1be", ["resnet34", "mobilebert"], ["densenet161"], 0.25),
-        mix("3ls-2be", ["resnet34", "efficientnet_b0", "mobilebert"], ["bert_large", "decoder_1b"], 0.15),
-        mix("all-twelve", ls, be, 0.06),
+        mix("3ls-2be", ["resnet34", "efficientnet_b0", "mobilebert"], ["bert_large", "decoder_1b"], 0.15, 1.0),
+        mix("all-twelve", ls, be, 0.06, 2.5),
         *pairs("azure-conv", "Azure LLM, conversation", _azure("conv")),
         *pairs("azure-code", "Azure LLM, code", _azure("code")),
         *pairs("poisson30", "Poisson, 30% of capacity", _poisson(0.3)),

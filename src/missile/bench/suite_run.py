@@ -42,6 +42,7 @@ class SuiteRun:
     clock: Callable[[], float] = time.monotonic
     redo: bool = False
     _solos: dict[tuple[str, float], list[Run]] = field(default_factory=dict, init=False)
+    _began: float = field(default=0.0, init=False)
 
     def run(self, budget_s: float | None = None) -> list[str]:
         """Run until all is there, or the next cell would not fit in `budget_s`, judged by the one before it.
@@ -50,7 +51,7 @@ class SuiteRun:
 
         Raises what made further cells pointless: a lost GPU, Ctrl-C. What was whole by then is kept.
         """
-        began = self.clock()
+        began = self._began = self.clock()
         missing = [cell for cell in self.cells if not self._done(cell)]
         if not missing:
             return []
@@ -61,7 +62,7 @@ class SuiteRun:
             while left:
                 start = self.clock()
                 if budget_s is not None and start - began + longest > budget_s:
-                    self.say(f"out of time: {len(left)} of {len(self.cells)} cells are missing")
+                    self._say(f"out of time: {len(left)} of {len(self.cells)} cells are missing")
                     break
                 cell = left.pop(0)
                 self._run_cell(cell, testbed)
@@ -110,12 +111,13 @@ class SuiteRun:
                 )
             self.state = self.state.model_copy(update={"capacity": {**self.state.capacity, model: round(rate, 1)}})
             self.folder.keep_state(self.state)
-            self.say(f"{model} alone: {rate:.0f} requests/s at most")
+            self._say(f"{model} alone: {rate:.0f} requests/s at most")
 
     def _run_cell(self, cell: Cell, testbed: Testbed) -> None:
         scenario = self._scenario(cell)
         solos = [run for tenant in scenario.tenants for run in self._solo(tenant, scenario, testbed)]
         bench = Bench(scenario, testbed, runs=solos)
+        testbed.prepare(scenario.tenants, scenario.policies)
         given_up: set[str] = set()
         for step in bench.steps:
             if step.kind == "policy" and step.what not in given_up:
@@ -127,7 +129,10 @@ class SuiteRun:
                     given_up.add(step.what)
                     bench.notes.append(f"Policy {step.what} was left out: {error}")
         self.folder.keep(bench.results(), self.folder.cell_path(cell))
-        self.say(f"{cell.name}: {_in_short(bench.results())}")
+        self._say(f"{cell.name}: {_in_short(bench.results())}")
+
+    def _say(self, text: str) -> None:
+        self.say(f"[{self.clock() - self._began:6.1f} s] {text}")
 
     def _solo(self, tenant: Tenant, scenario: Scenario, testbed: Testbed) -> list[Run]:
         """The tenant alone on these arrivals; cells in which it has the same share one measurement of this call."""

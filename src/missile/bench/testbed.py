@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from missile.bench.scenario import Scenario
+from missile.errors import MissileError
 from missile.gpu import open_gpu, resolve
 from missile.gpu.interface import Gpu, GpuInfo
 from missile.runtime.loading import LoadedTenant, Roster, load_tenants
@@ -53,9 +54,7 @@ class GpuTestbed:
         self, tenants: Sequence[Tenant], policy: str, *, seed: int, duration_ns: int, warmup_ns: int
     ) -> RunRecord:
         if is_mps(policy):
-            if self._pool is None:
-                self._pool = MpsPool(self.info.device, seed=self.seed)
-            return self._pool.run(tenants, policy, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
+            return self._processes().run(tenants, policy, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
         made = create_policy(policy)
         stoppable = self._preemptible() if isinstance(made, MissilePolicy) and made.preempt else None
         view = self._view(tenants, () if stoppable is None else stoppable.roster.tenants)
@@ -63,6 +62,17 @@ class GpuTestbed:
         refused = {} if stoppable is None else stoppable.refused
         notes = [f"Not preemptible: {refused[tenant.name]}" for tenant in tenants if tenant.name in refused]
         return replace(record, notes=(*record.notes, *notes))
+
+    def prepare(self, tenants: Sequence[Tenant], policies: Sequence[str]) -> None:
+        """Make at once what runs of `tenants` under `policies` would make one by one. What goes wrong they tell."""
+        if chosen := [policy for policy in policies if is_mps(policy)]:
+            with suppress(MissileError):
+                self._processes().prepare(tenants, chosen)
+
+    def _processes(self) -> MpsPool:
+        if self._pool is None:
+            self._pool = MpsPool(self.info.device, seed=self.seed)
+        return self._pool
 
     def _preemptible(self) -> Preempting:
         """The BE tenants' models once more, with kernels that look at a flag. Other policies run the plain ones."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 
@@ -31,7 +32,7 @@ _NAME = "mps"
 _LOAD_S = 300.0  # an Inductor compile may be part of it
 _REHEARSE_S = 120.0
 _HEAD_START_NS = 20_000_000  # from the last worker's readiness to the common start
-_MOST_WORKERS = 16
+_MOST_WORKERS = 24
 # Of the driver's work queues for each process, which has one stream in use. An MPS server has a fixed number for all of
 # them: with 32 each, as other policies ask for, the fifth process was refused on an H200.
 _QUEUES = {"CUDA_DEVICE_MAX_CONNECTIONS": "4", "CUDA_DEVICE_MAX_COPY_CONNECTIONS": "4"}
@@ -104,6 +105,30 @@ class MpsPool:
             undo.callback(self._dismiss)
             self._resources = undo.pop_all()
 
+    def prepare(self, tenants: Sequence[Tenant], policies: Sequence[str]) -> None:
+        """Start the workers of several runs of `tenants` at once, as far as there is room; the runs then find them ready.
+
+        What goes wrong with one is told by the run that needs it.
+        """
+        fresh: dict[str, list[Worker]] = {}
+        try:
+            for policy in policies:
+                settings = MpsSettings.parse(policy)
+                for tenant in tenants:
+                    if self._key(tenant, settings) not in self._workers and len(self._workers) < _MOST_WORKERS:
+                        fresh.setdefault(tenant.name, []).append(self._start(tenant, settings))
+            # Answers go by tenant, so one of each at a time.
+            for some in zip_longest(*fresh.values()):
+                group = {worker.tenant: worker for worker in some if worker is not None}
+                for name, answer in hear(group.values(), _LOAD_S, "loading its model").items():
+                    if isinstance(answer, Ready):
+                        group[name].sms = answer.sms
+                    else:
+                        self._drop(group[name])
+        except BaseException:
+            self._dismiss()
+            raise
+
     def run(self, tenants: Sequence[Tenant], policy: str, *, seed: int, duration_ns: int, warmup_ns: int) -> RunRecord:
         """As `run.run`. A worker that dies leaves the others running, and its tenant has the `error`.
 
@@ -134,22 +159,17 @@ class MpsPool:
         self, tenants: Sequence[Tenant], settings: MpsSettings
     ) -> tuple[dict[str, Worker], dict[str, Failed]]:
         """A worker with its model loaded for each tenant, by name; and the tenants that did not fit in memory."""
-        environments = {tenant.name: settings.environment(tenant) for tenant in tenants}
-        # All that a worker is started with; arrivals come with each run.
-        keys = {t.name: (t.name, t.tenant_class, t.model, t.batch, *environments[t.name].values()) for t in tenants}
-        self._make_room(keys.values())
+        self._make_room([self._key(tenant, settings) for tenant in tenants])
         workers: dict[str, Worker] = {}
         fresh = []
         for tenant in tenants:
-            key = keys[tenant.name]
-            worker = self._workers.pop(key, None)
-            if worker is None:
-                log = self._folder / f"worker-{self._started}.log"
-                self._started += 1
-                worker = Worker(tenant.name, {**_QUEUES, **self._environment, **environments[tenant.name]}, log)
-                worker.send(Load(self._device, self._seed, tenant, self._cache))
+            key = self._key(tenant, settings)
+            if key in self._workers:
+                worker = self._workers[key] = self._workers.pop(key)  # now the latest used
+            else:
+                worker = self._start(tenant, settings)
                 fresh.append(worker)
-            self._workers[key] = workers[tenant.name] = worker  # now the latest used
+            workers[tenant.name] = worker
         failed: dict[str, Failed] = {}
         for name, answer in hear(fresh, _LOAD_S, "loading its model").items():
             if isinstance(answer, Ready):
@@ -161,6 +181,23 @@ class MpsPool:
         if len(failed) == len(workers):
             raise OutOfMemoryError(f"No tenant could be loaded. {next(iter(failed.values())).text}")
         return {name: worker for name, worker in workers.items() if name not in failed}, failed
+
+    def _key(self, tenant: Tenant, settings: MpsSettings) -> tuple[object, ...]:
+        """All that a worker is started with; arrivals and objectives come with each run."""
+        return tenant.name, tenant.tenant_class, tenant.model, tenant.batch, *settings.environment(tenant).values()
+
+    def _start(self, tenant: Tenant, settings: MpsSettings) -> Worker:
+        """A new worker, told to load; its answer is still to come."""
+        log = self._folder / f"worker-{self._started}.log"
+        self._started += 1
+        worker = Worker(tenant.name, {**_QUEUES, **self._environment, **settings.environment(tenant)}, log)
+        self._workers[self._key(tenant, settings)] = worker
+        worker.send(Load(self._device, self._seed, tenant, self._cache))
+        return worker
+
+    def _drop(self, worker: Worker) -> None:
+        self._workers = {key: other for key, other in self._workers.items() if other is not worker}
+        worker.end()
 
     def _make_room(self, needed: Collection[tuple[object, ...]]) -> None:
         """End workers that `needed` has no use for, the longest unused first, as far as it needs more than there may be."""
