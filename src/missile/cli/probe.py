@@ -35,7 +35,7 @@ def command(
         Path | None,
         typer.Option(
             "--known",
-            help="A map to verify, in about a second; it is probed only if it does not hold.",
+            help="A map to verify, quickly; the GPU is probed only if it does not hold.",
             metavar="MAP.json",
         ),
     ] = None,

@@ -1,8 +1,8 @@
-"""A channel map again: verified on the GPU at hand in about a second, where a probe takes many.
+"""A channel map again: verified on the GPU at hand in a fraction of a second, where a probe takes many.
 
 A chip's hash and its latencies stay what they are (three processes on one H200: centres of the same latency class differ
 by 0.13 cycles, median), so a map of this very chip needs a test, not a probe. Another chip of the same kind has the same
-hash up to names (two H200s: docs/design/channel-map.md) but latencies of its own: those are measured, the relation of
+hash up to names (three H200s: docs/design/channel-map.md) but latencies of its own: those are measured, the relation of
 pages is taken over. Whatever the test does not confirm is probed anew.
 """
 
