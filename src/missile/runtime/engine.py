@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from missile.errors import GpuError, InternalError
 from missile.gpu.interface import Event, Gpu
-from missile.runtime.policies.interface import Advance, Policy, Preempt, Reject, Snapshot, Start, Wake
+from missile.runtime.policies.interface import Advance, Policy, Preempt, Snapshot, Start, Wake
 from missile.runtime.requests import RequestLog
 from missile.runtime.stage import MOST_PIECES, Slot, Stage
 
@@ -267,12 +267,12 @@ class Engine:
                 self._start(action.tenant, action.lane)
             elif isinstance(action, Advance):
                 self._advance(action.tenant, action.lane, action.segments)
-            elif isinstance(action, Preempt):
-                self._preempt(action.tenant)
-            elif isinstance(action, Reject):
-                self._reject(action.tenant)
             elif isinstance(action, Wake):
                 self._wake_at = min(self._wake_at, action.at_ns)
+            elif isinstance(action, Preempt):
+                self._preempt(action.tenant)
+            else:
+                self._reject(action.tenant)
 
     def _refuse(self, what: str) -> InternalError:
         return InternalError(f"Policy {self._policy.name!r} {what}.")

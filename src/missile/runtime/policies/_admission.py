@@ -29,7 +29,7 @@ class Admission:
         self._may_refuse = refuses and tenant.closed_loop is None
         self._alone_ns = 0.0
         self._usual_ns = 0.0
-        self._running = 0
+        self.running = 0  # requests that were running or started when it was last asked
         self._since = 0  # when the request that runs now began to be served, as far as can be told
 
     def brief(self, found: TenantBrief) -> None:
@@ -47,7 +47,8 @@ class Admission:
         return self._usual_ns
 
     def starts(self, snapshot: Snapshot) -> list[Action]:
-        """What to do with what is queued. Call it once for every snapshot: it also watches how long requests take."""
+        """What to do with what is queued. Call it whenever something is, and when `running` has changed: it also watches how
+        long requests take."""
         tenant, now = self._number, snapshot.now_ns
         queued, running = snapshot.queued[tenant], snapshot.running[tenant]
         self._watch(now, running)
@@ -69,7 +70,7 @@ class Admission:
         begun = sum(isinstance(action, Start) for action in actions)
         if begun and not running:
             self._since = now
-        self._running = running + begun
+        self.running = running + begun
         return actions
 
     def _is_late(self, arrival_ns: int, now: int, running: int) -> bool:
@@ -79,9 +80,9 @@ class Admission:
         return now + before + self._alone_ns > arrival_ns + self._objective_ns
 
     def _watch(self, now: int, running: int) -> None:
-        ended = self._running - running
+        ended = self.running - running
         if ended > 0:
             took = (now - self._since) / ended
             self._usual_ns += _SMOOTHING * (took - self._usual_ns)
             self._since = now
-        self._running = running
+        self.running = running

@@ -34,6 +34,7 @@ class Filling:
         self._served = [0.0] * len(self._numbers)  # ns of GPU time over weight
         self._clock = 0.0  # what the tenant whose turn it last was had been served
         self._window = max(_IN_FLIGHT, len(self._numbers))
+        self.work_ns = 0.0  # how long the last segment that `fill` gave takes alone on all SMs
 
     def brief(self, tenants: Sequence[TenantBrief], *, preempt: bool) -> None:
         for place, number in enumerate(self._numbers):
@@ -56,68 +57,43 @@ class Filling:
             if self._preemptible[place] and snapshot.pending[number] and self._alone[place] != self._beside[place]
         ]
 
-    def fill(self, snapshot: Snapshot, *, beside_ls: bool, stopped: Collection[int] = ()) -> list[Action]:
-        """Segments to give the GPU now. stopped: tenants that were preempted just now."""
+    def fill(self, snapshot: Snapshot, *, beside_ls: bool, stopped: Collection[int] = ()) -> Advance | None:
+        """The segment to give the GPU next, or None. Ask again after it was given: there may be room for another.
+
+        One at a time, because an LS request that arrives meanwhile should not wait for two. stopped: tenants that were
+        preempted just now.
+        """
+        pending = snapshot.pending
+        room = self._window
+        for number in self._numbers:
+            room -= pending[number]
+        if room <= 0:
+            return None
         lanes = self._beside if beside_ls else self._alone
-        views = [
-            _View(place, number, lane, snapshot, idle_first=self._preemptible[place])
-            for place, (number, lane) in enumerate(zip(self._numbers, lanes, strict=True))
-            if lane is not None and not snapshot.stopping[number] and number not in stopped
-        ]
-        room = self._window - sum(snapshot.pending[number] for number in self._numbers)
-        actions: list[Action] = []
-        while room > 0 and (able := [view for view in views if view.can_go_on()]):
-            view = min(able, key=lambda candidate: self._turn(candidate))
-            lengths = self._lengths[view.place]
-            self._clock = self._turn(view)
-            self._served[view.place] = self._clock + lengths[view.launched] / self._weights[view.place]
-            actions.append(Advance(view.number, view.lane))
-            view.advance(len(lengths))
-            room -= 1
-        return actions
+        chosen, least = -1, 0.0
+        for place, number in enumerate(self._numbers):
+            if lanes[place] is None or snapshot.stopping[number] or number in stopped:
+                continue
+            if not snapshot.launched[number] and not self._may_open(place, number, snapshot):
+                continue
+            served = self._served[place]
+            if not pending[number]:  # one that had nothing to do for a while does not catch up more than a little
+                served = max(served, self._clock - _CATCH_UP_NS)
+            if chosen < 0 or served < least:
+                chosen, least = place, served
+        if chosen < 0:
+            return None
+        number, lane = self._numbers[chosen], lanes[chosen]
+        self.work_ns = self._lengths[chosen][snapshot.launched[number]]
+        self._clock = least
+        self._served[chosen] = least + self.work_ns / self._weights[chosen]
+        return None if lane is None else Advance(number, lane)
 
-    def expected_ns(self, snapshot: Snapshot, actions: Sequence[Action]) -> float:
-        """How long the segments that `actions`, an answer to `snapshot`, start would take alone on all SMs."""
-        total = 0.0
-        at: dict[int, int] = {}
-        for action in actions:
-            if isinstance(action, Advance):
-                lengths = self._lengths[self._numbers.index(action.tenant)]
-                segment = at.get(action.tenant, snapshot.launched[action.tenant])
-                total += lengths[segment]
-                at[action.tenant] = (segment + 1) % len(lengths)
-        return total
-
-    def _turn(self, view: _View) -> float:
-        """What the tenant was served; one that had nothing to do for a while does not catch up more than a little."""
-        served = self._served[view.place]
-        return served if view.pending else max(served, self._clock - _CATCH_UP_NS)
-
-
-class _View:
-    """A tenant's progress in a snapshot, and what this answer to it adds."""
-
-    __slots__ = ("idle_first", "lane", "launched", "number", "openable", "pending", "place")
-
-    def __init__(self, place: int, number: int, lane: int, snapshot: Snapshot, *, idle_first: bool) -> None:
-        self.place = place
-        self.number = number
-        self.lane = lane
-        self.idle_first = idle_first
-        self.launched = snapshot.launched[number]
-        self.pending = snapshot.pending[number]
-        self.openable = min(snapshot.queued[number], snapshot.depth[number] - snapshot.running[number])
-
-    def can_go_on(self) -> bool:
-        if self.launched:
-            return True
-        return self.openable > 0 and not (self.idle_first and self.pending)
-
-    def advance(self, segments: int) -> None:
-        if not self.launched:
-            self.openable -= 1
-        self.launched = (self.launched + 1) % segments
-        self.pending += 1
+    def _may_open(self, place: int, number: int, snapshot: Snapshot) -> bool:
+        """Whether the tenant's next request may be started."""
+        if not snapshot.queued[number] or snapshot.running[number] >= snapshot.depth[number]:
+            return False
+        return not (self._preemptible[place] and snapshot.pending[number])
 
 
 class Floor:

@@ -46,7 +46,7 @@ class MissilePolicy:
         colors: float = True,
         copies: float = True,
         admission: float = True,
-        segment_us: float = 60.0,
+        segment_us: float = 80.0,
         linger_us: float = 0.0,
         queue_limit: float = 256,
     ) -> None:
@@ -134,19 +134,27 @@ class MissilePolicy:
         now = snapshot.now_ns
         there = False
         for number, gate in zip(self._ls, self._gates, strict=True):
-            if snapshot.queued[number] or snapshot.running[number]:
-                there = True
-            actions += gate.starts(snapshot)
+            queued, running = snapshot.queued[number], snapshot.running[number]
+            there = there or queued > 0 or running > 0
+            if queued or running != gate.running:
+                actions += gate.starts(snapshot)
         if there:
             self._keep_off_until = now + self._linger_ns
         elif now < self._keep_off_until:
             there = True
             actions.append(Wake(self._keep_off_until))
-        stops = self._be.make_way(snapshot) if there and not self._ls_was_there else []
+        stopped: list[int] = []
+        if there and not self._ls_was_there:
+            stops = self._be.make_way(snapshot)
+            stopped = [stop.tenant for stop in stops]
+            actions[:0] = stops  # before all else: LS kernels wait for the SMs that this frees
         self._ls_was_there = there
-        stopped = [stop.tenant for stop in stops]
         if there and self._pauses and (owed_at := self._floor.owed_at(now)) > now:
-            return [*stops, *actions] if owed_at == NEVER else [*stops, *actions, Wake(owed_at)]
-        filled = self._be.fill(snapshot, beside_ls=there, stopped=stopped)
-        self._floor.gave(now, self._be.expected_ns(snapshot, filled))
-        return [*stops, *actions, *filled]
+            if owed_at < NEVER:
+                actions.append(Wake(owed_at))
+            return actions
+        segment = self._be.fill(snapshot, beside_ls=there, stopped=stopped)
+        if segment is not None:
+            self._floor.gave(now, self._be.work_ns)
+            actions += (segment, Wake(now))
+        return actions

@@ -1,0 +1,205 @@
+"""The planner: which SMs BE keeps off beside LS requests, from profiles, objectives and rates; tried before it is believed.
+
+Pure: candidates come from `prediction`, and what is measured comes in through a callback. Why a plan was chosen, what would
+break first and, where none holds, what would, is data (`Plan`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from missile.errors import MisuseError
+from missile.runtime.prediction import Demand, Machine, Prediction, Share, predict
+
+__all__ = ["ATTAINMENT", "Candidate", "Measured", "Plan", "Trial", "candidates", "make_plan", "rates_changed"]
+
+ATTAINMENT = 0.99
+"""Share of each LS tenant's requests that have to meet its objective for a plan to be accepted."""
+
+_TRIED = 3
+_MOST_FACTOR = 64.0
+_RATE_CHANGE = 1.3
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a short run under a candidate gave: share of requests within the objective by LS tenant (those that have one),
+    p99 by LS tenant (ns), and the BE tenants' rate over that alone."""
+
+    attainment: Mapping[str, float]
+    p99_ns: Mapping[str, float]
+    be_rate: float
+
+    @property
+    def accepted(self) -> bool:
+        return all(share >= ATTAINMENT for share in self.attainment.values())
+
+
+Trial = Callable[[str], Measured]
+"""Runs the tenants for a short while under a policy, given as text for `create_policy`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A share, the policy that carries it out as text for `create_policy`, and what is known of it."""
+
+    policy: str
+    predicted: Prediction
+    measured: Measured | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """accepted: every objective is expected to hold (by what was measured where there was a trial).
+
+    considered: all candidates, best first by prediction. breaks_first: the LS tenant with the least room, "" where none has
+    an objective; breaks_at: on how many times the present rates its objective breaks, as predicted. remedies: what would
+    make a plan hold, where none does.
+    """
+
+    accepted: bool
+    chosen: Candidate
+    considered: tuple[Candidate, ...]
+    machine: Machine
+    demands: tuple[Demand, ...]
+    breaks_first: str
+    breaks_at: float
+    remedies: tuple[str, ...]
+
+
+def candidates(machine: Machine, be_min: float = 0.0) -> tuple[Share, ...]:
+    """BE pausing, and splits of about three quarters, a half and a quarter of the SMs for LS.
+
+    be_min: the least rate that BE was promised: with it, BE has to run beside LS requests.
+    """
+    counts = []
+    for share in (0.75, 0.5, 0.25):
+        count = round(share * machine.sms / machine.unit) * machine.unit
+        if machine.least <= count <= machine.sms - machine.least and count <= (1.0 - be_min) * machine.sms:
+            counts.append(count)
+    whole = () if be_min else (machine.sms,)
+    return tuple(Share(count) for count in dict.fromkeys((*whole, *counts)))
+
+
+def policy_text(share: Share, machine: Machine, be_min: float = 0.0) -> str:
+    """The policy that carries a share out."""
+    if share.ls_sms >= machine.sms:
+        return "missile"
+    options = f"pause=off,ls_share={share.ls_sms / machine.sms:.3f}"
+    return f"missile:{options}" + (f",be_min={be_min:g}" if be_min else "")
+
+
+def make_plan(
+    demands: Sequence[Demand],
+    machine: Machine,
+    *,
+    be_min: float = 0.0,
+    separated: bool = False,
+    trial: Trial | None = None,
+    tried: int = _TRIED,
+) -> Plan:
+    """The candidate with the most BE work of those whose objectives hold.
+
+    be_min: least BE rate, as a share of that alone. separated: tenants' memory is in different colors. trial: measures a
+    candidate; the `tried` most promising ones are measured, and the choice is made by what was measured. Without it, or
+    where nothing measured holds, `accepted` and the choice go by the prediction or say that nothing holds.
+    MisuseError for shares that can't be promised, and for an objective below the time that the tenant takes alone.
+    """
+    _check(demands, be_min)
+    shares = candidates(machine, be_min)
+    if not shares:
+        raise MisuseError(f"No split of {machine.sms} SMs leaves BE the {be_min:.0%} that it was promised.")
+    predictions = sorted(
+        (predict(share, demands, machine, separated=separated) for share in shares),
+        key=lambda found: (found.slack < 1.0, -found.be_rate if found.slack >= 1.0 else -found.slack),
+    )
+    considered = [Candidate(policy_text(found.share, machine, be_min), found) for found in predictions]
+    chosen, accepted = considered[0], predictions[0].slack >= 1.0
+    if trial is not None:
+        considered = [
+            replace(candidate, measured=trial(candidate.policy)) if place < tried else candidate
+            for place, candidate in enumerate(considered)
+        ]
+        chosen, accepted = _best([(c, c.measured) for c in considered if c.measured is not None])
+    first, factor = _breaks(chosen.predicted, demands, machine, separated)
+    return Plan(
+        accepted=accepted,
+        chosen=chosen,
+        considered=tuple(considered),
+        machine=machine,
+        demands=tuple(demands),
+        breaks_first=first,
+        breaks_at=factor,
+        remedies=() if accepted else _remedies(demands, machine, considered),
+    )
+
+
+def _best(tried: Sequence[tuple[Candidate, Measured]]) -> tuple[Candidate, bool]:
+    """Of those that hold the one with the most BE work, else the one that comes nearest; and whether it holds."""
+    holding = [pair for pair in tried if pair[1].accepted]
+    if holding:
+        return max(holding, key=lambda pair: pair[1].be_rate)[0], True
+    return max(tried, key=lambda pair: min(pair[1].attainment.values(), default=1.0))[0], False
+
+
+def rates_changed(plan: Plan, rates: Mapping[str, float]) -> tuple[str, ...]:
+    """LS tenants whose arrival rate (per s) is no longer what the plan was made for, by a factor of 1.3 or more; and tenants
+    that came or went. Then it is time for another plan."""
+    planned = {demand.name: demand.rate_per_s for demand in plan.demands if demand.latency_sensitive}
+    changed = [name for name in {**planned, **rates} if (name in planned) != (name in rates)]
+    for name in planned.keys() & rates.keys():
+        low, high = sorted((planned[name], rates[name]))
+        if high > _RATE_CHANGE * low:
+            changed.append(name)
+    return tuple(sorted(changed))
+
+
+def _check(demands: Sequence[Demand], be_min: float) -> None:
+    if not 0.0 <= be_min < 1.0:
+        raise MisuseError(f"The least BE rate must be at least 0 and below 1, not {be_min:g}.")
+    for demand in demands:
+        if demand.slo_ns is not None and demand.slo_ns < demand.service_ns:
+            raise MisuseError(
+                f"Tenant {demand.name!r} has an objective of {demand.slo_ns / 1e6:.3g} ms and takes "
+                f"{demand.service_ns / 1e6:.3g} ms when it is alone; no plan can meet that."
+            )
+
+
+def _breaks(chosen: Prediction, demands: Sequence[Demand], machine: Machine, separated: bool) -> tuple[str, float]:
+    """The LS tenant whose objective breaks first when all rates grow, and the factor at which it does, as predicted."""
+    if not chosen.slo_ns:
+        return "", math.inf
+    low, high = 0.0, 1.0
+
+    def holds(factor: float) -> bool:
+        return predict(chosen.share, demands, machine, separated=separated, rate_factor=factor).slack >= 1.0
+
+    while high < _MOST_FACTOR and holds(high):
+        low, high = high, high * 2
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    there = predict(chosen.share, demands, machine, separated=separated, rate_factor=high)
+    first = min(there.slo_ns, key=lambda name: there.slo_ns[name] / there.p99_ns[name])
+    return first, low
+
+
+def _remedies(demands: Sequence[Demand], machine: Machine, considered: Sequence[Candidate]) -> tuple[str, ...]:
+    """What would let a plan hold: lower rates, looser objectives, or BE kernels that can be preempted."""
+    found = []
+    pausing = predict(Share(machine.sms), demands, machine)
+    _, factor = _breaks(pausing, demands, machine, separated=False)
+    if 0.0 < factor < 1.0:
+        found.append(f"arrival rates of at most {factor:.0%} of the present ones, with BE pausing beside LS requests")
+    seen = [candidate.measured.p99_ns for candidate in considered if candidate.measured is not None]
+    for name, slo in pausing.slo_ns.items():
+        best = min((p99[name] for p99 in seen if name in p99), default=pausing.p99_ns[name])
+        if slo < best < math.inf:
+            found.append(f"an objective of {best / 1e6:.3g} ms for {name!r} instead of {slo / 1e6:.3g} ms")
+    stiff = [demand.name for demand in demands if not demand.latency_sensitive and not demand.preemptible]
+    leaving = predict(Share(machine.sms), [replace(demand, preemptible=True) for demand in demands], machine)
+    if stiff and leaving.slack > pausing.slack:
+        found.append(f"preemptible kernels for {', '.join(repr(name) for name in stiff)}")
+    return tuple(found)

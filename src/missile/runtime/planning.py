@@ -1,0 +1,123 @@
+"""Plans for loaded tenants: profiles and rates as they are, objectives from runs alone, candidates tried for real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from missile.compiler.bind import BoundModel
+from missile.errors import MisuseError
+from missile.gpu.interface import Gpu, GpuInfo, Launch
+from missile.runtime.loading import LoadedTenant, Roster
+from missile.runtime.metrics import attainment, quantile
+from missile.runtime.planner import Measured, Plan, make_plan
+from missile.runtime.prediction import Demand, Machine
+from missile.runtime.records import RunRecord, TenantRecord
+from missile.runtime.run import run, solo
+
+__all__ = ["machine_of", "plan_tenants"]
+
+_TRIAL_NS = 500_000_000
+_WARM_SHARE = 0.1
+
+
+def plan_tenants(
+    gpu: Gpu,
+    roster: Roster,
+    *,
+    seed: int,
+    solos: Mapping[str, RunRecord] | None = None,
+    be_min: float = 0.0,
+    trial_ns: int = _TRIAL_NS,
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """A plan for `roster`'s tenants, its candidates tried on `gpu` for `trial_ns` each.
+
+    solos: each tenant's run alone, by name; those that are missing are made now, `trial_ns` long. An LS tenant's objective
+    is its own (`slo_ms`), or `slo_factor` times its p99 alone; without both it has none. be_min: least BE rate, as a share
+    of that alone. progress: told what is run next. Raises what `run` and `make_plan` raise.
+    """
+    say = progress or (lambda _text: None)
+    warm = int(trial_ns * _WARM_SHARE)
+    alone: dict[str, TenantRecord] = {}
+    rates: dict[str, float] = {}
+    for loaded in roster.ready:
+        name = loaded.tenant.name
+        record = None if solos is None else solos.get(name)
+        if record is None:
+            say(f"{name} alone")
+            record = solo(gpu, roster, name, seed=seed, duration_ns=trial_ns, warmup_ns=warm)
+        alone[name] = next(found for found in record.tenants if found.name == name)
+        rates[name] = len(alone[name].done) / max(record.duration_ns - record.warmup_ns, 1) * 1e9
+    demands = [_demand(loaded, alone[loaded.tenant.name], rates[loaded.tenant.name]) for loaded in roster.ready]
+
+    def trial(policy: str) -> Measured:
+        say(policy)
+        record = run(gpu, roster, policy, seed=seed, duration_ns=trial_ns, warmup_ns=warm)
+        return _measured(record, demands, rates)
+
+    return make_plan(demands, machine_of(gpu.info), be_min=be_min, separated=_separated(roster), trial=trial)
+
+
+def machine_of(info: GpuInfo) -> Machine:
+    """What a planner has to know of a GPU."""
+    rate = float(info.extra.get("memory_bytes_per_s", 0.0))
+    return Machine(info.sms, max(info.sm_granularity, 1), max(info.sm_minimum, 1), rate)
+
+
+def _separated(roster: Roster) -> bool:
+    """Whether LS and BE tenants have no color in common."""
+    sides: dict[bool, set[int]] = {True: set(), False: set()}
+    for loaded in roster.ready:
+        if not loaded.colors:
+            return False
+        sides[loaded.tenant.latency_sensitive].update(loaded.colors)
+    return not sides[True] & sides[False]
+
+
+def _demand(loaded: LoadedTenant, alone: TenantRecord, rate: float) -> Demand:
+    tenant, model = loaded.tenant, loaded.model
+    if not len(alone.done):
+        raise MisuseError(f"Tenant {tenant.name!r} finished no request alone; there is nothing to plan with.")
+    operations = model.operations if isinstance(model, BoundModel) else ()
+    launches = [operation for operation in operations if isinstance(operation, Launch)]
+    works = tuple(launch.work for launch in launches if launch.work is not None)
+    slo = None
+    if tenant.slo_ms is not None:
+        slo = tenant.slo_ms * 1e6
+    elif tenant.slo_factor is not None:
+        slo = tenant.slo_factor * _p99(alone)
+    return Demand(
+        name=tenant.name,
+        latency_sensitive=tenant.latency_sensitive,
+        service_ns=float(np.median(alone.service)),
+        rate_per_s=rate if tenant.latency_sensitive else 0.0,
+        slo_ns=slo if tenant.latency_sensitive else None,
+        works=works if len(works) == len(operations) else (),
+        preemptible=any(launch.preempt is not None for launch in launches),
+    )
+
+
+def _measured(record: RunRecord, demands: list[Demand], rates: Mapping[str, float]) -> Measured:
+    span_s = max(record.duration_ns - record.warmup_ns, 1) / 1e9
+    by_name = {found.name: found for found in record.tenants}
+    met: dict[str, float] = {}
+    p99: dict[str, float] = {}
+    shares = []
+    for demand in demands:
+        found = by_name[demand.name]
+        if not demand.latency_sensitive:
+            shares.append(len(found.done) / span_s / max(rates[demand.name], 1e-9))
+            continue
+        if len(found.done):
+            p99[demand.name] = _p99(found)
+        if demand.slo_ns is not None:
+            met[demand.name] = attainment(found, demand.slo_ns) or 0.0
+    return Measured(met, p99, float(np.mean(shares)) if shares else 0.0)
+
+
+def _p99(record: TenantRecord) -> float:
+    """ns; the longest of fewer than a hundred."""
+    found = quantile(record.latency, 0.99)
+    return float(np.max(record.latency) if found is None else found.value)
