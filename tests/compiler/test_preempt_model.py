@@ -9,10 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from missile.coloring.pool import ColoredPool
 from missile.coloring.shape import Form, Shape
+from missile.coloring.shares import Share
+from missile.coloring.translation import InPageTranslation
 from missile.compiler.bind import BoundModel, bind
+from missile.compiler.bind_colored import bind_colored
 from missile.compiler.package import KernelImage, KernelStep, ModelPackage
 from missile.compiler.preemptible import control_of, long_blocks, preempt_model
 from missile.compiler.preemptible_code import (
@@ -98,6 +103,30 @@ def test_on_hardware_launches_take_three_more_arguments_and_marks_of_their_own(p
             o.params[-3:] for o in model.operations if isinstance(o, Launch)
         ]
         assert moved[0] != model.operations[0]
+
+
+def test_a_model_in_colored_memory_has_its_moves_and_fills_preempted_too(package: ModelPackage) -> None:
+    with open_gpu("sim:h100") as gpu, ColoredPool(gpu, 2) as pool:
+        translation = InPageTranslation(SHAPE, np.arange(1000), 2)
+        plain = bind_colored(package, None, gpu, pool.attach(Share("toy", (1, 3), (0, 1), translation)))
+        assert plain.shape == SHAPE
+        hardware: Any = Hardware(gpu)
+        with pytest.raises(MisuseError, match="is in colored memory and its preemptible code is for plain memory"):
+            preempt_model(plain, hardware, PreemptibleKernels(None, {"000_a": b"A", "001_b": b"B"}))
+        model = preempt_model(plain, hardware, PreemptibleKernels(SHAPE, {"000_a": b"A", "001_b": b"B"}, b"T"))
+        names = [str(launch.kernel) for launch in model.operations if isinstance(launch, Launch)]
+        assert names == [
+            f"preemptible {name}" for name in ("missile_scatter", "missile_fill", "a", "b", "a", "missile_gather")
+        ]
+        steps = [
+            int.from_bytes(launch.params[-1], "little") for launch in model.operations if isinstance(launch, Launch)
+        ]
+        assert steps == [1, 2, 3, 4, 5, 6]
+        simulated = preempt_model(plain, gpu, None)
+        stream = gpu.create_stream()
+        stream.launch_graph(simulated.graph)
+        stream.synchronize()
+        model.close()
 
 
 def test_fills_and_missing_code_are_refused_and_leave_the_model_as_it_was(

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from missile.coloring.shape import Shape
 from missile.compiler.contents import load_contents
 from missile.compiler.package import BufferKind, FillStep, ModelPackage
 from missile.compiler.planning import Placement, place_buffers
@@ -31,7 +32,8 @@ class BoundModel:
     input_address, input_bytes: one range of plain memory that holds all inputs; `package.inputs` has the layout of each.
     Output likewise. weights_address, weights_bytes: the same of the weights, in order of first use (`place_buffers`).
     addresses: of every buffer by id, logical ones in colored memory. nbytes: device memory held.
-    operations_at: the plan for weights that lie at another address, all of it.
+    operations_at: the plan for weights that lie at another address, all of it. shape: of the translation that the kernels
+    do, None in plain memory.
     """
 
     package: ModelPackage
@@ -48,6 +50,7 @@ class BoundModel:
     weights_bytes: int
     operations_at: Callable[[int], tuple[Operation, ...]] = field(repr=False)
     _resources: ExitStack = field(repr=False)
+    shape: Shape | None = None
 
     def close(self) -> None:
         """Give everything back. Idempotent. The caller has made sure that no work of this model runs."""

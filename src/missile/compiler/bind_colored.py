@@ -99,6 +99,7 @@ def bind_colored(
             weights_bytes=used_bytes(package, places, BufferKind.WEIGHT),
             operations_at=operations_at,
             _resources=undo.pop_all(),
+            shape=memory.translation.shape,
         )
 
 

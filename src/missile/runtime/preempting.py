@@ -62,8 +62,6 @@ def make_preemptible(
 
 
 def _kernels(gpu: Gpu, loaded: LoadedTenant, model: BoundModel, cache: Path | None) -> PreemptibleKernels | None:
-    if len(model.operations) != len(model.package.steps):
-        raise UnsupportedError(f"Tenant {loaded.tenant.name!r}: a model in colored memory can't be preempted yet.")
     if gpu.info.simulated:
         return None
     tenant = loaded.tenant
@@ -74,4 +72,4 @@ def _kernels(gpu: Gpu, loaded: LoadedTenant, model: BoundModel, cache: Path | No
     package, directory = find_package(tenant.model, tenant.batch, gpu.info, cache)
     if directory is None:
         raise UnsupportedError(f"Tenant {tenant.name!r}: package {package.name!r} has no code.")
-    return preemptible_kernels(model.package, directory)
+    return preemptible_kernels(model.package, directory, model.shape)
