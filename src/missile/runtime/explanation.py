@@ -27,7 +27,7 @@ def explain(plan: Plan) -> str:
     if plan.breaks_first and math.isfinite(plan.breaks_at):
         lines += [
             "",
-            f"Would break first: {plan.breaks_first}, at {plan.breaks_at:.2g} times the present rates (predicted).",
+            f"Would break first: {plan.breaks_first}, at {plan.breaks_at:.2g} times the present rates (by prediction).",
         ]
     if plan.remedies:
         lines += ["", f"Would help: {'; or '.join(plan.remedies)}."]

@@ -55,7 +55,7 @@ class Plan:
     """accepted: every objective is expected to hold (by what was measured where there was a trial).
 
     considered: all candidates, best first by prediction. breaks_first: the LS tenant with the least room, "" where none has
-    an objective; breaks_at: on how many times the present rates its objective breaks, as predicted. remedies: what would
+    an objective; breaks_at: on how many times the present rates its objective breaks, by prediction. remedies: what would
     make a plan hold, where none does.
     """
 
@@ -123,7 +123,7 @@ def make_plan(
             for place, candidate in enumerate(considered)
         ]
         chosen, accepted = _best([(c, c.measured) for c in considered if c.measured is not None])
-    first, factor = _breaks(chosen.predicted, demands, machine, separated)
+    first, factor = _breaks(chosen, demands, machine, separated)
     return Plan(
         accepted=accepted,
         chosen=chosen,
@@ -167,30 +167,40 @@ def _check(demands: Sequence[Demand], be_min: float) -> None:
             )
 
 
-def _breaks(chosen: Prediction, demands: Sequence[Demand], machine: Machine, separated: bool) -> tuple[str, float]:
-    """The LS tenant whose objective breaks first when all rates grow, and the factor at which it does, as predicted."""
-    if not chosen.slo_ns:
+def _breaks(chosen: Candidate, demands: Sequence[Demand], machine: Machine, separated: bool) -> tuple[str, float]:
+    """The LS tenant whose objective breaks first when all rates grow, and the factor at which it does: as predicted, with
+    predictions off by the same factors as at the present rates where those were measured."""
+    present = chosen.predicted
+    if not present.slo_ns:
         return "", math.inf
-    low, high = 0.0, 1.0
+    measured = {} if chosen.measured is None else chosen.measured.p99_ns
+    off = {
+        name: measured[name] / present.p99_ns[name] if name in measured and math.isfinite(present.p99_ns[name]) else 1.0
+        for name in present.slo_ns
+    }
+
+    def slacks(factor: float) -> dict[str, float]:
+        found = predict(present.share, demands, machine, separated=separated, rate_factor=factor)
+        return {name: slo / (found.p99_ns[name] * off[name]) for name, slo in found.slo_ns.items()}
 
     def holds(factor: float) -> bool:
-        return predict(chosen.share, demands, machine, separated=separated, rate_factor=factor).slack >= 1.0
+        return min(slacks(factor).values()) >= 1.0
 
+    low, high = 0.0, 1.0
     while high < _MOST_FACTOR and holds(high):
         low, high = high, high * 2
     for _ in range(20):
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)
-    there = predict(chosen.share, demands, machine, separated=separated, rate_factor=high)
-    first = min(there.slo_ns, key=lambda name: there.slo_ns[name] / there.p99_ns[name])
-    return first, low
+    there = slacks(high)
+    return min(there, key=there.__getitem__), low
 
 
 def _remedies(demands: Sequence[Demand], machine: Machine, considered: Sequence[Candidate]) -> tuple[str, ...]:
     """What would let a plan hold: lower rates, looser objectives, or BE kernels that can be preempted."""
     found = []
     pausing = predict(Share(machine.sms), demands, machine)
-    _, factor = _breaks(pausing, demands, machine, separated=False)
+    _, factor = _breaks(Candidate("missile", pausing), demands, machine, separated=False)
     if 0.0 < factor < 1.0:
         found.append(f"arrival rates of at most {factor:.0%} of the present ones, with BE pausing beside LS requests")
     seen = [candidate.measured.p99_ns for candidate in considered if candidate.measured is not None]

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from missile.errors import MisuseError
+from missile.gpu.work import KernelWork
+from missile.runtime.explanation import explain, plan_data
+from missile.runtime.loading import load_tenants
+from missile.runtime.planner import Measured, candidates, make_plan, rates_changed
+from missile.runtime.planning import plan_tenants
+from missile.runtime.policies import create_policy
+from missile.runtime.prediction import Demand, Machine, Share, predict, service_on, wait_p99
+
+MACHINE = Machine(sms=132, unit=8, least=8, memory_rate=4e12)
+MS = 1e6
+
+kernels = st.builds(
+    KernelWork,
+    blocks=st.integers(1, 5000),
+    blocks_per_sm=st.integers(1, 8),
+    footprint_bytes=st.integers(0, 1 << 27),
+    solo_ns=st.floats(1_000.0, 1e5),
+)
+models = st.lists(kernels, min_size=1, max_size=12).map(tuple)
+
+
+def ls(
+    name: str = "ls", rate: float = 300.0, slo_ms: float | None = 1.0, service_ms: float = 0.3, **more: object
+) -> Demand:
+    return Demand(name, True, service_ms * MS, rate, None if slo_ms is None else slo_ms * MS, **more)
+
+
+def be(name: str = "be", **more: object) -> Demand:
+    return Demand(name, False, 5 * MS, works=(KernelWork(4000, solo_ns=20_000.0),), **more)
+
+
+# --- prediction
+@given(works=models, fewer=st.integers(8, 131), more=st.integers(8, 132))
+def test_fewer_sms_are_never_faster_and_all_of_them_are_as_alone(works, fewer, more):
+    demand = ls(works=works)
+    low, high = sorted((fewer, more))
+    assert service_on(demand, MACHINE, low) >= service_on(demand, MACHINE, high) * (1 - 1e-9)
+    assert service_on(demand, MACHINE, high) >= demand.service_ns * (1 - 1e-9)
+    assert service_on(demand, MACHINE, 132) == demand.service_ns
+
+
+def test_kernels_that_need_few_sms_or_wait_for_memory_keep_their_speed():
+    small = ls(works=(KernelWork(16, solo_ns=10_000.0),))
+    assert service_on(small, MACHINE, 32) == pytest.approx(small.service_ns)
+    full = KernelWork(1320, solo_ns=100_000.0)
+    assert service_on(ls(works=(full,)), MACHINE, 66) == pytest.approx(2 * 0.3 * MS)
+    hungry = replace(full, footprint_bytes=400_000_000)
+    assert service_on(ls(works=(hungry,)), MACHINE, 66) == pytest.approx(0.3 * MS)
+
+
+@pytest.mark.parametrize("load", [0.3, 0.6, 0.9])
+def test_the_wait_is_that_of_a_simulated_queue(load):
+    rng = np.random.default_rng(1)
+    gaps = rng.exponential(1 / load, 400_000)
+    wait, waits = 0.0, np.empty(len(gaps))
+    for index, gap in enumerate(gaps):
+        wait = max(wait - gap, 0.0)
+        waits[index] = wait
+        wait += 1.0
+    assert wait_p99(load, 1.0) == pytest.approx(np.quantile(waits, 0.99), rel=0.3)
+
+
+@given(rate=st.floats(1.0, 3000.0), growth=st.floats(1.0, 3.0), kept=st.sampled_from([32, 64, 96, 132]))
+def test_more_requests_wait_longer_and_leave_less(rate, growth, kept):
+    now = predict(Share(kept), [ls(rate=rate), be()], MACHINE)
+    later = predict(Share(kept), [ls(rate=rate), be()], MACHINE, rate_factor=growth)
+    assert later.load >= now.load
+    assert later.p99_ns["ls"] >= now.p99_ns["ls"]
+    assert later.be_rate <= now.be_rate + 1e-9
+    assert 0.0 <= later.be_rate <= 1.0 + 1e-9
+
+
+def test_separated_memory_and_preemption_help():
+    hungry = Demand("be", False, 5 * MS, works=(KernelWork(4000, solo_ns=20_000.0, footprint_bytes=60_000_000),))
+    shared = predict(Share(64), [ls(), hungry], MACHINE)
+    apart = predict(Share(64), [ls(), hungry], MACHINE, separated=True)
+    leaving = predict(Share(64), [ls(), replace(hungry, preemptible=True)], MACHINE)
+    assert apart.p99_ns["ls"] < shared.p99_ns["ls"]
+    assert apart.be_rate > shared.be_rate
+    assert leaving.p99_ns["ls"] < shared.p99_ns["ls"]
+
+
+# --- choice
+@given(be_min=st.floats(0.0, 0.99), sms=st.integers(16, 160), unit=st.sampled_from([2, 8]))
+def test_candidates_keep_what_was_promised_and_can_be_carried_out(be_min, sms, unit):
+    machine = Machine(sms, unit, 8)
+    for share in candidates(machine, be_min):
+        assert 0 < share.ls_sms <= sms
+        if share.ls_sms < sms:
+            assert sms - share.ls_sms >= max(8, math.floor(be_min * sms))
+        else:
+            assert be_min == 0
+    if not be_min:
+        assert Share(sms) in candidates(machine)
+
+
+def trial_of(results: Mapping[str, tuple[float, float]], default: tuple[float, float]):
+    """A trial that gives attainment and BE rate by policy; and what it was asked for."""
+    asked = []
+
+    def trial(policy: str) -> Measured:
+        asked.append(policy)
+        met, rate = results.get(policy, default)
+        return Measured({"ls": met}, {"ls": 0.7 * MS}, rate)
+
+    return trial, asked
+
+
+def test_the_plan_is_what_measured_best_among_those_that_held():
+    trial, asked = trial_of({"missile": (1.0, 0.85), "missile:pause=off,ls_share=0.727": (0.98, 0.95)}, (0.995, 0.9))
+    plan = make_plan([ls(), be()], MACHINE, trial=trial, tried=4)
+    assert len(asked) == len(set(asked)) == 4
+    assert plan.accepted
+    assert plan.chosen.measured == Measured({"ls": 0.995}, {"ls": 0.7 * MS}, 0.9)
+    assert all(create_policy(candidate.policy).name == "missile" for candidate in plan.considered)
+    assert plan.remedies == ()
+
+
+def test_when_nothing_holds_it_says_so_and_what_would():
+    trial, _ = trial_of({"missile": (0.97, 0.85)}, (0.5, 0.9))
+    plan = make_plan([ls(slo_ms=0.5), be()], MACHINE, trial=trial, tried=4)
+    assert not plan.accepted
+    assert plan.chosen.policy == "missile"
+    assert any("an objective of 0.7 ms for 'ls'" in remedy for remedy in plan.remedies)
+    assert any("preemptible kernels for 'be'" in remedy for remedy in plan.remedies)
+    assert "does not meet" in explain(plan)
+
+
+def test_without_a_trial_the_prediction_decides():
+    easy = make_plan([ls(slo_ms=50.0), be()], MACHINE)
+    assert easy.accepted
+    assert easy.chosen == easy.considered[0]
+    assert easy.chosen.predicted.be_rate == max(candidate.predicted.be_rate for candidate in easy.considered)
+    hard = make_plan([ls(rate=5000.0), be()], MACHINE)
+    assert not hard.accepted
+    assert any("arrival rates of at most" in remedy for remedy in hard.remedies)
+
+
+def test_a_promise_to_be_keeps_it_running_beside_ls():
+    plan = make_plan([ls(), be()], MACHINE, be_min=0.4)
+    assert all("be_min=0.4" in candidate.policy for candidate in plan.considered)
+    assert all(candidate.predicted.share.ls_sms <= 0.6 * 132 for candidate in plan.considered)
+    with pytest.raises(MisuseError, match="promised"):
+        make_plan([ls(), be()], MACHINE, be_min=0.95)
+    with pytest.raises(MisuseError, match="below 1"):
+        make_plan([ls(), be()], MACHINE, be_min=1.0)
+
+
+def test_an_objective_below_the_time_alone_is_refused():
+    with pytest.raises(MisuseError, match=r"'ls' has an objective of 0\.2 ms and takes 0\.3 ms"):
+        make_plan([ls(slo_ms=0.2), be()], MACHINE)
+
+
+@settings(deadline=None)
+@given(rate=st.floats(10.0, 2000.0), slo=st.floats(0.6, 20.0))
+def test_what_breaks_first_breaks_there(rate, slo):
+    demands = [ls("a", rate, slo), ls("b", rate / 10, slo * 3), be()]
+    plan = make_plan(demands, MACHINE)
+    assert plan.breaks_first in ("a", "b")
+
+    def slack(factor: float) -> float:
+        return predict(plan.chosen.predicted.share, demands, MACHINE, rate_factor=factor).slack
+
+    assert slack(plan.breaks_at * 1.01) < 1.0
+    assert plan.breaks_at < 1e-6 or slack(plan.breaks_at * 0.99) >= 1.0
+    assert (plan.breaks_at >= 1.0) is plan.accepted
+
+
+def test_a_plan_lapses_when_rates_or_tenants_change():
+    plan = make_plan([ls("a", 100.0), ls("b", 10.0), be()], MACHINE)
+    assert rates_changed(plan, {"a": 110.0, "b": 9.0}) == ()
+    assert rates_changed(plan, {"a": 140.0, "b": 10.0}) == ("a",)
+    assert rates_changed(plan, {"a": 70.0, "c": 1.0}) == ("a", "b", "c")
+
+
+def test_explanations_are_complete_and_finite():
+    plan = make_plan([ls(rate=5000.0), be()], MACHINE)
+    text = explain(plan)
+    assert all(candidate.policy in text for candidate in plan.considered)
+    assert "unbounded" in text
+    json.dumps(plan_data(plan), allow_nan=False)
+    quiet = make_plan([ls(slo_ms=None), be()], MACHINE)
+    assert quiet.breaks_first == ""
+    json.dumps(plan_data(quiet), allow_nan=False)
+
+
+# --- on the simulated GPU
+def test_a_plan_for_loaded_tenants_is_measured_and_holds(gpu, tenant):
+    tenants = [tenant("ls", "LS", rate=500, slo_factor=1.5), tenant("be", "BE", "synthetic-spin")]
+    said = []
+    with load_tenants(gpu, tenants) as roster:
+        plan = plan_tenants(gpu, roster, seed=1, trial_ns=60_000_000, progress=said.append)
+    assert said[:2] == ["ls alone", "be alone"]
+    assert said[2:] == [c.policy for c in plan.considered if c.measured is not None]
+    assert plan.accepted == plan.chosen.measured.accepted
+    assert 0.1 < plan.chosen.measured.be_rate <= 1.05
+    assert plan.demands[0].slo_ns > plan.demands[0].service_ns
+    assert len(plan.demands[1].works) == 8
