@@ -6,7 +6,7 @@ would clock or cache differently.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from missile.bench.isolation.plan import halves_of
-from missile.errors import MissileError, MisuseError
+from missile.errors import GpuError, MissileError, MisuseError
 from missile.gpu.interface import Gpu, GpuInfo
 from missile.probe.channel_map import ChannelMap
 from missile.runtime.loading import Coloring, LoadedTenant, Roster, load_tenants
@@ -114,27 +114,15 @@ def measure_real(
 ) -> None:
     """Run `cells` in order; `done(cell, sample)` after each.
 
-    All models are loaded twice, in plain and in colored memory, before the first run. A model that can't be is an `error`
-    in its cells; the others go on.
+    A model is loaded when it is first needed, once in plain and once in colored memory, and stays. One that can't be is an
+    `error` in its cells; the others go on.
     """
-    ours, theirs = halves_of(channel_map)
-    names = {cell.ls for cell in cells if cell.ls} | {cell.be for cell in cells if cell.be}
-    tenants = [tenant for tenant in _tenants(plan) if tenant.name in names]
-    layout = PartitionPolicy(plan.ls_share).setup(_tenants(plan), gpu.info)
-    loaded: dict[tuple[str, bool], LoadedTenant] = {}
+    tenants = {tenant.name: tenant for tenant in _tenants(plan)}
+    layout = PartitionPolicy(plan.ls_share).setup(list(tenants.values()), gpu.info)
     with ExitStack() as owned:
-        for tenant in tenants:
-            for colored in (False, True):
-                colors = ours if tenant.latency_sensitive else theirs
-                coloring = Coloring(channel_map, {tenant.name: colors}) if colored else None
-                progress(f"loading {tenant.name}{', colored' if colored else ''}")
-                try:
-                    roster = owned.enter_context(load_tenants(gpu, [tenant], coloring=coloring))
-                    loaded[tenant.name, colored] = roster.tenants[0]
-                except MissileError as error:
-                    loaded[tenant.name, colored] = LoadedTenant(tenant, None, error=str(error))
+        models = _Models(gpu, channel_map, tenants, owned, progress)
         for cell in cells:
-            sides = [loaded[name, cell.colored] for name in (cell.ls, cell.be) if name]
+            sides = [models.get(name, cell.colored) for name in (cell.ls, cell.be) if name]
             if missing := next((side.error for side in sides if side.model is None), ""):
                 done(cell, RealSample(error=missing))
                 continue
@@ -151,6 +139,41 @@ def measure_real(
             done(cell, _sample(cell, record))
             if record.interrupted:
                 raise KeyboardInterrupt
+
+
+class _Models:
+    """Loaded models by name and memory; `owned` frees them."""
+
+    def __init__(
+        self,
+        gpu: Gpu,
+        channel_map: ChannelMap,
+        tenants: Mapping[str, Tenant],
+        owned: ExitStack,
+        progress: Callable[[str], None],
+    ) -> None:
+        self._gpu, self._map, self._tenants, self._owned, self._progress = gpu, channel_map, tenants, owned, progress
+        self._halves = halves_of(channel_map)
+        self._loaded: dict[tuple[str, bool], LoadedTenant] = {}
+
+    def get(self, name: str, colored: bool) -> LoadedTenant:
+        if (name, colored) not in self._loaded:
+            self._progress(f"loading {name}{', colored' if colored else ''}")
+            self._loaded[name, colored] = self._load(self._tenants[name], colored)
+        return self._loaded[name, colored]
+
+    def _load(self, tenant: Tenant, colored: bool) -> LoadedTenant:
+        colors = self._halves[0 if tenant.latency_sensitive else 1]
+        coloring = Coloring(self._map, {tenant.name: colors}) if colored else None
+        try:
+            roster = self._owned.enter_context(load_tenants(self._gpu, [tenant], coloring=coloring))
+        except GpuError as error:
+            if error.usable == "nothing":
+                raise
+            return LoadedTenant(tenant, None, error=str(error))
+        except MissileError as error:
+            return LoadedTenant(tenant, None, error=str(error))
+        return roster.tenants[0]
 
 
 def _tenants(plan: RealPlan) -> list[Tenant]:
