@@ -15,12 +15,14 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from missile.statistics import nearest_rank
 
 __all__ = ["Flow", "drive", "http_request", "served", "shared_memory", "summary", "tensor"]
 
@@ -140,12 +142,13 @@ def drive(flows: Sequence[Flow], address: tuple[str, int], seconds: float) -> fl
     return took
 
 
-def summary(values: object) -> dict[str, float]:
-    found = np.asarray(values, float)
-    names = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99, "p99.9_ms": 99.9, "max_ms": 100}
+def summary(values: Iterable[float]) -> dict[str, float]:
+    """Percentiles by nearest rank, as everywhere in Missile; NaN where there is nothing."""
+    found = sorted(values)
+    shares = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99, "p99.9_ms": 0.999, "max_ms": 1.0}
     return {
-        name: round(float(np.percentile(found, p, method="inverted_cdf")), 4) if found.size else float("nan")
-        for name, p in names.items()
+        name: round(float(found[nearest_rank(len(found), share)]), 4) if found else float("nan")
+        for name, share in shares.items()
     }
 
 

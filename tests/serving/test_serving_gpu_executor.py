@@ -14,8 +14,9 @@ import pytest
 from missile.compiler.bind import bind
 from missile.compiler.library import find_package
 from missile.compiler.package import ModelPackage, TensorSpec
-from missile.errors import UnsupportedError
+from missile.errors import MisuseError, UnsupportedError
 from missile.gpu import open_gpu
+from missile.probe import map_for, write_map
 from missile.serving.config import parse_config
 from missile.serving.engine.gpu import GpuExecutor
 from missile.serving.engine.loop import EngineLoop
@@ -175,7 +176,7 @@ def test_both_classes_are_answered_on_a_simulated_gpu(policy: str, tmp_path: Pat
     assert order[1] == sorted(order[1])
     assert order[2] == sorted(order[2])
     assert len(order[1]) + len(order[2]) == sent
-    facts = executors[0].tenant_facts(1)
+    facts = executors[0].tenant_facts(2)
     sms = executors[0].facts.sms
     assert facts.sms_granted is not None
     assert 0 < facts.sms_granted <= sms
@@ -204,6 +205,35 @@ def test_tenants_come_and_go_while_others_serve(tmp_path: Path) -> None:
         assert {fields[1] for fields in done} == {Outcome.DONE}
         assert client.ask({"op": "unload", "slot": 2 + round_})["op"] == "unloaded"
     client.stop()
+
+
+def test_colors_are_granted_kept_apart_and_given_back(tmp_path: Path) -> None:
+    with open_gpu("sim:h100") as gpu:
+        write_map(map_for(gpu, cache=tmp_path, interference=False), tmp_path / "map.json")
+    gpu = open_gpu("sim:h100")
+    before = gpu.memory_free()
+    executor = GpuExecutor(memoryview(bytearray(1 << 20)), gpu, policy="missile", channel_map=tmp_path / "map.json")
+
+    def install(slot: int, kind: str, colors: list[int]) -> None:
+        text = f'[[tenant]]\nname = "t{slot}"\nmodel = "resnet34"\nclass = "{kind}"\ncolors = {colors}\n'
+        (tenant,) = parse_config(text + ("slo_ms = 20\n" if kind == "LS" else "")).tenants
+        executor.install(slot, tenant, executor.prepare(tenant, tmp_path))
+
+    install(1, "LS", [1, 0])
+    install(2, "BE", [2, 3, 4])
+    assert [executor.tenant_facts(slot).colors for slot in (1, 2)] == [(0, 1), (2, 3, 4)]
+    held = gpu.memory_free()
+    with pytest.raises(MisuseError, match="'t1' and 't3' share some of their colors"):
+        install(3, "BE", [1, 2])
+    with pytest.raises(MisuseError, match="color"):
+        install(3, "BE", [200])
+    assert gpu.memory_free() == held
+    executor.unload(1)
+    install(3, "BE", [1, 5])
+    for slot in (2, 3):
+        executor.unload(slot)
+    assert gpu.memory_free() == before
+    executor.close()
 
 
 def test_a_tenant_that_does_not_fit_leaves_the_others_serving(tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ class ServerConfig(_Strict):
     device: str = "auto"
     policy: str = "priority"  # how a GPU is shared, as `missile bench` names it; the CPU device has none
     ls_share: float | None = Field(default=None, gt=0, lt=1)  # of the SMs, for all LS tenants: an option of the policy
+    channel_map: str | None = None  # a file of `missile probe`, for tenants with colors; else the cache's, or measured
     tls_certificate: str | None = None
     tls_key: str | None = None
     tokens: list[Token] = Field(default_factory=list)
@@ -173,6 +174,7 @@ class TenantConfig(_Strict):
     model: a zoo name, a `.pt2` file from torch.export (relative to the config's folder), or `module:factory`.
     weights: a .safetensors file loaded into the module, by parameter name.
     weight: its share among tenants of its class, of time and of the link.
+    colors: those of the channel map that its memory on the GPU is in; two tenants have the same or none in common.
     objective: share of LS requests that should meet the SLO (for the burn rate).
     finite_inputs: refuse inputs that hold NaN or infinity.
     """
@@ -186,6 +188,7 @@ class TenantConfig(_Strict):
     weights: str | None = None
     weight: float = Field(default=1.0, gt=0, le=1000)
     residency: Literal["device", "host"] = "device"
+    colors: list[Annotated[int, Field(ge=0, le=255)]] | None = Field(default=None, min_length=1)
     batch: BatchRule = Field(default_factory=BatchRule)
     batched: bool = True
     quota: Quota = Field(default_factory=Quota)

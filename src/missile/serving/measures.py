@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import numpy as np
+from missile.statistics import nearest_rank
 
 __all__ = ["BUCKETS_S", "Histogram", "Measures", "Second", "Totals"]
 
@@ -42,6 +43,11 @@ class Totals:
     def add(self, ns: int) -> None:
         self.count += 1
         self.ns += ns
+
+
+def _quantiles_ms(latencies_ns: Iterable[int], *shares: float) -> tuple[float, ...]:
+    ordered = sorted(latencies_ns)
+    return tuple(ordered[nearest_rank(len(ordered), share)] / 1e6 for share in shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +142,7 @@ class Measures:
         p50: float | None = None
         p99: float | None = None
         if self._now:
-            p50, p99 = (float(v) / 1e6 for v in np.percentile(self._now, [50, 99]))
+            p50, p99 = _quantiles_ms(self._now, 0.5, 0.99)
         self.history.append(Second(at_s, len(self._now), self._now_refused, self._now_owed, self._now_met, p50, p99))
         self.recent.append(self._now)
         self._now = []
@@ -162,8 +168,8 @@ class Measures:
         latencies = [ns for second in self.recent for ns in second]
         if not latencies:
             return None
-        p50, p95, p99 = np.percentile(latencies, [50, 95, 99]) / 1e6
-        return float(p50), float(p95), float(p99)
+        p50, p95, p99 = _quantiles_ms(latencies, 0.5, 0.95, 0.99)
+        return p50, p95, p99
 
     def rate(self) -> float:
         """Answers per second over the last `RECENT_S` seconds."""

@@ -61,6 +61,7 @@ class Server:
             {
                 "device": server.device,
                 "policy": server.policy_text,
+                "channel_map": str(self._folder / server.channel_map) if server.channel_map else "",
                 "cpu_threads": server.cpu_threads,
                 "spin_us": server.spin_us,
                 "watchdog_s": server.watchdog_seconds,

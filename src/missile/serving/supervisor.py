@@ -24,6 +24,8 @@ __all__ = ["EngineLost", "LoadReply", "Supervisor"]
 
 log = logging.getLogger("missile.supervisor")
 
+_STARTUP_S = 60.0  # what an engine may take to say its first word: it imports PyTorch or opens a GPU
+
 
 class EngineLost(MissileError):
     """The engine process ended while it was asked for something."""
@@ -172,8 +174,10 @@ class Supervisor:
 
     def check(self) -> None:
         """To be called about once a second: an engine that has said nothing for too long is killed (and so restarted)."""
-        if self.running and not self._stopping and time.monotonic() - self._heard > self._watchdog_s:
-            log.error("the engine has been silent for %.0f s; it is killed and started anew", self._watchdog_s)
+        starting = self._ready is not None and not self._ready.done()
+        patience = max(self._watchdog_s, _STARTUP_S) if starting else self._watchdog_s
+        if self.running and not self._stopping and time.monotonic() - self._heard > patience:
+            log.error("the engine has been silent for %.0f s; it is killed and started anew", patience)
             self.kill()
 
     def kill(self) -> None:

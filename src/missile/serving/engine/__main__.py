@@ -36,7 +36,8 @@ def open_executor(link: Link, hello: dict[str, Any]) -> Executor:
     from missile.gpu.registry import open_gpu
     from missile.serving.engine.gpu import GpuExecutor
 
-    return GpuExecutor(link.arena, open_gpu(device), policy=hello["policy"])
+    channel_map = Path(hello["channel_map"]) if hello["channel_map"] else None
+    return GpuExecutor(link.arena, open_gpu(device), policy=hello["policy"], channel_map=channel_map)
 
 
 def main() -> int:

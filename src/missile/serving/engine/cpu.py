@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ class CpuExecutor:
             self._busy = True
             self._work.put(batch)
 
-    def poll(self) -> list[Batch]:
+    def poll(self, attend: Callable[[], bool]) -> list[Batch]:
         ended = []
         while self._finished:
             ended.append(self._finished.popleft())

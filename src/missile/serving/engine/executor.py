@@ -5,7 +5,7 @@ An executor is given batches and hands them back, finished. It decides nothing a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -110,8 +110,9 @@ class Executor(Protocol):
     def start(self, batch: Batch, *, latency_sensitive: bool) -> None:
         """Start a batch. It may run to its end before this returns."""
 
-    def poll(self) -> list[Batch]:
-        """Batches that have ended since the last call. Never blocks."""
+    def poll(self, attend: Callable[[], bool]) -> list[Batch]:
+        """Batches that have ended since the last call. May look after running ones for a while, until `attend` says that
+        the caller is needed elsewhere."""
 
     def tenant_facts(self, slot: int) -> TenantFacts: ...
     def close(self) -> None: ...

@@ -10,25 +10,24 @@ from __future__ import annotations
 
 import os
 import queue
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from missile.compiler.bind import BoundModel, bind
-from missile.compiler.library import find_package
-from missile.compiler.package import BufferKind, ModelPackage
+from missile.compiler.bind import BoundModel
 from missile.errors import GpuError, MissileError, UnsupportedError
-from missile.gpu.interface import Gpu, HostBuffer, Level
+from missile.gpu.interface import Gpu, HostBuffer, Launch, Level
 from missile.runtime.loading import BE_DEPTH, LS_DEPTH, LoadedTenant
+from missile.runtime.policies import create_policy
 from missile.runtime.tenant import Tenant
 from missile.serving.config import TenantConfig
+from missile.serving.engine.binding import Binder, Found
 from missile.serving.engine.executor import Batch, DeviceFacts, Loaded, TenantFacts
 from missile.serving.engine.live import Ended, LiveEngine
 from missile.serving.engine.packages import Views, copy_tensor, package_signature, views
@@ -37,14 +36,16 @@ from missile.serving.tensors import ModelSignature
 
 __all__ = ["GpuExecutor"]
 
-_LOOK_NS = 20_000  # how long a poll may wait for a running batch
+_LOOK_NS = 20_000  # how long a step may wait for a running batch
+_LOOK_AFTER_NS = 500_000  # how long a poll may look after running batches
 _ASIDE_BYTES = 1 << 20  # tenants whose batches have more than this, in or out, are copied on a thread
 _SETTLE_S = 60.0  # how long batches may take to end before tenants can't be changed
 _USE_NS = 100_000_000  # shortest time over which used SMs are averaged
 _ISOLATION = {
     "priority": "LS streams have priority; SMs, caches, memory and link are shared",
     "partition": "SMs are split between LS and BE tenants; caches, memory and link are shared",
-    "missile": "LS has priority, BE gives SMs back while LS requests are there; caches, memory and link are shared",
+    "missile": "LS has priority, BE gives SMs back while LS requests are there; caches, memory and link are shared, "
+    "but for tenants with colors of their own",
 }
 
 
@@ -61,6 +62,8 @@ class _Model:
     bound: BoundModel
     loaded: LoadedTenant
     depth: int
+    notes: tuple[str, ...]
+    preemptible: bool
     aside: bool
     inputs: Views
     outputs: Views
@@ -72,17 +75,20 @@ class _Model:
     preempted: int = 0
     used_from: int = 0
     used_sms: float = 0.0
+    executed_ns: int = 0  # when the last of its batches that has ended did so
 
 
 class GpuExecutor:
     """Owns `gpu`. policy: what `create_policy` takes. UnsupportedError when the GPU has not what it needs."""
 
-    def __init__(self, arena: memoryview, gpu: Gpu, *, policy: str) -> None:
+    def __init__(self, arena: memoryview, gpu: Gpu, *, policy: str, channel_map: Path | None = None) -> None:
         if gpu.info.level < Level.PRIORITIES:
             raise UnsupportedError(f"Serving needs stream priorities, which {gpu.info.name} does not have.")
         self._arena = np.frombuffer(arena, np.uint8)
         self._gpu = gpu
         self._policy = policy
+        preempt = getattr(create_policy(policy), "preempt", False)
+        self._binder = Binder(gpu, preempt=preempt, channel_map=channel_map)
         self._models: dict[int, _Model] = {}
         self._order: list[_Model] = []  # by number in the live engine
         self._live: LiveEngine | None = None
@@ -117,54 +123,42 @@ class GpuExecutor:
 
     # --- models
 
-    def prepare(self, tenant: TenantConfig, folder: Path) -> tuple[ModelPackage, Path | None]:
+    def prepare(self, tenant: TenantConfig, folder: Path) -> Found:
         """The tenant's package, compiled now when there is none yet (minutes; what runs is disturbed meanwhile)."""
-        if tenant.model.endswith(".pt2") or tenant.weights or tenant.options or tenant.inputs:
-            raise UnsupportedError(
-                f"Tenant {tenant.name!r}: .pt2 files, weights, options and inputs of one's own are for the CPU device; on a "
-                "GPU, name a zoo model, a package directory or module:factory."
-            )
-        if tenant.residency == "host":
-            raise UnsupportedError(f"Tenant {tenant.name!r}: residency = host is not served yet.")
-        if not tenant.batched:
-            raise UnsupportedError(f"Tenant {tenant.name!r}: models without a batch axis are for the CPU device.")
-        local = folder / tenant.model
-        if (local / "package.json").is_file():
-            return find_package(str(local), tenant.batch.max, self._gpu.info)
-        if ":" in tenant.model and str(folder) not in sys.path:
-            sys.path.append(str(folder))
-        return find_package(tenant.model, tenant.batch.max, self._gpu.info)
+        return self._binder.find(tenant, folder)
 
-    def install(self, slot: int, tenant: TenantConfig, prepared: tuple[ModelPackage, Path | None]) -> Loaded:
+    def install(self, slot: int, tenant: TenantConfig, prepared: Found) -> Loaded:
         """The others pause while the policy is set up anew with this tenant: the GPU is split once for all of them."""
-        package, directory = prepared
-        if any(buffer.kind is BufferKind.STATE for buffer in package.buffers):
-            raise UnsupportedError(f"Tenant {tenant.name!r}: its model keeps state from request to request.")
-        model = self._load(tenant, package, directory)
+        self._settle()
+        model = self._load(tenant, prepared)
         try:
             self._set_up([*self._models.values(), model])
         except BaseException as error:
             self._drop(model, error)
             raise
         self._models[slot] = model
-        notes = (f"compiled for a batch of {package.batch}; smaller ones run padded",) if package.batch > 1 else ()
-        return Loaded(model.signature, model.bound.nbytes, notes, depth=model.depth)
+        return Loaded(model.signature, model.bound.nbytes, model.notes, depth=model.depth)
 
-    def _load(self, tenant: TenantConfig, package: ModelPackage, directory: Path | None) -> _Model:
-        signature = package_signature(package)
+    def _load(self, tenant: TenantConfig, found: Found) -> _Model:
+        signature = package_signature(found.package)
         depth = LS_DEPTH if tenant.tenant_class == "LS" else BE_DEPTH + 1  # one is filled while others are on the GPU
+        others = {m.tenant.name: m.loaded.colors for m in self._models.values() if m.loaded.colors}
+        others.pop(tenant.name, None)  # it takes over from itself
         with ExitStack() as undo:
-            bound = bind(package, directory, self._gpu, tenant=tenant.name)
-            undo.callback(bound.close)
+            placed = self._binder.place(tenant, found, others, undo)
+            bound = placed.bound
             inputs = self._pinned(bound.input_bytes, depth, tenant, undo)
             outputs = self._pinned(bound.output_bytes, depth, tenant, undo)
-            loaded = LoadedTenant(_runtime_tenant(tenant), bound, inputs, outputs, depth)
+            colors = placed.colors or ()
+            loaded = LoadedTenant(_runtime_tenant(tenant), bound, inputs, outputs, depth, colors=colors)
             return _Model(
                 tenant=tenant,
                 signature=signature,
                 bound=bound,
                 loaded=loaded,
                 depth=depth,
+                notes=placed.notes,
+                preemptible=_is_preemptible(bound),
                 aside=max(bound.input_bytes, bound.output_bytes) > _ASIDE_BYTES,
                 inputs=views(bound, inputs, depth, is_input=True),
                 outputs=views(bound, outputs, depth, is_input=False),
@@ -209,7 +203,7 @@ class GpuExecutor:
         """Bring everything that was started to its end; `poll` hands it out later."""
         give_up = time.monotonic() + _SETTLE_S
         while any(model.flying for model in self._order):
-            self._move()
+            self._move(_LOOK_NS)
             if time.monotonic() > give_up:
                 raise MissileError("Batches on the GPU did not end, so its tenants can't be changed.")
 
@@ -225,18 +219,18 @@ class GpuExecutor:
         fresh = _runtime_tenant(tenant)
         if fresh != model.loaded.tenant:
             loaded = model.loaded
-            model.loaded = LoadedTenant(fresh, loaded.model, loaded.inputs, loaded.outputs, loaded.depth)
+            model.loaded = replace(loaded, tenant=fresh)
             self._set_up(list(self._models.values()))
 
     def tenant_facts(self, slot: int) -> TenantFacts:
         model = self._models[slot]
         self._note_use()
-        preemptible = self._policy.startswith("missile")
         return TenantFacts(
             memory_bytes=model.bound.nbytes,
             sms_granted=float(self._granted(model)),
             sms_used=round(model.used_sms, 2),
-            preemptions=model.preempted if preemptible else None,
+            colors=model.loaded.colors or None,
+            preemptions=model.preempted if model.preemptible else None,
         )
 
     def _granted(self, model: _Model) -> int:
@@ -283,31 +277,37 @@ class GpuExecutor:
             self._fill(model, batch, index)
             self._filled.append(model)
 
-    def poll(self) -> list[Batch]:
-        if not self._finished:
-            self._move()
+    def poll(self, attend: Callable[[], bool]) -> list[Batch]:
+        until = time.monotonic_ns() + _LOOK_AFTER_NS
+        while not self._finished:
+            hurry = attend()
+            self._move(0 if hurry else _LOOK_NS)
+            if hurry or self._live is None or not self._live.busy or time.monotonic_ns() > until:
+                break
         ended = list(self._finished)
         self._finished.clear()
         return ended
 
-    def _move(self) -> None:
+    def _move(self, patience_ns: int) -> None:
         """One step: filled batches to the live engine, ended ones from it."""
         live = self._live
         if live is None:
             return
         while self._filled:
             live.submit(self._filled.popleft().number)
-        for ended in live.step(_LOOK_NS) if live.busy else ():
+        for ended in live.step(patience_ns) if live.busy else ():
             self._end(ended)
         while self._emptied:
-            batch = self._emptied.popleft()
-            self._hand_out(batch)
+            self._hand_out(self._emptied.popleft())
 
     def _end(self, ended: Ended) -> None:
         model = self._order[ended.tenant]
         batch = next(b for b in model.flying if not b.executed_ns)
         # Event times are on the host's clock, but only to within its calibration: keep the parts in order.
         now = time.monotonic_ns()
+        # What it waited for the batch before it is queueing. (The buffers are filled meanwhile.)
+        batch.start_ns = min(max(batch.start_ns, model.executed_ns), now)
+        model.executed_ns = max(ended.end_ns, model.executed_ns)
         batch.execute_ns = min(max(ended.start_ns, batch.start_ns), now)
         batch.executed_ns = min(max(ended.end_ns, batch.execute_ns), now)
         index = ended.request % model.depth
@@ -360,6 +360,10 @@ class GpuExecutor:
         self._work.put(None)
         self._copier.join(5.0)
         self._gpu.close()
+
+
+def _is_preemptible(bound: BoundModel) -> bool:
+    return any(isinstance(operation, Launch) and operation.preempt is not None for operation in bound.operations)
 
 
 def _runtime_tenant(tenant: TenantConfig) -> Tenant:

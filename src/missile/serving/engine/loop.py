@@ -9,6 +9,7 @@ import select
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ log = logging.getLogger("missile.engine")
 FACTS_EVERY_NS = 500_000_000
 CONTROL_EVERY_NS = 2_000_000
 BACKLOG_NS = 1_000_000
+
+
+def _at_once() -> bool:
+    return True
 
 
 def batch_limits(tenant: TenantConfig, depth: int = 1) -> BatchLimits:
@@ -73,7 +78,7 @@ class EngineLoop:
         while not self._gone and not (self._stopping and not self._limits):
             self._take_calls()
             self._dispatch()
-            self._collect()
+            self._collect(self._attend)
             self._finish_loads()
             now = time.monotonic_ns()
             if now >= next_facts:
@@ -86,7 +91,7 @@ class EngineLoop:
             if len(link.calls) or self._executor.polling or self._spin(poller, next_facts):
                 continue
             link.call_bell.arm()
-            if not len(link.calls) and not self._loaded and not self._collect():
+            if not len(link.calls) and not self._loaded and not self._collect(_at_once):
                 for descriptor, _ in poller.poll(max(0.0, (self._wake_ns(next_facts) - time.monotonic_ns()) / 1e6)):
                     if descriptor == link.control.fileno():
                         self._take_control()
@@ -152,14 +157,18 @@ class EngineLoop:
                     batch = Batch(slot, run, [self._layout(call) for call in run], now)
                     self._running.setdefault(slot, deque()).append(now)
                     self._executor.start(batch, latency_sensitive=latency_sensitive)
-                    self._collect()
+                    self._collect(_at_once)
                     self._take_calls()
 
-    def _collect(self) -> bool:
+    def _attend(self) -> bool:
+        """Whether there are calls, or models that have been loaded, to look after."""
+        return bool(len(self._link.calls) or self._loaded)
+
+    def _collect(self, attend: Callable[[], bool]) -> bool:
         """Answer for what the executor has finished; True when there was any."""
         while self._backlog and self._link.answers.push(*self._backlog[0]):
             self._backlog.popleft()
-        finished = self._executor.poll()
+        finished = self._executor.poll(attend)
         for batch in finished:
             started = self._running[batch.slot]
             started.popleft()

@@ -1,0 +1,149 @@
+"""A tenant's model brought onto the GPU: its package, its colors of memory, and whether its blocks leave on demand."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from missile.coloring.shares import Demand
+from missile.compiler.bind import BoundModel, bind
+from missile.compiler.bind_colored import bind_colored
+from missile.compiler.library import find_package
+from missile.compiler.package import BufferKind, ModelPackage
+from missile.compiler.planning import needed_bytes
+from missile.compiler.preemptible import preempt_model
+from missile.compiler.preemptible_code import PreemptibleKernels, preemptible_kernels
+from missile.errors import MissileError, MisuseError, OutOfMemoryError, UnsupportedError
+from missile.gpu.interface import Gpu
+from missile.probe import ChannelMap, map_for, read_map
+from missile.runtime.coloring import ColoredTenants, Coloring
+from missile.serving.config import TenantConfig
+
+__all__ = ["Binder", "Found", "Placed"]
+
+log = logging.getLogger("missile.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A tenant's package and where it lies (None: recorded). kernels: its code that can be preempted, None for none."""
+
+    package: ModelPackage
+    directory: Path | None
+    kernels: PreemptibleKernels | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A model on the GPU; it and its memory belong to whoever gave the exit stack."""
+
+    bound: BoundModel
+    colors: tuple[int, ...] | None
+    notes: tuple[str, ...]
+
+
+class Binder:
+    """preempt: make BE tenants' blocks leave on demand, where their code allows it. channel_map: of this GPU; None finds
+    the one in the cache, or measures it, when a tenant with colors comes."""
+
+    def __init__(self, gpu: Gpu, *, preempt: bool, channel_map: Path | None = None) -> None:
+        self._gpu = gpu
+        self._preempt = preempt
+        self._path = channel_map
+        self._map: ChannelMap | None = None
+
+    def find(self, tenant: TenantConfig, folder: Path) -> Found:
+        """The tenant's package, compiled now when there is none yet (minutes). Doesn't touch the GPU otherwise."""
+        if tenant.model.endswith(".pt2") or tenant.weights or tenant.options or tenant.inputs:
+            raise UnsupportedError(
+                f"Tenant {tenant.name!r}: .pt2 files, weights, options and inputs of one's own are for the CPU device; on a "
+                "GPU, name a zoo model, a package directory or module:factory."
+            )
+        if tenant.residency == "host":
+            raise UnsupportedError(f"Tenant {tenant.name!r}: residency = host is not served yet.")
+        if not tenant.batched:
+            raise UnsupportedError(f"Tenant {tenant.name!r}: models without a batch axis are for the CPU device.")
+        package, directory = self._package(tenant, folder)
+        if any(buffer.kind is BufferKind.STATE for buffer in package.buffers):
+            raise UnsupportedError(f"Tenant {tenant.name!r}: its model keeps state from request to request.")
+        notes = (f"compiled for a batch of {package.batch}; smaller ones run padded",) if package.batch > 1 else ()
+        if not self._wants_preemption(tenant) or directory is None:
+            return Found(package, directory, notes=notes)
+        try:
+            return Found(package, directory, preemptible_kernels(package, directory), notes)
+        except UnsupportedError as error:
+            return Found(package, directory, notes=(*notes, f"can't be preempted: {error}"))
+
+    def _package(self, tenant: TenantConfig, folder: Path) -> tuple[ModelPackage, Path | None]:
+        local = folder / tenant.model
+        if (local / "package.json").is_file():
+            return find_package(str(local), tenant.batch.max, self._gpu.info)
+        if ":" in tenant.model and str(folder) not in sys.path:
+            sys.path.append(str(folder))
+        return find_package(tenant.model, tenant.batch.max, self._gpu.info)
+
+    def _wants_preemption(self, tenant: TenantConfig) -> bool:
+        # Code that translates addresses and code that leaves can't be had in one yet.
+        return self._preempt and tenant.tenant_class == "BE" and tenant.colors is None
+
+    def place(
+        self, tenant: TenantConfig, found: Found, others: Mapping[str, tuple[int, ...]], undo: ExitStack
+    ) -> Placed:
+        """Load a model; `undo` gives it back. others: the colors of the tenants that are there, by name.
+
+        MisuseError for colors that overlap theirs, OutOfMemoryError naming the tenant. Nothing may run on the GPU when the
+        first tenant with colors comes, since its map is tested then.
+        """
+        gpu, notes = self._gpu, found.notes
+        if tenant.colors is not None:
+            bound, colors = self._place_colored(tenant, found, others, undo)
+            return Placed(bound, colors, (*notes, f"memory in colors {', '.join(map(str, colors))}"))
+        bound = bind(found.package, found.directory, gpu, tenant=tenant.name)
+        if self._wants_preemption(tenant) and (found.kernels is not None or gpu.info.simulated):
+            try:
+                bound = preempt_model(bound, gpu, found.kernels)
+            except UnsupportedError as error:
+                notes = (*notes, f"can't be preempted: {error}")
+            except BaseException:
+                bound.close()
+                raise
+        undo.callback(bound.close)
+        return Placed(bound, None, notes)
+
+    def _place_colored(
+        self, tenant: TenantConfig, found: Found, others: Mapping[str, tuple[int, ...]], undo: ExitStack
+    ) -> tuple[BoundModel, tuple[int, ...]]:
+        colors = tuple(sorted(set(tenant.colors or ())))
+        for name, theirs in others.items():
+            if set(theirs) & set(colors) and set(theirs) != set(colors):
+                raise MisuseError(
+                    f"Tenants {name!r} and {tenant.name!r} share some of their colors but not all; color sets are the same "
+                    "or have nothing in common."
+                )
+        coloring = Coloring(self._channel_map(), {tenant.name: colors})
+        coloring.check([tenant.name], self._gpu)
+        # Pages of its own: tenants come and go, and what of a page is in other colors stays unused.
+        demand = Demand(tenant.name, colors, needed_bytes(found.package))
+        held = undo.enter_context(ColoredTenants(self._gpu, coloring, [demand]))
+        memory = held.memories.get(tenant.name)
+        if memory is None:
+            raise held.errors.get(tenant.name) or OutOfMemoryError(
+                f"Tenant {tenant.name!r}: there is no memory in its colors.", tenant=tenant.name
+            )
+        bound = bind_colored(found.package, found.directory, self._gpu, memory)
+        undo.callback(bound.close)
+        return bound, colors
+
+    def _channel_map(self) -> ChannelMap:
+        if self._map is None:
+            try:
+                known = read_map(self._path) if self._path is not None else None
+                self._map = known or map_for(self._gpu, progress=lambda text: log.info("channel map: %s", text))
+            except MissileError as error:
+                raise UnsupportedError(f"Colors need a channel map of this GPU: {error}") from error
+        return self._map
