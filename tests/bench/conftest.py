@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from missile.bench.results import Results
-from missile.bench.run import Bench, run_all
+from missile.bench.run import Bench, Planned, run_all
 from missile.bench.scenario import Scenario, parse_scenario
 from missile.errors import MisuseError, UnsupportedError
 from missile.gpu.interface import GpuInfo, Level
@@ -114,6 +114,9 @@ class ToyTestbed:
 
     def prepare(self, tenants: tuple[Tenant, ...], policies: tuple[str, ...]) -> None:
         pass
+
+    def plan(self, tenants: tuple[Tenant, ...], *, seed: int, solos: dict[str, RunRecord]) -> Planned | None:
+        return None
 
     def _run(
         self, tenants: tuple[Tenant, ...], policy: str, what: str, seed: int, duration_ns: int, warmup_ns: int

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from missile.bench.run import Bench, run_all
+from missile.bench.report import render_report
+from missile.bench.run import Bench, Planned, run_all
 from missile.bench.scenario import Scenario
 from missile.bench.summary import summarize
 from missile.errors import KernelFaultError, MisuseError, UnsupportedError
@@ -64,6 +65,33 @@ def test_policies_are_told_objectives_in_ms(
     results, _ = _run(scenario, toy_testbed())
     detect = results.tenants[0]
     assert all(row == [(detect.slo_ms, None), (6.0, None), (None, None), (None, None)] for row in told)
+
+
+def test_missile_runs_what_the_planner_chose(
+    scenario: Scenario, toy_testbed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, ran = [], []
+    monkeypatch.setattr(toy_testbed, "describe", lambda self, policy: policy)
+
+    def plan(self: Any, tenants: Any, *, seed: int, solos: Any) -> Planned:
+        asked.append((seed, sorted(solos), solos["detect"].seed))
+        return Planned("missile:pause=off,ls_share=0.5", {"accepted": True, "text": "So."})
+
+    def shared(self: Any, tenants: Any, policy: str, **more: Any) -> Any:
+        ran.append(policy)
+        return self._run(tenants, "streams", policy, more["seed"], more["duration_ns"], more["warmup_ns"])
+
+    monkeypatch.setattr(toy_testbed, "plan", plan)
+    monkeypatch.setattr(toy_testbed, "shared", shared)
+    policies = ("missile", "missile:preempt=off", "missile:ls_share=0.3,preempt=off", "streams")
+    results, _ = _run(scenario.changed(policies=policies, repeats=2), toy_testbed())
+    planned = "missile:pause=off,ls_share=0.5"
+    assert ran == [planned, f"{planned},preempt=off", "missile:ls_share=0.3,preempt=off", "streams"] * 2
+    # Once, on arrivals that no run has, knowing the first run of each tenant alone.
+    assert asked == [(7 + 1_000_003, ["decode", "detect", "rank", "reindex"], 7)]
+    assert results.plan == {"accepted": True, "text": "So."}
+    assert [run.policy for run in results.runs[-4:]] == list(policies)
+    assert "Why missile runs as it does" in render_report(results, summarize(results))
 
 
 def test_interruption_keeps_what_was_measured(scenario: Scenario, toy_testbed: Any) -> None:

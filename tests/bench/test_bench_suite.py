@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,15 @@ def test_exceptions_are_named_with_a_reason() -> None:
     (line,) = check_claims([close])[5].exceptions
     assert "1.50 ×" in line
     assert "more than the GPU gives" in line
+
+
+def test_what_the_planner_refuses_is_not_counted_and_listed() -> None:
+    missed = summary(point("streams", 0.5, 4.0, 0.95), point("missile", 0.9, 1.4, 0.5))
+    held = dataclasses.replace(missed, accepted=False)
+    assert check_claims([missed])[0].holds is False
+    refused = check_claims([held])[0]
+    assert refused.holds is None
+    assert "not accepted" in refused.exceptions[0]
 
 
 def test_without_missile_there_is_no_claim() -> None:

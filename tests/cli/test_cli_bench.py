@@ -55,6 +55,17 @@ def test_json_is_all_there_is_on_stdout(tmp_path: Path, capsys: pytest.CaptureFi
     assert Path(answer["report"]).is_file()
 
 
+def test_the_plan_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SHORT, "--policies", "missile", "--explain", "-o", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "Plan: missile" in out
+    plan = read_results(tmp_path / "results.json").plan
+    assert plan is not None
+    assert plan["policy"].startswith("missile")
+    assert main(["bench", "--report", str(tmp_path / "results.json"), "--json", "-o", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"] == plan
+
+
 def test_the_same_seed_gives_the_same_simulated_results(tmp_path: Path) -> None:
     runs = []
     for name in ("a", "b"):

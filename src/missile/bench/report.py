@@ -35,6 +35,7 @@ def render_report(results: Results, summary: Summary) -> str:
         _in_short(results, summary),
         _tenants(results, summary),
         _policies(results),
+        _plan(results),
         _tradeoff(results, summary),
         _section(results, "Latency of the LS tenants", ls_table(summary)),
         _section(results, "Throughput of the BE tenants", be_table(summary)),
@@ -124,6 +125,12 @@ def _tenants(results: Results, summary: Summary) -> str:
 def _policies(results: Results) -> str:
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in results.policies.items())
     return f"<h2>The policies</h2><dl>{rows}</dl>"
+
+
+def _plan(results: Results) -> str:
+    if results.plan is None:
+        return ""
+    return f"<h2>Why missile runs as it does{_small_badge(results)}</h2><pre>{escape(results.plan['text'])}</pre>"
 
 
 def _tradeoff(results: Results, summary: Summary) -> str:

@@ -108,6 +108,23 @@ class Run(_Strict):
             notes=list(record.notes),
         )
 
+    def record(self) -> RunRecord:
+        """What it was made from, but for the device."""
+        return RunRecord(
+            policy=self.policy,
+            device="",
+            simulated=False,
+            duration_ns=self.duration_ns,
+            warmup_ns=self.warmup_ns,
+            seed=self.seed,
+            tenants=tuple(tenant.record() for tenant in self.tenants),
+            lanes=tuple(self.lanes),
+            jitter_ns=np.asarray(self.jitter_ns, np.int64),
+            interrupted=self.interrupted,
+            fault=self.fault,
+            notes=tuple(self.notes),
+        )
+
     @property
     def whole(self) -> bool:
         """Whether it ran to its planned end; else it has samples, but no full span to judge rates and losses by."""
@@ -132,7 +149,10 @@ class TenantInfo(_Strict):
 
 
 class Results(_Strict):
-    """A bench run. `policies`: name -> what it does, in words. `environment`: strings and numbers for people."""
+    """A bench run. `policies`: name -> what it does, in words. `environment`: strings and numbers for people.
+
+    plan: what the planner of `missile` chose, as `explanation.plan_data` has it, with the explanation as "text".
+    """
 
     schema_name: str = Field(SCHEMA, alias="schema")
     created: str
@@ -146,6 +166,7 @@ class Results(_Strict):
     tenants: list[TenantInfo]
     runs: list[Run]
     notes: list[str] = Field(default_factory=list)
+    plan: dict[str, Any] | None = None
 
     @property
     def failures(self) -> dict[str, str]:

@@ -6,7 +6,7 @@ begins: a drift of the GPU meets every policy alike, and what an interruption le
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
@@ -21,7 +21,11 @@ from missile.runtime.records import RunRecord
 from missile.runtime.tenant import Tenant
 from missile.workloads.models import MODELS, default_batch
 
-__all__ = ["Bench", "Step", "Testbed", "run_all"]
+__all__ = ["Bench", "Planned", "Step", "Testbed", "run_all"]
+
+# Switches of `missile` that leave its shares to the planner; "" where it has no option at all.
+_SWITCHES = frozenset({"", "colors", "elastic", "preempt", "copies", "admission"})
+_PLANNING_SEED = 1_000_003  # plans are tried on other arrivals than those they are judged by
 
 
 class Testbed(Protocol):
@@ -42,6 +46,20 @@ class Testbed(Protocol):
 
     def prepare(self, tenants: tuple[Tenant, ...], policies: tuple[str, ...]) -> None:
         """Told that such runs follow: make what takes time once for all of them. Never needed."""
+
+    def plan(self, tenants: tuple[Tenant, ...], *, seed: int, solos: Mapping[str, RunRecord]) -> Planned | None:
+        """What the planner of `missile` chooses for `tenants`, tried on arrivals of `seed`; None: there is no planner here.
+
+        solos: each tenant's run alone, by name.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan: the policy to run, and all that is to be said of it (`Results.plan`)."""
+
+    policy: str
+    data: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +89,7 @@ class Bench:
     runs: list[Run] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _policies: dict[str, str] = field(init=False)
+    _plan: Planned | None = field(default=None, init=False)
     _skipped: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -102,7 +121,8 @@ class Bench:
             policy = step.what
             try:
                 tenants = tuple(self._with_objective(tenant) for tenant in scenario.tenants)
-                record = self.testbed.shared(tenants, policy, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
+                chosen = self._planned(policy, tenants)
+                record = self.testbed.shared(tenants, chosen, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
             except UnsupportedError as error:
                 self._skipped.add(policy)
                 self.notes.append(f"Policy {policy} was left out: {error}")
@@ -113,6 +133,21 @@ class Bench:
         if record.interrupted:
             raise KeyboardInterrupt
         self.notes += [note for note in record.notes if note not in self.notes]
+
+    def _planned(self, policy: str, tenants: tuple[Tenant, ...]) -> str:
+        """What is run for `policy`: itself, or where it is `missile` with no shares of its own, what the planner chose."""
+        name, _, options = policy.partition(":")
+        if name != "missile" or not {part.partition("=")[0].strip() for part in options.split(",")} <= _SWITCHES:
+            return policy
+        if self._plan is None:
+            solos = {
+                run.tenants[0].name: run.record() for run in reversed(self.runs) if run.kind == "solo" and run.whole
+            }
+            self._plan = self.testbed.plan(tenants, seed=self.scenario.seed + _PLANNING_SEED, solos=solos)
+        if self._plan is None:
+            return policy
+        chosen = self._plan.policy
+        return f"{chosen}{',' if ':' in chosen else ':'}{options}" if options else chosen
 
     def results(self, *, interrupted: bool = False) -> Results:
         info = self.testbed.info
@@ -129,6 +164,7 @@ class Bench:
             tenants=[self._tenant_info(tenant) for tenant in self.scenario.tenants],
             runs=self.runs,
             notes=self.notes,
+            plan=None if self._plan is None else self._plan.data,
         )
 
     def _objective_ms(self, tenant: Tenant) -> float | None:

@@ -71,6 +71,7 @@ def _page(report: SuiteReport) -> str:
         _groups(report),
         _curves(report),
         _section(report, "Every cell", "", to_html(best_table(report.cells))),
+        _plans(report),
         _predictions(report),
         _left_out(report),
         _method(report),
@@ -163,6 +164,19 @@ def _curves(report: SuiteReport) -> str:
     )
 
 
+def _plans(report: SuiteReport) -> str:
+    """The planner's words for each cell in which it planned."""
+    parts = [
+        _details(
+            f"{cell.cell.name}{'' if cell.accepted else ' (no plan was found to hold)'}",
+            f"<pre>{escape(cell.plan)}</pre>",
+        )
+        for cell in report.cells
+        if cell.plan
+    ]
+    return f"<h2>Why missile ran as it did{_badge(report)}</h2>{''.join(parts)}" if parts else ""
+
+
 def _predictions(report: SuiteReport) -> str:
     if not report.predictions:
         return ""
@@ -213,7 +227,8 @@ def _method(report: SuiteReport) -> str:
         + ".",
         f"Each baseline is tuned over its own knobs in each cell by itself ({tried}). Its best setting is the one with the "
         f"highest BE rate among those with {ATTAINED:.0%} attainment; where there is none, the one with the highest "
-        "attainment. It is chosen on the very runs that it is judged by, which favours the baselines; missile is not tuned.",
+        "attainment. It is chosen on the very runs that it is judged by, which favours the baselines; missile runs what its "
+        "planner chose, by its model and by trials on arrivals of another seed.",
         "All policies but mps run in one process and one loop, the same code; under mps each tenant has a process, and a "
         "processor core, of its own.",
         "Orion and missile use each kernel's profile, measured beforehand alone on the GPU.",

@@ -53,7 +53,8 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class CellSummary:
-    """points: by family, in the order in which the settings were run. left_out: policy -> why it is not there."""
+    """points: by family, in the order in which the settings were run. accepted: whether the planner of `missile` expected
+    its plan to hold, None where it did not plan; plan: in the planner's words."""
 
     cell: Cell
     points: Mapping[str, tuple[Point, ...]]
@@ -62,6 +63,8 @@ class CellSummary:
     be: tuple[str, ...]
     simulated: bool
     notes: tuple[str, ...]
+    accepted: bool | None = None
+    plan: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,8 @@ def _cell(cell: Cell, results: Results) -> CellSummary:
         be=tuple(t.name for t in results.tenants if t.tenant_class == "BE"),
         simulated=results.simulated,
         notes=tuple(results.notes),
+        accepted=None if results.plan is None else bool(results.plan["accepted"]),
+        plan="" if results.plan is None else str(results.plan["text"]),
     )
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
+from missile.bench.run import Planned
 from missile.bench.scenario import Scenario
 from missile.errors import MissileError
 from missile.gpu import open_gpu, resolve
 from missile.gpu.interface import Gpu, GpuInfo
+from missile.runtime.explanation import explain, plan_data
 from missile.runtime.loading import LoadedTenant, Roster, load_tenants
 from missile.runtime.mps import MpsPool, MpsSettings, is_mps
+from missile.runtime.planning import plan_tenants
 from missile.runtime.policies import create_policy, policy_summaries
 from missile.runtime.policies.missile import MissilePolicy
 from missile.runtime.preempting import Preempting, make_preemptible
@@ -20,6 +23,8 @@ from missile.runtime.run import run, solo
 from missile.runtime.tenant import Tenant
 
 __all__ = ["GpuTestbed", "open_testbed"]
+
+_TRIAL_NS = 400_000_000  # of each candidate of a plan
 
 
 @dataclass(slots=True)
@@ -68,6 +73,11 @@ class GpuTestbed:
         if chosen := [policy for policy in policies if is_mps(policy)]:
             with suppress(MissileError):
                 self._processes().prepare(tenants, chosen)
+
+    def plan(self, tenants: Sequence[Tenant], *, seed: int, solos: Mapping[str, RunRecord]) -> Planned | None:
+        view = self._view(tenants, self._preemptible().roster.tenants)
+        plan = plan_tenants(self.gpu, view, seed=seed, solos=solos, trial_ns=_TRIAL_NS)
+        return Planned(plan.chosen.policy, {"text": explain(plan), **plan_data(plan)})
 
     def _processes(self) -> MpsPool:
         if self._pool is None:

@@ -66,6 +66,9 @@ def command(
     predict: Annotated[
         str | None, typer.Option(metavar="sim:NAME", help="With --suite: run what was measured on a simulated GPU too.")
     ] = None,
+    explained: Annotated[
+        bool, typer.Option("--explain", help="Say why missile's plan is what it is, and what would break first.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Run LS and BE tenants under each policy on the same arrivals, and compare.
@@ -95,7 +98,8 @@ def command(
         if report.is_dir():
             report_suite(report, report if out == _DEFAULT_OUT else out, as_json=json)
             return
-        _show(read_results(report), report, report.parent if out == _DEFAULT_OUT else out, as_json=json)
+        where = report.parent if out == _DEFAULT_OUT else out
+        _show(read_results(report), report, where, as_json=json, explained=explained)
         return
     chosen = read_scenario(scenario) if scenario else default_scenario()
     if duration is not None:
@@ -116,7 +120,7 @@ def command(
             )
     raw = out / "results.json"
     write_results(results, raw)
-    _show(results, raw, out, as_json=json)
+    _show(results, raw, out, as_json=json, explained=explained)
     if stopped is not None:
         raise stopped
     for tenant, error in results.failures.items():
@@ -140,7 +144,7 @@ def _policies(text: str | None) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def _show(results: Results, raw: Path, directory: Path, *, as_json: bool) -> None:
+def _show(results: Results, raw: Path, directory: Path, *, as_json: bool, explained: bool) -> None:
     """Write the report into `directory` and say what came out; `raw` is where the results are."""
     summary = summarize(results)
     report = write_report(results, summary, directory / "report.html")
@@ -153,6 +157,7 @@ def _show(results: Results, raw: Path, directory: Path, *, as_json: bool) -> Non
                 "interrupted": results.interrupted,
                 "notes": results.notes,
                 "summary": asdict(summary),
+                "plan": results.plan,
                 "results": str(raw),
                 "report": str(report),
             }
@@ -160,4 +165,7 @@ def _show(results: Results, raw: Path, directory: Path, *, as_json: bool) -> Non
         return
     screen = console()
     screen.print(render_table(results, summary))
+    if explained:
+        text = results.plan["text"] if results.plan else "Policy missile did not run, so nothing was planned."
+        screen.print(f"\n{text}", soft_wrap=True, markup=False, highlight=False)
     screen.print(f"\nRaw samples: {raw}\nReport:      {report}", soft_wrap=True, markup=False)
