@@ -138,8 +138,12 @@ def bench(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     if ended.returncode:
         print(ended.stderr[-2000:])
         return {"error": ended.stderr[-500:]}
-    found: dict[str, object] = json.loads(ended.stdout)
-    return found
+    found: dict[str, dict[str, list[dict[str, object]]]] = json.loads(ended.stdout)
+    summary = found["summary"]
+    for name, rows in [("alone", summary["solo_ls"]), *((p["policy"], p["ls"]) for p in summary["policies"])]:
+        row = rows[0]  # type: ignore[index]
+        print(f"bench {name:10} LS p50 {row['p50']} p99 {row['p99']} ms, service p99 {row['service_p99']}", flush=True)
+    return dict(found)
 
 
 def main() -> None:
