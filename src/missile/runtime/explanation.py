@@ -74,7 +74,7 @@ def _why(plan: Plan) -> str:
     basis = "measured" if plan.chosen.measured is not None else "predicted"
     held = f"keep {ATTAINMENT:.0%} of requests within their objectives"
     reason = (
-        f"of the candidates that {held}, this one has the most BE work"
+        f"of the candidates that {held}, none has more BE work"
         if plan.accepted
         else f"no candidate would {held}; this one comes nearest"
     )

@@ -21,6 +21,7 @@ ATTAINMENT = 0.99
 _TRIED = 3
 _MOST_FACTOR = 64.0
 _RATE_CHANGE = 1.3
+_ALIKE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +138,13 @@ def make_plan(
 
 
 def _best(tried: Sequence[tuple[Candidate, Measured]]) -> tuple[Candidate, bool]:
-    """Of those that hold the one with the most BE work, else the one that comes nearest; and whether it holds."""
+    """Of those that hold the one with the most BE work (of those that differ by less than a trial can tell, the one with
+    the shortest p99s), else the one that comes nearest; and whether it holds."""
     holding = [pair for pair in tried if pair[1].accepted]
     if holding:
-        return max(holding, key=lambda pair: pair[1].be_rate)[0], True
+        most = max(result.be_rate for _, result in holding)
+        alike = [pair for pair in holding if pair[1].be_rate >= most * (1.0 - _ALIKE)]
+        return min(alike, key=lambda pair: sum(pair[1].p99_ns.values()))[0], True
     return max(tried, key=lambda pair: min(pair[1].attainment.values(), default=1.0))[0], False
 
 
