@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from missile.compiler.library import find_package
 from missile.gpu import open_gpu
 from missile.gpu.interface import Copy, Gpu
 from missile.pcie.engine import CopyEngine
@@ -21,10 +24,15 @@ from missile.pcie.plot import plot_report
 from missile.pcie.report import Plan, Report, measure
 from missile.pcie.runner import CopyThread, Sleeper
 from missile.pcie.summary import windows
-from missile.pcie.swap import HostModel, Swapper, WeightSlice, segments
+from missile.pcie.swap import HostModel, Swapper, SwapRun, WeightSlice, segments
 from missile.pcie.ticket import CopyState, CopyTicket, Direction
 from missile.pcie.weights import MIB, Share
+from missile.runtime.hosted import host_model, weight_bytes
 
+COLD_MODELS = (
+    ("decoder_1b", 8),
+    ("bert_large", 32),
+)  # one that takes longer to copy than to run, and the other way round
 BOTH = (Direction.H2D, Direction.D2H)
 
 
@@ -92,7 +100,6 @@ def cold_start(gpu: Gpu, report: Report, repeats: int) -> dict[str, Any]:
     for image in images:
         image.array[:] = 1
     output = gpu.allocate(layer)
-    flood_host, flood_device = gpu.allocate_host(64 * MIB), gpu.allocate(64 * MIB)
 
     def plan(base: int) -> list[Copy]:
         return [Copy(output.address, base + index * layer, layer) for index in range(layers)]
@@ -104,32 +111,16 @@ def cold_start(gpu: Gpu, report: Report, repeats: int) -> dict[str, Any]:
             for index, image in enumerate(images):
                 engine.admit(f"model {index}")
                 swapper.add(HostModel(f"model {index}", image, total, parts, plan), gpu.create_stream())
-            flood = {"on": bool(floods)}
-
-            def again(ticket: CopyTicket, engine: CopyEngine = engine, flood: dict[str, bool] = flood) -> None:
-                if flood["on"] and ticket.state is CopyState.DONE:
-                    engine.to_device(ticket.tenant, flood_device, flood_host).add_done_callback(again)
-
-            for index in range(floods):
-                engine.admit(f"bulk {index}")
-                for _ in range(2):
-                    engine.to_device(f"bulk {index}", flood_device, flood_host).add_done_callback(again)
+            flood = Flood(gpu, engine, floods)
             sleeper = Sleeper(gpu)
             ratios = []
             for index in range(repeats):
-                run = swapper.start(f"model {index % 2}")
-                while not run.done:
-                    due = engine.step()
-                    swapper.poll()
-                    if not run.done:
-                        soon = gpu.now_ns() + 20_000
-                        sleeper.wait([*engine.events(), *swapper.events()], soon if due is None else min(due, soon))
-                if run.error is not None:
-                    raise run.error
-                ratios.append(run.slowdown(ideal * share))
-            flood["on"] = False
+                run = finish(gpu, engine, swapper, sleeper, swapper.start(f"model {index % 2}"))
+            ratios.append(run.slowdown(ideal * share))
+            flood.on = False
             engine.run_until_idle()
             swapper.close()
+            flood.close()
         ratios.sort()
         out[case] = {
             "starts": repeats,
@@ -138,6 +129,94 @@ def cold_start(gpu: Gpu, report: Report, repeats: int) -> dict[str, Any]:
             "ideal_ms": total / ideal / share * 1e3,
         }
     return out
+
+
+def cold_models(gpu: Gpu, report: Report, repeats: int) -> dict[str, Any]:
+    """Cold and warm starts of compiled models that displace each other, one beside two bulk tenants of the same weight.
+
+    weights: when the last of them had arrived; whole: when the end of the model was seen; against bytes over the link's rate
+    (or the tenant's share of it), and whole also against the longer of that and the warm start: what overlapping can reach.
+    """
+    rate = report.link.raw(Direction.H2D)
+    found = {name: find_package(name, batch, gpu.info) for name, batch in COLD_MODELS}
+    budget = max(weight_bytes(package) for package, _ in found.values())
+    out: dict[str, Any] = {}
+    for case, floods, share in (("alone", 0, 1.0), ("beside two bulk tenants", 2, 1 / 3)):
+        with CopyEngine(gpu, report.options) as engine, ExitStack() as undo:
+            swapper = Swapper(gpu, engine, budget)
+            undo.callback(swapper.close)
+            for name, (package, directory) in found.items():
+                engine.admit(name)
+                model = host_model(package, directory, gpu, swapper, gpu.create_stream(), tenant=name)
+                undo.callback(model.close)
+            flood = Flood(gpu, engine, floods)
+            undo.callback(flood.close)
+            sleeper = Sleeper(gpu)
+            runs: dict[str, list[tuple[SwapRun, SwapRun]]] = {name: [] for name in found}
+            for _ in range(repeats):
+                for name in found:
+                    cold = finish(gpu, engine, swapper, sleeper, swapper.start(name))
+                    runs[name].append((cold, finish(gpu, engine, swapper, sleeper, swapper.start(name))))
+            flood.on = False
+            engine.run_until_idle()
+            for name, pairs in runs.items():
+                pairs = pairs[1:]  # the first run of a kernel loads it
+                nbytes = pairs[0][0].copied_bytes
+                ideal = nbytes / (rate * share) * 1e9
+                warm = statistics.median(run.finished_ns - run.started_ns for _, run in pairs)
+                whole = sorted(run.finished_ns - run.started_ns for run, _ in pairs)
+                weights = sorted(run.weights_ns - run.started_ns for run, _ in pairs)
+                out.setdefault(name, {})[case] = {
+                    "bytes": nbytes,
+                    "starts": len(pairs),
+                    "ideal_ms": ideal / 1e6,
+                    "warm_ms": warm / 1e6,
+                    "weights": [statistics.median(weights) / ideal, weights[-1] / ideal],
+                    "whole": [statistics.median(whole) / ideal, whole[-1] / ideal],
+                    "whole_against_longer": [
+                        statistics.median(whole) / max(ideal, warm),
+                        whole[-1] / max(ideal, warm),
+                    ],
+                }
+                print(f"  {name}, {case}: {out[name][case]}", flush=True)
+    return out
+
+
+class Flood:
+    """Tenants that always have two copies of 64 MiB waiting, until `on` is False."""
+
+    def __init__(self, gpu: Gpu, engine: CopyEngine, tenants: int) -> None:
+        self.on = True
+        self._engine = engine
+        self._host, self._device = gpu.allocate_host(64 * MIB), gpu.allocate(64 * MIB)
+        for index in range(tenants):
+            engine.admit(f"bulk {index}")
+            for _ in range(2):
+                self._copy(f"bulk {index}")
+
+    def _copy(self, tenant: str) -> None:
+        self._engine.to_device(tenant, self._device, self._host).add_done_callback(self._again)
+
+    def _again(self, ticket: CopyTicket) -> None:
+        if self.on and ticket.state is CopyState.DONE:
+            self._copy(ticket.tenant)
+
+    def close(self) -> None:
+        self._host.free()
+        self._device.free()
+
+
+def finish(gpu: Gpu, engine: CopyEngine, swapper: Swapper, sleeper: Sleeper, run: SwapRun) -> SwapRun:
+    """Drive everything until `run` is over."""
+    while not run.done:
+        due = engine.step()
+        swapper.poll()
+        if not run.done:
+            soon = gpu.now_ns() + 20_000
+            sleeper.wait([*engine.events(), *swapper.events()], soon if due is None else min(due, soon))
+    if run.error is not None:
+        raise run.error
+    return run
 
 
 def main() -> None:
@@ -159,6 +238,7 @@ def main() -> None:
             "idle": lambda: idle_cpu(gpu, report, 1.0 * scale),
             "minimums": lambda: minimums(gpu, report, 1.0 * scale),
             "cold start": lambda: cold_start(gpu, report, 4 if options.quick else 20),
+            "cold models": lambda: cold_models(gpu, report, 4 if options.quick else 11),
         }
         for name, part in parts.items():
             try:

@@ -24,6 +24,7 @@ enum { DONE = 0, CANCELLED = 1, FAILED = 2 };
 #define SPIN_NS 40000   /* an urgent copy that should end within this is not slept for */
 #define POLL_NS 20000   /* how often something is looked at that has no expected time */
 #define ATTENDED_NS 20000
+#define UNATTENDED_NS 100000
 #define MARGIN_NS 60000 /* how late a sleep may end, and the time to issue: kept in hand where the window allows it */
 
 struct calls { /* addresses in the driver, and what they are called with */
@@ -356,6 +357,7 @@ static int64_t refill_at(const struct lane *lane, int64_t now) {
 static int64_t pump_deadline(const struct lane *lane, int64_t now) {
     int64_t at = FOREVER;
     if (lane->fair.awake_count && head_of(&lane->rings[BULK])) at = refill_at(lane, now);
+    if (lane->unready) at = least(at, now + UNATTENDED_NS); /* should the owner not ask the events himself */
     int64_t eligible = fair_next_eligible(&lane->fair, now);
     if (eligible >= 0) at = least(at, eligible > now ? eligible : now + SOON_NS);
     return at;
