@@ -4,7 +4,8 @@
 
 Two tenants share the same pages, and one tries to read and to overwrite the other's memory. Then every kernel of
 `colored_kernels.py` runs in every form of translation under random color sets (three eighths of the frames of each page,
-outputs compared bit by bit) and with all frames in random order (the same, and timed by turns with the original kernel).
+outputs compared bit by bit) and in all colors (all frames in random order, or of each pair one by chance: the same, and
+timed by turns with the original kernel).
 OUT gets `colored.json`.
 """
 
@@ -51,14 +52,14 @@ PIECE = PageLayout(PAGE, tuple(range(8)))  # half of a granule; the bit above te
 MASKS = (0x89000, 0x10A000, 0xC4000)  # parities as an H100 has them, each with one of bits 12 to 14
 PAGES = 640
 ARCH = "sm_90a"
-_LOOKUP = re.compile(r"ld\.global\.nc\S* (%missile_w\d+), \[%missile_d\d+\];")
+_LOOKUP = re.compile(r"ld\.global\.L1::evict_last\S* (%missile_w\d+), \[%missile_d\d+\];")
 
 
 @dataclass(frozen=True)
 class Variant:
     name: str
     shape: Shape
-    placement: Placement = Placement.DEFINITION
+    placement: Placement = Placement.EARLY
     lookups: bool = True  # False: without loads from the table, all of it taken for zeros (what the rest costs)
 
     def rewritten(self, ptx: str) -> str:
@@ -71,11 +72,11 @@ class Variant:
             colors = rng.permutation(8)[: 8 if everything else 3].tolist()
             return ArithmeticTranslation(shape, MASKS, colors, PAGES, self._xors(8, rng))
         if not self.lookups:
-            return PairTranslation(shape, np.zeros((PAGES, layout.granules // (1 if everything else 2)), np.int64))
+            return PairTranslation(shape, np.zeros((PAGES, layout.granules // 2), np.int64))
         if shape.form is Form.PAIR:
             # A granule has two pieces, of which one is taken as the other is.
             choices = np.repeat(rng.integers(0, 2, (PAGES, layout.granules // 4)), 2, axis=1)
-            return PairTranslation(shape, np.repeat(choices[:, ::2], 4, axis=1) if everything else choices)
+            return PairTranslation(shape, choices)
         count = layout.granules if everything else layout.granules * 3 // 8 + 5
         places = rng.permutation(layout.granules)[:count]
         if shape.form is Form.SHADOW:
@@ -93,14 +94,15 @@ def _in_page(layout: PageLayout, space: TableSpace, **more: Any) -> Shape:
 
 VARIANTS = (
     Variant("pair 256", Shape(Form.PAIR, PIECE)),
-    Variant("pair 256, at access", Shape(Form.PAIR, PIECE), Placement.ACCESS),
+    Variant("pair 256, at definition", Shape(Form.PAIR, PIECE), Placement.DEFINITION),
+    Variant("pair 256, wide", Shape(Form.PAIR, PIECE, wide=True)),
     Variant("pair 256, no lookups", Shape(Form.PAIR, PIECE), lookups=False),
     Variant("pair 4K", Shape(Form.PAIR, FRAME)),
     Variant("in-page shared 4K", _in_page(FRAME, TableSpace.SHARED)),
     Variant("in-page shared 512", _in_page(GRANULE, TableSpace.SHARED)),
     Variant("in-page global 4K", _in_page(FRAME, TableSpace.GLOBAL)),
     Variant("in-page global 512", _in_page(GRANULE, TableSpace.GLOBAL)),
-    Variant("in-page shared 4K, page constants", _in_page(FRAME, TableSpace.SHARED, page_xors=True)),
+    Variant("in-page global 4K, page constants", _in_page(FRAME, TableSpace.GLOBAL, page_xors=True)),
     Variant("arithmetic 4K", Shape(Form.ARITHMETIC, FRAME, masks=3)),
     Variant("shadow 4K", Shape(Form.SHADOW, FRAME)),
     Variant("shadow 512", Shape(Form.SHADOW, GRANULE)),
@@ -293,7 +295,13 @@ class Colored:
             buffer.free()
 
 
-def build() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def chosen(names: str) -> tuple[Variant, ...]:
+    """The variants whose names are in `names`, separated by semicolons; all for ""."""
+    wanted = names.split(";") if names else [v.name for v in VARIANTS]
+    return tuple(v for v in VARIANTS if v.name in wanted)
+
+
+def build(variants: Sequence[Variant]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Compile, rewrite and assemble everything: cubins by kernel for each variant (and the transfer kernels)."""
     names = sorted({case.kernel for case in CASES})
     with ThreadPoolExecutor(14) as workers:
@@ -305,19 +313,21 @@ def build() -> tuple[dict[str, Any], list[dict[str, Any]]]:
             new = rewrite(compiled[name].asm["ptx"], variant.shape, name=name, placement=variant.placement)
             return assemble(variant.rewritten(new.ptx), arch=ARCH, name=name)
 
-        futures = [{name: workers.submit(made, v, name) for name in (*names, "transfer")} for v in VARIANTS]
+        futures = [{name: workers.submit(made, v, name) for name in (*names, "transfer")} for v in variants]
         built = [{name: future.result() for name, future in row.items()} for row in futures]
     for row in built:
         row["compiled"] = compiled
     return compiled, built
 
 
-def oracle(gpu: Gpu, stream: Stream, pool: ColoredPool, compiled: dict[str, Any], built: Any, deadline: float) -> list:
+def oracle(
+    gpu: Gpu, stream: Stream, pool: ColoredPool, variants: Sequence[Variant], compiled: Any, built: Any, deadline: float
+) -> list[dict[str, Any]]:
     runner = Runner(gpu, stream)
     rng = np.random.default_rng(4)
     plains = {case.name: Plain(case, runner, compiled[case.kernel]) for case in CASES}
     rows = []
-    for variant, cubins in zip(VARIANTS, built, strict=True):
+    for variant, cubins in zip(variants, built, strict=True):
         for everything in (False, True):
             if time.monotonic() > deadline:
                 print(f"out of time before {variant.name}", flush=True)
@@ -356,7 +366,7 @@ def protection(gpu: Gpu, stream: Stream, pool: ColoredPool) -> dict[str, Any]:
     """Tenant A has three eighths of every frame's places, B the rest of the same pages; A reaches for everything."""
     runner = Runner(gpu, stream)
     rng = np.random.default_rng(5)
-    shape = _in_page(GRANULE, TableSpace.SHARED, escape=Escape.COUNT)
+    shape = _in_page(GRANULE, TableSpace.SHARED, escape=Escape.COUNT, wide=True)
     order = rng.permutation(GRANULE.granules)
     cut = GRANULE.granules * 3 // 8
     pages = tuple(range(32))
@@ -402,11 +412,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=50.0)
+    parser.add_argument("--variants", default="", help="names, separated by semicolons; all where left out")
     arguments = parser.parse_args()
     started = time.monotonic()
     deadline = started + arguments.seconds
     torch.manual_seed(0)
-    compiled, built = build()
+    variants = chosen(arguments.variants)
+    compiled, built = build(variants)
     print(f"built in {time.monotonic() - started:.1f} s", flush=True)
     with open_gpu("cuda:0") as gpu:
         stream = gpu.create_stream()
@@ -418,7 +430,7 @@ def main() -> None:
             except Exception as error:
                 result["protection"] = {"error": f"{type(error).__name__}: {error}"}
                 traceback.print_exc()
-            result["rows"] = oracle(gpu, stream, pool, compiled, built, deadline)
+            result["rows"] = oracle(gpu, stream, pool, variants, compiled, built, deadline)
         stream.close()
     result["seconds"] = time.monotonic() - started
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -106,7 +106,10 @@ def gather(x, places, out, n, limit, BLOCK: tl.constexpr):
 
 @dataclass(frozen=True)
 class Kernel:
-    """function and the compile-time choices. signature: type of each argument that is not a constexpr."""
+    """function and the compile-time choices. signature: type of each argument that is not a constexpr.
+
+    odd: arguments that need not be multiples of 16. A wrong promise here makes kernels write where they must not.
+    """
 
     name: str
     function: Any
@@ -114,6 +117,7 @@ class Kernel:
     constants: dict[str, int]
     warps: int = 4
     stages: int = 3
+    odd: tuple[str, ...] = ()
 
 
 def _matmul(m: int, n: int, k: int, warps: int, stages: int) -> Kernel:
@@ -138,6 +142,7 @@ KERNELS = {
             convolution,
             {"x": "*fp16", "w": "*fp16", "out": "*fp16", "H": "i32", "W": "i32", "C": "i32", "K": "i32"},
             {"BM": 64, "BN": 64, "BK": 64},
+            odd=("H", "W"),
         ),
         _matmul(64, 64, 32, 4, 3),
         _matmul(16, 64, 128, 4, 4),
@@ -149,9 +154,10 @@ KERNELS = {
 
 
 def compile_kernel(kernel: Kernel, capability: int = 90) -> Any:
-    """Triton's CompiledKernel: `.asm["ptx"]`, `.asm["cubin"]`, `.metadata`. All arguments are multiples of 16."""
+    """Triton's CompiledKernel: `.asm["ptx"]`, `.asm["cubin"]`, `.metadata`."""
     signature = kernel.signature | dict.fromkeys(kernel.constants, "constexpr")
-    divisible = {(i,): [["tt.divisibility", 16]] for i in range(len(kernel.signature))}
+    names = enumerate(kernel.signature)
+    divisible = {(i,): [["tt.divisibility", 16]] for i, name in names if name not in kernel.odd}
     source = ASTSource(kernel.function, signature, kernel.constants, divisible)
     options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from colored import ARCH, PAGES, VARIANTS, Runner, Variant, by_turns
+from colored import ARCH, PAGES, Runner, Variant, by_turns, chosen
 
 from missile.coloring.pool import ColoredPool, TenantMemory
 from missile.coloring.shares import Share
@@ -162,8 +162,7 @@ def main() -> None:
     parser.add_argument("--variants", default="", help="names, separated by semicolons; all where left out")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
-    wanted = arguments.variants.split(";") if arguments.variants else [v.name for v in VARIANTS]
-    variants = tuple(v for v in VARIANTS if v.name in wanted)
+    variants = chosen(arguments.variants)
     torch.manual_seed(0)
     rng = np.random.default_rng(4)
     rows: list[dict[str, Any]] = []

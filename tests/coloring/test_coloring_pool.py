@@ -71,7 +71,7 @@ def test_tenants_on_the_same_pages_do_not_see_each_other(gpu: Gpu) -> None:
 def test_everything_is_given_back(gpu: Gpu) -> None:
     before = gpu.memory_free()
     with ColoredPool(gpu, 4) as pool:
-        memory = pool.attach(share("a", range(32), (0, 1), space=TableSpace.GLOBAL, escape=Escape.COUNT))
+        memory = pool.attach(share("a", range(32), (0, 1), space=TableSpace.GLOBAL, escape=Escape.COUNT, wide=True))
         assert memory.table_bytes > 0
         assert memory.escapes > 0
         pool.grow(2)

@@ -54,7 +54,9 @@ SHAPES = {
     "arithmetic": Shape(Form.ARITHMETIC, FRAME, masks=3),
     "arithmetic-xors": Shape(Form.ARITHMETIC, FRAME, masks=3, page_xors=True),
     "shadow": Shape(Form.SHADOW, GRANULE),
+    "shadow-wide": Shape(Form.SHADOW, GRANULE, wide=True),
     "pair": Shape(Form.PAIR, PIECE),
+    "pair-wide": Shape(Form.PAIR, PIECE, wide=True),
 }
 
 
@@ -99,16 +101,10 @@ def translation(shape: Shape, rng: np.random.Generator) -> Translation:
         units = np.concatenate([page * layout.page_bytes + layout.offsets() for page in range(4)])
         return ShadowTranslation(shape, rng.permutation(units)[: int(rng.integers(2, 9000))] // shape.unit_bytes, 4)
     if shape.form is Form.PAIR:
-        return pairs(shape, int(rng.integers(1, PAGES)), bool(rng.integers(2)), rng)
+        return PairTranslation(shape, rng.integers(0, 2, (int(rng.integers(1, PAGES)), layout.granules // 2)))
     places = rng.permutation(layout.granules)[: int(rng.integers(1, layout.granules + 1))]
     xors = rng.integers(0, layout.granules, PAGES) if shape.page_xors else ()
     return InPageTranslation(shape, places, PAGES, xors)
-
-
-def pairs(shape: Shape, pages: int, whole: bool, rng: np.random.Generator) -> PairTranslation:
-    """Random choices of one of two, or (`whole`) random swaps."""
-    choices = rng.integers(0, 2, (pages, shape.layout.granules // 2))
-    return PairTranslation(shape, np.repeat(choices, 2, axis=1) if whole else choices)
 
 
 def parameters(name: str, base: int, stride: int) -> list[bytes]:

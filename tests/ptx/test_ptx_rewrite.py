@@ -121,7 +121,7 @@ again:
     # A register that is written in the loop can only be translated in the loop.
     moving = text.replace("add.s32 %r3", "add.s64 %rd2, %rd2, 512;\n\tadd.s32 %r3")
     late = rewrite(moving, shape)
-    assert late.translations == 3
+    assert late.translations == 2
     assert list(touches(late.ptx, colored(thread, bound))) == plain_access(bound, touches(moving, thread))
 
 
@@ -176,7 +176,7 @@ def test_transfers_move_every_byte_to_its_place(form: str) -> None:
 
 
 def escaping(escape: Escape, placement: Placement) -> tuple[Shape, InPageTranslation, str]:
-    shape = Shape(Form.IN_PAGE, SHAPES["in-page-shared"].layout, escape=escape)
+    shape = Shape(Form.IN_PAGE, SHAPES["in-page-shared"].layout, escape=escape, wide=True)
     return shape, InPageTranslation(shape, [3, 7, 11], 4), rewrite(source("gather"), shape, placement=placement).ptx
 
 
@@ -263,7 +263,7 @@ def test_a_trap_is_an_option() -> None:
 
 
 def test_copies_of_nothing_do_not_count_as_escapes() -> None:
-    shape = Shape(Form.IN_PAGE, SHAPES["in-page-shared"].layout, escape=Escape.COUNT)
+    shape = Shape(Form.IN_PAGE, SHAPES["in-page-shared"].layout, escape=Escape.COUNT, wide=True)
     text = rewrite(source("matmul_64x64x32"), shape).ptx
     assert re.search(r"setp\.ne\.and\.b32\s+%missile_q\d+, %r\d+, 0, %missile_q\d+;", text)
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from missile.coloring.palette import Palette
 from missile.probe.channel_map import ChannelMap
+from missile.probe.gf2 import parity
 from missile.probe.layout import PageLayout
 
 __all__ = ["Halves", "choices", "find_halves", "piece_layout", "residue"]
@@ -69,12 +70,15 @@ def choices(palette: Palette, colors: Sequence[int], constants: Sequence[int] | 
     """Which of every two neighbouring pieces of a page with `constants` a tenant of `colors` has: 0 or 1, shape (pairs,).
 
     Of two that are both or neither of `colors`, the tenant with color 0 has the lower one: two tenants whose colors are
-    halves have every piece between them.
+    halves have every piece between them. Of all colors the tenant has one of two as well, now this one and now that.
     """
     layout = palette.layout
     wanted = np.isin(palette.pattern(constants), list(colors))
     lower, upper = wanted[0::2], wanted[1::2]
-    chosen = np.where(lower == upper, int(0 not in colors), upper)
+    if len(colors) == palette.colors:
+        chosen = parity(np.arange(len(lower)), -1)
+    else:
+        chosen = np.where(lower == upper, int(0 not in colors), upper)
     pieces = piece_layout(layout)
     starts = pieces.offsets()[0::2]
     return np.asarray(chosen[layout.index_of(starts) >> 1], np.int64)

@@ -58,8 +58,7 @@ class Field:
     COLORS = 32  # u64: parities of color i in bits 4i to 4i+3
     MASKS = 40  # u32 each
     ESCAPES = 56  # u64: address of a u64 counter
-    SCALE = 64  # u32: bytes of physical memory for each piece of logical memory (pair form)
-    BYTES = 72
+    BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,8 @@ class Shape:
     In the pair form frames are contiguous, and the lowest address bit above a frame tells two neighbours apart.
 
     page_xors: whether pages can have constants that are XORed to a frame's place in its page.
-    space: where the in-page table is looked up. MisuseError for a shape that no code can be written for.
+    space: where the in-page table is looked up. wide: whether logical memory can be larger than 4 GiB; where it can't, the
+    lower half of an address says everything. MisuseError for a shape that no code can be written for.
     """
 
     form: Form
@@ -77,6 +77,7 @@ class Shape:
     space: TableSpace = TableSpace.SHARED
     page_xors: bool = False
     escape: Escape = Escape.GUARD
+    wide: bool = False
 
     def __post_init__(self) -> None:
         bits = self.layout.inner_bits
@@ -89,12 +90,19 @@ class Shape:
             raise MisuseError(f"The {self.form} form needs frames that are contiguous.")
         if self.form in (Form.SHADOW, Form.PAIR) and self.page_xors:
             raise MisuseError(f"The {self.form} form has no constants of pages.")
+        if self.escape is not Escape.GUARD and not self.wide:
+            raise MisuseError("Only wide translations tell an access outside from one inside.")
         if self.units_per_page > 1 << 16:
             raise MisuseError("A page has more places for frames than a table entry of 16 bits can name.")
 
     @property
     def frame_bits(self) -> int:
         return len(self.layout.inner_bits)
+
+    @property
+    def reach(self) -> int:
+        """Bits of a logical offset that count; what differs above them only is taken for the same."""
+        return 32 + (self.frame_bits if self.wide else 0)
 
     @property
     def unit_bytes(self) -> int:

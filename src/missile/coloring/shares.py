@@ -30,6 +30,7 @@ __all__ = ["Demand", "Share", "plan_shares"]
 
 Ints = npt.NDArray[np.int64]
 
+_NARROW = (4 << 30) - (4 << 20)  # bytes of memory that 32-bit addresses are enough for
 _PAIR_RESIDUE = 0.05  # of a tenant's memory: more than this in colors of others, and pairs are no way to color it
 
 
@@ -74,8 +75,9 @@ def plan_shares(
     `ChannelMap.classify`; pages that were not classified are left out.
 
     form: the translation to use. None takes the pair form where the tenants' colors are two halves that split nearly every
-    pair of frames (`find_halves`), or all colors; else the in-page table where one serves all the pages that a tenant
-    needs, and the shadow page table otherwise. Of the pages, those come first whose constants vanish for the colors.
+    pair of frames (`find_halves`), or all colors (then half of every page is left unused); else the in-page table where
+    one serves all the pages that a tenant needs, and the shadow page table otherwise. Of the pages, those come first
+    whose constants vanish for the tenant's colors.
     Tenants of different colors take turns through the same pages; those of the same colors have pages of their own.
 
     The pair form is for all tenants of a pool or for none: another form would take frames that pairs give to others.
@@ -138,17 +140,21 @@ def _split_by_pairs(palette: Palette, constants: Ints, sets: set[tuple[int, ...]
 
 
 def _pairs(palette: Palette, constants: Ints, demand: Demand, colors: tuple[int, ...], escape: Escape) -> Share:
-    shape = Shape(Form.PAIR, piece_layout(palette.layout), escape=escape)
+    shape = Shape(Form.PAIR, piece_layout(palette.layout), escape=escape, wide=_wide(demand, escape))
     known = np.flatnonzero(constants[:, 2] != NO_PAGE)
-    whole = len(colors) == palette.colors
-    per_page = shape.layout.granules // (1 if whole else 2)
+    per_page = shape.layout.granules // 2
     needed = -(-demand.nbytes // shape.unit_bytes) + 1  # the guard
     if len(known) * per_page < needed:
         raise _missing(palette, demand, colors, len(known), (len(known) * per_page - 1) * shape.unit_bytes)
     pages = known[: -(-needed // per_page)]
-    taken = [np.zeros(per_page, np.int64) if whole else choices(palette, colors, constants[page]) for page in pages]
-    foreign = 0.0 if whole else float(np.mean([residue(palette, colors, constants[page]) for page in pages]))
-    return Share(demand.tenant, colors, tuple(pages.tolist()), PairTranslation(shape, np.stack(taken)), foreign)
+    taken = np.stack([choices(palette, colors, constants[page]) for page in pages])
+    foreign = float(np.mean([residue(palette, colors, constants[page]) for page in pages]))
+    return Share(demand.tenant, colors, tuple(pages.tolist()), PairTranslation(shape, taken), foreign)
+
+
+def _wide(demand: Demand, escape: Escape) -> bool:
+    # The last page may have room beyond what is asked for.
+    return escape is not Escape.GUARD or demand.nbytes > _NARROW
 
 
 def _share(
@@ -174,7 +180,7 @@ def _share(
         count = -(-needed // per_page) if per_page else 0
         if per_page and 0 < count <= len(usable):
             pages = usable[:count]
-            share = _uniform(palette, colors, reference, pages, xors[pages], form, space, escape)
+            share = _uniform(palette, colors, reference, pages, xors[pages], form, space, escape, _wide(demand, escape))
             if share is not None:
                 return Share(demand.tenant, colors, tuple(pages.tolist()), share)
         if form is not None and count <= len(usable):
@@ -193,6 +199,7 @@ def _uniform(
     form: Form | None,
     space: TableSpace,
     escape: Escape,
+    wide: bool,
 ) -> Translation | None:
     """A translation for pages that differ by XORs only; None where the form does not fit."""
     constants = bool(xors.any())
@@ -203,9 +210,9 @@ def _uniform(
         if linear is None or not contiguous or (len(xors) and xors.max() >= 1 << len(linear.masks)):
             return None
         masks = tuple(mask << len(layout.inner_bits) for mask in linear.masks)
-        shape = Shape(Form.ARITHMETIC, layout, masks=len(masks), page_xors=constants, escape=escape)
+        shape = Shape(Form.ARITHMETIC, layout, masks=len(masks), page_xors=constants, escape=escape, wide=wide)
         return ArithmeticTranslation(shape, masks, [linear.parities[c] for c in colors], len(pages), xors)
-    shape = Shape(Form.IN_PAGE, layout, space=space, page_xors=constants, escape=escape)
+    shape = Shape(Form.IN_PAGE, layout, space=space, page_xors=constants, escape=escape, wide=wide)
     return InPageTranslation(shape, palette.frames(colors, reference), len(pages), xors)
 
 
@@ -228,7 +235,7 @@ def _shadow(
         have += len(frames)
     if have < needed:
         raise _missing(palette, demand, colors, len(known), (have - 1) * palette.layout.granule_bytes)
-    translation = ShadowTranslation.from_pages(palette.layout, places, escape)
+    translation = ShadowTranslation.from_pages(palette.layout, places, escape, wide=_wide(demand, escape))
     return Share(demand.tenant, colors, tuple(known[: len(places)].tolist()), translation)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -61,8 +62,11 @@ class _Translation:
     def __init__(self, shape: Shape, pages: int, places: int) -> None:
         if pages < 1 or places < 2:
             raise MisuseError("A color set needs memory: at least one page with two frames of its colors.")
-        if places > LIMIT:
-            raise MisuseError(f"A tenant's memory has at most {LIMIT} frames, not {places}.")
+        limit = min(LIMIT, 1 << (shape.reach - shape.frame_bits))
+        if places > limit:
+            raise MisuseError(
+                f"A tenant's memory has at most {limit} frames in this shape of translation, not {places}."
+            )
         self.shape = shape
         self.pages = pages
         self.frames = places - 1
@@ -77,8 +81,8 @@ class _Translation:
     def physical(self, offsets: npt.ArrayLike) -> Ints:
         given = np.asarray(offsets, np.int64)
         layout, bits = self.shape.layout, self.shape.frame_bits
-        # As the GPU does it: 32 bits of frame number, unsigned, so that what lies below is far above.
-        frame = np.minimum((given >> bits) & 0xFFFFFFFF, self.frames)
+        # As the GPU does it: unsigned, so that what lies below is far above.
+        frame = np.minimum((given & (1 << self.shape.reach) - 1) >> bits, self.frames)
         within = given & (layout.granule_bytes - 1)
         piece, rest = np.divmod(within, layout.piece_bytes)
         return np.asarray(self.locate(frame) + layout.pieces()[piece] + rest, np.int64)
@@ -247,13 +251,15 @@ class ShadowTranslation(_Translation):
     @classmethod
     def of(cls, other: Translation) -> ShadowTranslation:
         """The shadow page table that translates as `other` does."""
-        shape = Shape(Form.SHADOW, other.shape.layout, escape=other.shape.escape)
+        shape = replace(other.shape, form=Form.SHADOW, masks=0, page_xors=False)
         return cls(shape, other.locate(np.arange(other.frames + 1)) // shape.unit_bytes, other.pages)
 
     @classmethod
-    def from_pages(cls, layout: PageLayout, places: Sequence[Ints], escape: Escape = Escape.GUARD) -> ShadowTranslation:
+    def from_pages(
+        cls, layout: PageLayout, places: Sequence[Ints], escape: Escape = Escape.GUARD, *, wide: bool = False
+    ) -> ShadowTranslation:
         """Frames of pages that have nothing in common: `places[i]` are the granule indices of page i, in logical order."""
-        shape = Shape(Form.SHADOW, layout, escape=escape)
+        shape = Shape(Form.SHADOW, layout, escape=escape, wide=wide)
         parts = [page * layout.page_bytes + layout.offsets(np.asarray(p, np.int64)) for page, p in enumerate(places)]
         return cls(shape, np.concatenate([np.empty(0, np.int64), *parts]) // shape.unit_bytes, len(places))
 
@@ -265,30 +271,23 @@ class ShadowTranslation(_Translation):
 
 
 class PairTranslation(_Translation):
-    """One frame of every two neighbours, by a bit for each logical frame; or all frames, neighbours swapped or not.
+    """One frame of every two neighbours, by a bit for each logical frame.
 
-    choices: 0 or 1, shape (pages, frames of the tenant in a page): which of the two is taken. A page has one for each pair,
-    or (the tenant has all frames) one for each frame, then the same for both of a pair: 1 where they are swapped.
+    choices: 0 or 1, shape (pages, pairs of frames in a page): which of the two is taken.
     """
 
     def __init__(self, shape: Shape, choices: npt.ArrayLike) -> None:
         if shape.form is not Form.PAIR:
             raise MisuseError(f"Choices of one of two do not go with the {shape.form} form.")
         taken = np.atleast_2d(np.asarray(choices, np.int64))
-        pages, places = taken.shape
-        granules = shape.layout.granules
-        if places not in (granules // 2, granules) or not np.isin(taken, (0, 1)).all():
-            raise MisuseError(f"A page has {granules // 2} choices of 0 or 1, or {granules}.")
-        self.whole = places == granules
-        if self.whole and (taken[:, 0::2] != taken[:, 1::2]).any():
-            raise MisuseError("Where all frames are the tenant's, both of a pair are swapped or none.")
-        super().__init__(shape, pages, pages * places)
+        if taken.shape[1] != shape.layout.granules // 2 or not np.isin(taken, (0, 1)).all():
+            raise MisuseError(f"A page has {shape.layout.granules // 2} choices of 0 or 1.")
+        super().__init__(shape, len(taken), taken.size)
         self._choices = taken.reshape(-1)
-        self._scale = 1 if self.whole else 2  # frames of physical memory for each of the tenant's
 
     def locate(self, frames: npt.ArrayLike) -> Ints:
         frame = np.asarray(frames, np.int64)
-        return np.asarray((frame * self._scale ^ self._choices[frame]) << self.shape.frame_bits, np.int64)
+        return np.asarray((frame * 2 + self._choices[frame]) << self.shape.frame_bits, np.int64)
 
     def table(self) -> npt.NDArray[np.uint32]:
         """A bit for each frame, placed so that turning its word left by the frame's number brings it to the address bit."""
@@ -296,6 +295,3 @@ class PairTranslation(_Translation):
         bits = np.zeros(-(-len(frame) // 32) * 32, np.uint8)
         bits[(frame & ~31) | (self.shape.frame_bits - frame & 31)] = self._choices
         return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
-
-    def _fill(self, out: bytearray) -> None:
-        struct.pack_into("<I", out, Field.SCALE, self._scale << self.shape.frame_bits)

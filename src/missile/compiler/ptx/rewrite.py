@@ -11,8 +11,10 @@ from enum import StrEnum
 
 from missile.coloring.shape import CONSTANTS, Escape, Shape
 from missile.compiler.ptx.access import Access, AccessKind, global_accesses
+from missile.compiler.ptx.edits import Edit, apply, lines
 from missile.compiler.ptx.flow import Flow
 from missile.compiler.ptx.parser import parse
+from missile.compiler.ptx.placing import place_early
 from missile.compiler.ptx.syntax import Declaration, Function, Module, Name
 from missile.compiler.ptx.translate import PARAMETER, Emitter, module_declarations, prologue
 from missile.errors import MisuseError, UnsupportedError
@@ -25,6 +27,7 @@ class Placement(StrEnum):
 
     ACCESS = "access"  # right before each access
     DEFINITION = "definition"  # where the address is computed, once for all its accesses; else right before the access
+    EARLY = "early"  # the lookup as early in the block as it can be, so that its latency passes with others
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +39,7 @@ class Rewritten:
     translations: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Edit:
-    start: int
-    end: int
-    text: str
-
-
-def rewrite(source: str, shape: Shape, *, name: str = "", placement: Placement = Placement.DEFINITION) -> Rewritten:
+def rewrite(source: str, shape: Shape, *, name: str = "", placement: Placement = Placement.EARLY) -> Rewritten:
     """Translate every access to global memory in the PTX text `source` by translations of `shape`.
 
     Every entry point then takes one more parameter, the last: the tenant's constants (`TenantMemory.constants`), by value.
@@ -54,7 +50,7 @@ def rewrite(source: str, shape: Shape, *, name: str = "", placement: Placement =
         raise MisuseError(f"Kernel {name or module.entries[0]!r} is colored already.")
     if "missile_" in source:
         raise UnsupportedError(f"Kernel {name!r} has names that begin with 'missile_', which translations use.")
-    edits = [_Edit(module.head_end, module.head_end, "".join(f"\n{line}" for line in module_declarations(shape)))]
+    edits = [Edit(module.head_end, module.head_end, "".join(f"\n{line}" for line in module_declarations(shape)))]
     counts: dict[AccessKind, int] = {}
     translations = 0
     for function in module.functions:
@@ -69,13 +65,13 @@ def rewrite(source: str, shape: Shape, *, name: str = "", placement: Placement =
         made, written = _function(module, function, accesses, shape, placement)
         edits += made
         translations += written
-    return Rewritten(_apply(source, edits), counts, translations)
+    return Rewritten(apply(source, edits), counts, translations)
 
 
-def _parameter(function: Function) -> _Edit:
+def _parameter(function: Function) -> Edit:
     where = function.parameters_end
     added = f",\n\t{PARAMETER}\n" if function.parameters else PARAMETER
-    return _Edit(where, where, added if function.listed else f"({added})")
+    return Edit(where, where, added if function.listed else f"({added})")
 
 
 def _check(function: Function, accesses: Iterable[Access], shape: Shape) -> None:
@@ -95,42 +91,43 @@ def _check(function: Function, accesses: Iterable[Access], shape: Shape) -> None
 
 def _function(
     module: Module, function: Function, accesses: tuple[Access, ...], shape: Shape, placement: Placement
-) -> tuple[list[_Edit], int]:
+) -> tuple[list[Edit], int]:
     flow = Flow(module, function)
     emitter = Emitter(shape)
-    edits: list[_Edit] = []
-    at_definition: dict[tuple[str, int], str] = {}
-    written = 0
-    # Where escapes are counted, only accesses that are made may be: at a definition that is not known yet.
-    early = placement is Placement.DEFINITION and shape.escape is Escape.GUARD
+    edits: list[Edit] = []
+    translated = [access for access in accesses if not access.table]
     for access in accesses:
-        instruction, address = access.instruction, access.address
-        assert address.base is not None
         if access.table:
             last = access.table_bytes - access.nbytes
-            code, physical = emitter.hold(address.base, address.offset, access.table, last)
-            edits.append(_Edit(instruction.start, instruction.start, _lines(code)))
-            edits.append(_Edit(address.start, address.end, f"[{physical}]"))
-            continue
-        definition = flow.only_definition(address.base) if early else None
-        if definition is None or definition.root == "call":
-            guard, size = _condition(access, flow)
-            code, physical = emitter.translate(address.base, address.offset, guard=guard, size=size)
-            written += 1
-            edits.append(_Edit(instruction.start, instruction.start, _lines(code)))
-        else:
-            key = (address.base, address.offset)
-            if key not in at_definition:
-                code, at_definition[key] = emitter.translate(address.base, address.offset)
-                written += 1
-                edits.append(_Edit(definition.end, definition.end, "\n\t" + _lines(code).rstrip()))
-            physical = at_definition[key]
-        edits.append(_Edit(address.start, address.end, f"[{physical}]"))
+            assert access.address.base is not None
+            code, held = emitter.hold(access.address.base, access.address.offset, access.table, last)
+            edits.append(Edit(access.instruction.start, access.instruction.start, lines(code)))
+            edits.append(Edit(access.address.start, access.address.end, f"[{held}]"))
+    # Where escapes are counted, only accesses that are made may be: at a definition that is not known yet.
+    if placement is Placement.ACCESS or shape.escape is not Escape.GUARD:
+        made, written = _at_accesses(translated, flow, emitter)
+    else:
+        made, written = place_early(
+            module.source, function, translated, flow, emitter, hoist=placement is Placement.EARLY
+        )
+    edits += made
     head = [*emitter.declarations(), *(prologue(shape) if function.entry and accesses else [])]
     if head:
         where = _behind_declarations(function)
-        edits.append(_Edit(where, where, "\n\t" + "\n\t".join(head)))
+        edits.append(Edit(where, where, "\n\t" + "\n\t".join(head)))
     return edits, written
+
+
+def _at_accesses(accesses: Iterable[Access], flow: Flow, emitter: Emitter) -> tuple[list[Edit], int]:
+    """Each access translates its address itself, right before it."""
+    edits: list[Edit] = []
+    for access in accesses:
+        assert access.address.base is not None
+        guard, size = _condition(access, flow)
+        code, physical = emitter.translate(access.address.base, access.address.offset, guard=guard, size=size)
+        edits.append(Edit(access.instruction.start, access.instruction.start, lines(code)))
+        edits.append(Edit(access.address.start, access.address.end, f"[{physical}]"))
+    return edits, len(edits) // 2
 
 
 def _condition(access: Access, flow: Flow) -> tuple[str, str]:
@@ -152,20 +149,3 @@ def _behind_declarations(function: Function) -> int:
             break
         where = statement.end
     return where
-
-
-def _lines(code: list[str]) -> str:
-    return "".join(f"{line}\n\t" for line in code)
-
-
-def _apply(source: str, edits: list[_Edit]) -> str:
-    """`source` with all edits made; those at one place in the order given."""
-    out: list[str] = []
-    position = 0
-    for edit in sorted(edits, key=lambda e: (e.start, e.end)):
-        assert edit.start >= position, "edits overlap"
-        out.append(source[position : edit.start])
-        out.append(edit.text)
-        position = edit.end
-    out.append(source[position:])
-    return "".join(out)

@@ -16,6 +16,9 @@ SHARED_TABLE = "missile_table"
 # The constants arrive with the launch: a first touch of a const bank of the module's own would miss in every launch.
 PARAMETER = f".param .align 8 .b8 {CONSTANTS}[{Field.BYTES}]"
 
+# Of tables, which nobody writes while kernels run, and which are used again and again.
+_LOAD = "ld.global.L1::evict_last"
+
 
 class Emitter:
     """Writes translations for one function. Registers that it takes are counted, to be declared once."""
@@ -30,26 +33,40 @@ class Emitter:
         guard: the predicate (`%p1`, `!%p1`) under which the access is made, size: the register with the number of bytes
         that it reads; only accesses that are made are counted or trapped. "": made in any case.
         """
-        code: list[str] = []
-        if offset:
-            logical = self.wide()
-            code.append(f"add.s64 {logical}, {address}, {offset};")
-            address = logical
-        low, high, frame = self._word(), self._word(), self._word()
-        bits = self._shape.frame_bits
-        code += [
-            f"mov.b64 {{{low}, {high}}}, {address};",
-            f"shf.r.wrap.b32 {frame}, {low}, {high}, {bits};",
-            *self._bound(frame, guard, size),
-        ]
-        form: Callable[[str, str], tuple[list[str], str]] = {
+        lookup, rest, physical = self.split(address, offset, guard=guard, size=size)
+        return lookup + rest, physical
+
+    def split(
+        self, address: str, offset: int = 0, *, guard: str = "", size: str = ""
+    ) -> tuple[list[str], list[str], str]:
+        """As `translate`, in two parts: up to the lookup in the table, which takes a while, and the rest."""
+        lookup: list[str] = []
+        if self._shape.wide:
+            if offset:
+                logical = self.wide()
+                lookup.append(f"add.s64 {logical}, {address}, {offset};")
+                address = logical
+            low, high, frame = self._word(), self._word(), self._word()
+            lookup += [
+                f"mov.b64 {{{low}, {high}}}, {address};",
+                f"shf.r.wrap.b32 {frame}, {low}, {high}, {self._shape.frame_bits};",
+            ]
+        else:
+            # Nobody uses the upper half of the address: the assembler leaves out what computes it.
+            low, frame = self._word(), self._word()
+            lookup.append(f"cvt.u32.u64 {low}, {address};")
+            if offset:
+                lookup.append(f"add.s32 {low}, {low}, {offset};")
+            lookup.append(f"shr.u32 {frame}, {low}, {self._shape.frame_bits};")
+        lookup += self._bound(frame, guard, size)
+        form: Callable[[str, str, list[str]], tuple[list[str], str]] = {
             Form.IN_PAGE: self._in_page,
             Form.ARITHMETIC: self._arithmetic,
             Form.SHADOW: self._shadow,
             Form.PAIR: self._pair,
         }[self._shape.form]
-        rest, physical = form(frame, self._within(low, code))
-        return code + rest, physical
+        rest, physical = form(frame, low, lookup)
+        return lookup, rest, physical
 
     def hold(self, address: str, offset: int, table: str, last: int) -> tuple[list[str], str]:
         """Instructions that hold `address + offset` between the variable `table` and its byte `last`, and the register."""
@@ -68,16 +85,17 @@ class Emitter:
         return [f".reg {types[kind]} %missile_{kind}<{count}>;" for kind, count in self._count.items() if count]
 
     # --- registers
-    def _take(self, kind: str) -> str:
+    def take(self, kind: str) -> str:
+        """A new register: of 16 ("h"), 32 ("w") or 64 bits ("d"), or a predicate ("q")."""
         self._count[kind] += 1
         return f"%missile_{kind}{self._count[kind] - 1}"
 
     def _word(self) -> str:
-        return self._take("w")
+        return self.take("w")
 
     def wide(self) -> str:
         """A 64-bit register."""
-        return self._take("d")
+        return self.take("d")
 
     def _constant(self, kind: str, offset: int, code: list[str]) -> str:
         register = self.wide() if kind.endswith("64") else self._word()
@@ -90,7 +108,7 @@ class Emitter:
         code: list[str] = []
         limit = self._constant("u32", Field.FRAMES, code)
         if self._shape.escape is not Escape.GUARD:
-            outside = self._take("q")
+            outside = self.take("q")
             if guard:
                 code.append(f"setp.ge.and.u32 {outside}, {frame}, {limit}, {guard};")
             else:
@@ -136,44 +154,47 @@ class Emitter:
         ]
         return quotient, remainder
 
-    def _page_xor(self, page: str, value: str, code: list[str]) -> None:
-        """XOR the page's constant into `value`, in place."""
-        if not self._shape.page_xors:
-            return
-        address, half, word = self.wide(), self._take("h"), self._word()
+    def _page_xor(self, page: str, code: list[str]) -> str:
+        """The register that has the page's constant."""
+        address, half, word = self.wide(), self.take("h"), self._word()
         table = self._constant("u64", Field.TABLE, code)
         code += [
             f"mad.wide.u32 {address}, {page}, 2, {table};",
-            f"ld.global.nc.u16 {half}, [{address}+{self._shape.xors_at}];",
+            f"{_LOAD}.u16 {half}, [{address}+{self._shape.xors_at}];",
             f"cvt.u32.u16 {word}, {half};",
-            f"xor.b32 {value}, {value}, {word};",
         ]
+        return word
 
     def _sum(self, base: str, offset: str, code: list[str]) -> str:
         wide, physical = self.wide(), self.wide()
         code += [f"cvt.u64.u32 {wide}, {offset};", f"add.s64 {physical}, {base}, {wide};"]
         return physical
 
-    # --- forms
-    def _in_page(self, frame: str, within: str) -> tuple[list[str], str]:
+    # --- forms: given the frame's number, the address's lower half, and the first part, to be continued; the rest
+    def _in_page(self, frame: str, low: str, lookup: list[str]) -> tuple[list[str], str]:
         code: list[str] = []
-        page, place = self._divide(frame, code)
+        page, place = self._divide(frame, lookup)
         unit, start, offset = self._word(), self.wide(), self._word()
-        self._look_up(place, unit, code)
-        self._page_xor(page, unit, code)
+        half = self._look_up(place, lookup)
+        code.append(f"cvt.u32.u16 {unit}, {half};")
+        if self._shape.page_xors:
+            xor = self._page_xor(page, lookup)
+            code.append(f"xor.b32 {unit}, {unit}, {xor};")
         base = self._constant("u64", Field.BASE, code)
+        within = self._within(low, code)
         code += [
             f"mad.wide.u32 {start}, {page}, {self._shape.layout.page_bytes}, {base};",
             f"mad.lo.u32 {offset}, {unit}, {self._shape.unit_bytes}, {within};",
         ]
         return code, self._sum(start, offset, code)
 
-    def _look_up(self, place: str, unit: str, code: list[str]) -> None:
-        half = self._take("h")
+    def _look_up(self, place: str, code: list[str]) -> str:
+        """The register, 16 bits, that has the table's entry for `place`."""
+        half = self.take("h")
         if self._shape.space is TableSpace.GLOBAL:
             entry = self.wide()
             table = self._constant("u64", Field.TABLE, code)
-            code += [f"mad.wide.u32 {entry}, {place}, 2, {table};", f"ld.global.nc.u16 {half}, [{entry}];"]
+            code += [f"mad.wide.u32 {entry}, {place}, 2, {table};", f"{_LOAD}.u16 {half}, [{entry}];"]
         else:
             address = self._word()
             code += [
@@ -181,74 +202,76 @@ class Emitter:
                 f"mad.lo.u32 {address}, {place}, 2, {address};",
                 f"ld.shared.u16 {half}, [{address}];",
             ]
-        code.append(f"cvt.u32.u16 {unit}, {half};")
+        return half
 
-    def _arithmetic(self, frame: str, within: str) -> tuple[list[str], str]:
+    def _arithmetic(self, frame: str, low: str, lookup: list[str]) -> tuple[list[str], str]:
         shape = self._shape
-        code: list[str] = []
-        row, which = self._divide(frame, code)
+        row, which = self._divide(frame, lookup)
         shift, color, start, offset = self._word(), self._word(), self.wide(), self._word()
-        colors = self._constant("u64", Field.COLORS, code)
+        colors = self._constant("u64", Field.COLORS, lookup)
         shifted = self.wide()
-        code += [
+        lookup += [
             f"shl.b32 {shift}, {which}, 2;",
             f"shr.u64 {shifted}, {colors}, {shift};",
             f"cvt.u32.u64 {color}, {shifted};",
             f"and.b32 {color}, {color}, {(1 << shape.masks) - 1};",
         ]
         for index in range(shape.masks):
-            mask = self._constant("u32", Field.MASKS + 4 * index, code)
+            mask = self._constant("u32", Field.MASKS + 4 * index, lookup)
             bits, count = self._word(), self._word()
-            code += [
+            lookup += [
                 f"and.b32 {bits}, {row}, {mask};",
                 f"popc.b32 {count}, {bits};",
                 f"and.b32 {count}, {count}, 1;",
                 f"shl.b32 {count}, {count}, {index};",
                 f"xor.b32 {color}, {color}, {count};",
             ]
+        code: list[str] = []
         if shape.page_xors:
             page = self._word()
-            code.append(f"shr.u32 {page}, {row}, {shape.layout.page_bits - shape.frame_bits - shape.masks};")
-            self._page_xor(page, color, code)
+            lookup.append(f"shr.u32 {page}, {row}, {shape.layout.page_bits - shape.frame_bits - shape.masks};")
+            xor = self._page_xor(page, lookup)
+            code.append(f"xor.b32 {color}, {color}, {xor};")
         base = self._constant("u64", Field.BASE, code)
+        within = self._within(low, code)
         code += [
             f"mad.wide.u32 {start}, {row}, {1 << (shape.frame_bits + shape.masks)}, {base};",
             f"mad.lo.u32 {offset}, {color}, {1 << shape.frame_bits}, {within};",
         ]
         return code, self._sum(start, offset, code)
 
-    def _shadow(self, frame: str, within: str) -> tuple[list[str], str]:
+    def _shadow(self, frame: str, low: str, lookup: list[str]) -> tuple[list[str], str]:
         code: list[str] = []
         entry, unit, start = self.wide(), self._word(), self.wide()
-        table = self._constant("u64", Field.TABLE, code)
+        table = self._constant("u64", Field.TABLE, lookup)
+        lookup += [f"mad.wide.u32 {entry}, {frame}, 4, {table};", f"{_LOAD}.u32 {unit}, [{entry}];"]
         base = self._constant("u64", Field.BASE, code)
-        code += [
-            f"mad.wide.u32 {entry}, {frame}, 4, {table};",
-            f"ld.global.nc.u32 {unit}, [{entry}];",
-            f"mad.wide.u32 {start}, {unit}, {self._shape.unit_bytes}, {base};",
-        ]
+        within = self._within(low, code)
+        code.append(f"mad.wide.u32 {start}, {unit}, {self._shape.unit_bytes}, {base};")
         return code, self._sum(start, within, code)
 
-    def _pair(self, frame: str, within: str) -> tuple[list[str], str]:
+    def _pair(self, frame: str, low: str, lookup: list[str]) -> tuple[list[str], str]:
         code: list[str] = []
         bit = self._shape.frame_bits
         word, bits, entry, start = self._word(), self._word(), self.wide(), self.wide()
-        low, high, physical = self._word(), self._word(), self.wide()
-        table = self._constant("u64", Field.TABLE, code)
-        base = self._constant("u64", Field.BASE, code)
-        scale = self._constant("u32", Field.SCALE, code)
-        code += [
+        turned, below, above, physical = self._word(), self._word(), self._word(), self.wide()
+        table = self._constant("u64", Field.TABLE, lookup)
+        lookup += [
             f"shr.u32 {word}, {frame}, 5;",
             f"mad.wide.u32 {entry}, {word}, 4, {table};",
-            f"ld.global.nc.b32 {bits}, [{entry}];",
-            f"mad.wide.u32 {start}, {frame}, {scale}, {base};",
-            f"mov.b64 {{{low}, {high}}}, {start};",
-            # Below the frame the start is zero: what lies in the frame is put in without a carry.
-            f"or.b32 {low}, {low}, {within};",
-            f"shf.l.wrap.b32 {bits}, {bits}, {bits}, {frame};",
-            f"and.b32 {bits}, {bits}, {1 << bit};",
-            f"xor.b32 {low}, {low}, {bits};",
-            f"mov.b64 {physical}, {{{low}, {high}}};",
+            f"{_LOAD}.b32 {bits}, [{entry}];",
+        ]
+        base = self._constant("u64", Field.BASE, code)
+        within = self._within(low, code)
+        code += [
+            f"mad.wide.u32 {start}, {frame}, {2 << bit}, {base};",
+            f"mov.b64 {{{below}, {above}}}, {start};",
+            # A pair's start has zeros there: what lies in it is put in without a carry.
+            f"or.b32 {below}, {below}, {within};",
+            f"shf.l.wrap.b32 {turned}, {bits}, {bits}, {frame};",
+            f"and.b32 {turned}, {turned}, {1 << bit};",
+            f"or.b32 {below}, {below}, {turned};",
+            f"mov.b64 {physical}, {{{below}, {above}}};",
         ]
         return code, physical
 

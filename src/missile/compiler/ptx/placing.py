@@ -1,0 +1,150 @@
+"""Where translations stand: once for all accesses through an address, and their lookups as early as they can be.
+
+A lookup takes a while, and a warp waits at the first instruction that wants its result. At the start of a loop's body it
+passes while the warp waits for data and products anyway, and lookups of several addresses pass together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from missile.compiler.ptx.access import Access
+from missile.compiler.ptx.blocks import Blocks, Slice
+from missile.compiler.ptx.edits import Edit, apply, lines
+from missile.compiler.ptx.flow import Flow
+from missile.compiler.ptx.syntax import Function, Instruction
+from missile.compiler.ptx.translate import Emitter
+
+__all__ = ["place_early"]
+
+_KINDS = {"b16": "h", "b32": "w", "b64": "d", "pred": "q"}
+
+
+def place_early(
+    source: str, function: Function, accesses: Sequence[Access], flow: Flow, emitter: Emitter, *, hoist: bool
+) -> tuple[list[Edit], int]:
+    """Edits that translate the addresses of `accesses`, and how many translations they have.
+
+    An address that one instruction computes is translated once, behind that instruction or (where no other block wants
+    it) before the first access. Others are translated for the accesses of a block that find the same value. hoist: look up
+    early; else where the translation stands.
+    """
+    return _Placing(source, Blocks(function), flow, emitter, hoist).run(accesses)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """One translation. stand: where in the source what follows the lookup stands; behind: behind an instruction there."""
+
+    base: str
+    offset: int
+    accesses: list[Access]
+    stand: int
+    behind: bool
+    early: Slice | None
+    before: int  # the unit before which the value of `base` is meant
+
+
+class _Placing:
+    def __init__(self, source: str, blocks: Blocks, flow: Flow, emitter: Emitter, hoist: bool) -> None:
+        self._source = source
+        self._blocks = blocks
+        self._flow = flow
+        self._emitter = emitter
+        self._hoist = hoist
+        self._edits: list[Edit] = []
+        self._copies: dict[tuple[int, str], str] = {}  # new names, by unit and register
+
+    def run(self, accesses: Sequence[Access]) -> tuple[list[Edit], int]:
+        groups: dict[tuple[str, int, int, int | None], list[Access]] = {}
+        for access in accesses:
+            base = access.address.base
+            assert base is not None
+            groups.setdefault((base, access.address.offset, *self._value(base, access)), []).append(access)
+        plans = [self._plan(base, offset, members) for (base, offset, *_), members in groups.items()]
+        # From early to late, so that a copy of what an address is computed from serves those that stand later.
+        for plan in sorted(plans, key=lambda p: p.early.at if p.early else p.before):
+            self._write(plan)
+        return self._edits, len(plans)
+
+    def _value(self, base: str, access: Access) -> tuple[int, int | None]:
+        """What tells the value that `access` finds in `base` from others: its block and unit, -1 for the only one ever."""
+        if self._only(base) is not None:
+            return -1, None
+        index = self._blocks.index_at(access.instruction.start)
+        block = self._blocks.units[index].block
+        return block, self._blocks.definition(base, index, block)
+
+    def _only(self, base: str) -> Instruction | None:
+        found = self._flow.only_definition(base)
+        return None if found is None or found.root == "call" else found
+
+    def _plan(self, base: str, offset: int, accesses: list[Access]) -> _Plan:
+        units = self._blocks.units
+        places = [self._blocks.index_at(a.instruction.start) for a in accesses]
+        first = accesses[0].instruction.start
+        definition = self._only(base)
+        if definition is None:
+            before, block = places[0], units[places[0]].block
+            return _Plan(base, offset, accesses, first, False, self._slice(base, before, block), before)
+        home = self._blocks.index_at(definition.start)
+        block = units[home].block
+        if all(place > home and units[place].block == block for place in places):
+            return _Plan(base, offset, accesses, first, False, self._slice(base, home + 1, block), home + 1)
+        local = home in places  # in an inner scope, with registers of its own
+        early = None if local else self._slice(base, home + 1, block)
+        return _Plan(base, offset, accesses, definition.end, True, early, home + 1)
+
+    def _slice(self, base: str, before: int, block: int) -> Slice | None:
+        found = self._blocks.slice(base, before, block) if self._hoist else None
+        if found is None or any(self._kind(t.text) is None for u in found.units for t in self._blocks.units[u].targets):
+            return None
+        return found
+
+    def _kind(self, register: str) -> str | None:
+        declared = self._flow.type_of(register)
+        return _KINDS.get(declared if declared == "pred" else "b" + declared[1:] if declared[:1] in "bsu" else "")
+
+    # --- text
+    def _write(self, plan: _Plan) -> None:
+        if plan.early is None:
+            lookup, rest, physical = self._emitter.split(plan.base, plan.offset)
+            rest = lookup + rest
+        else:
+            copies = [self._copy(unit, plan.early) for unit in plan.early.units]
+            found = self._blocks.definition(plan.base, plan.before, plan.early.block)
+            address = plan.base if found is None else self._copies.get((found, plan.base), plan.base)
+            lookup, rest, physical = self._emitter.split(address, plan.offset)
+            self._insert(plan.early, [*(copy for copy in copies if copy), *lookup])
+        self._edits.append(_edit(plan.stand, rest, plan.behind))
+        self._edits += [Edit(a.address.start, a.address.end, f"[{physical}]") for a in plan.accesses]
+
+    def _insert(self, early: Slice, code: list[str]) -> None:
+        units = self._blocks.units
+        if early.at > self._blocks.first_of(early.block):
+            self._edits.append(_edit(units[early.at - 1].end, code, behind=True))
+        else:
+            self._edits.append(_edit(units[early.at].start, code, behind=False))
+
+    def _copy(self, index: int, early: Slice) -> str:
+        """Unit `index` with new names for what it writes; "" where there is such a copy already."""
+        unit = self._blocks.units[index]
+        if all((index, target.text) in self._copies for target in unit.targets):
+            return ""
+        changes = []
+        for target in unit.targets:
+            kind = self._kind(target.text)
+            assert kind is not None
+            name = self._copies.setdefault((index, target.text), self._emitter.take(kind))
+            changes.append(Edit(target.start, target.end, name))
+        for read in unit.reads:
+            found = self._blocks.definition(read.text, index, early.block)
+            if found is not None and (found, read.text) in self._copies:
+                sign = "!" if read.negated else ""
+                changes.append(Edit(read.start, read.end, sign + self._copies[found, read.text]))
+        return apply(self._source, changes, unit.start, unit.end)
+
+
+def _edit(where: int, code: list[str], behind: bool) -> Edit:
+    return Edit(where, where, "\n\t" + lines(code).rstrip() if behind else lines(code))
