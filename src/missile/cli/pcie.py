@@ -14,7 +14,8 @@ from missile.errors import MisuseError
 from missile.files import write_whole
 from missile.gpu import open_gpu
 from missile.gpu.registry import resolve
-from missile.pcie.report import Plan, Report, measure
+from missile.pcie.native import library
+from missile.pcie.report import SCHEDULER, Plan, Report, measure
 
 __all__ = ["command"]
 
@@ -86,19 +87,21 @@ def _print(report: Report, values: dict[str, Any]) -> None:
     chosen = values["chosen"]
     out.print(
         f"Chunks: {_size(chosen['solo_bytes'])} for one tenant, {_size(chosen['shared_bytes'])} for several, "
-        f"{_size(chosen['short_bytes'])} beside latency-sensitive ones; {chosen['depth']} at the GPU.\n"
+        f"{_size(chosen['short_bytes'])} beside latency-sensitive ones; {chosen['depth']} at the GPU. "
+        f"{_driven(report)}\n"
     )
 
-    title = f"Copies to the device beside {report.plan.bulk_tenants} bulk tenants{mark}, us"
+    title = f"Copies beside {report.plan.bulk_tenants} bulk tenants{mark}, us"
     table = Table(title=title, title_justify="left")
     for column in ("how", "1 MiB p50", "p99", "p99.9", "4 KiB p50", "p99", "p99.9", "link GB/s"):
         table.add_column(column, justify="left" if column == "how" else "right")
-    for name, row in {"alone": values["alone"], **values["compared"]}.items():
+    rows = {"alone": values["alone"], **values["compared"], f"{SCHEDULER}, D2H": values["to_host"]}
+    for name, row in rows.items():
         cells = []
         for tenant in ("ls 1 MiB", "ls 4 KiB"):
             latency = row["latency"][tenant]
             cells += [_us(latency[key]) for key in ("p50_us", "p99_us", "p999_us")]
-        style = "bold" if name == "missile" else ""
+        style = "bold" if name.startswith(SCHEDULER) else ""
         table.add_row(name, *cells, f"{row['bytes_per_s'] / 1e9:.1f}", style=style)
     out.print(table)
 
@@ -112,8 +115,15 @@ def _print(report: Report, values: dict[str, Any]) -> None:
     out.print(shares)
 
 
+def _driven(report: Report) -> str:
+    if report.native:
+        return "Driven by a thread in C."
+    why = "" if report.link.simulated else library()[1]
+    return f"Driven from Python{f': {why}' if why else ''}."
+
+
 def _size(nbytes: int) -> str:
-    return f"{nbytes >> 20} MiB" if nbytes >= 1 << 20 else f"{nbytes >> 10} KiB"
+    return f"{nbytes / (1 << 20):g} MiB" if nbytes >= 1 << 20 else f"{nbytes >> 10} KiB"
 
 
 def _us(value: float | None) -> str:
