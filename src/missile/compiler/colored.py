@@ -22,6 +22,7 @@ import missile.coloring.shape
 from missile.coloring.shape import Shape
 from missile.compiler import ptx
 from missile.compiler.package import ModelPackage
+from missile.compiler.placements import PlacementTable
 from missile.compiler.ptx.assemble import assemble
 from missile.compiler.ptx.fill import fill_entry
 from missile.compiler.ptx.rewrite import Placement, rewrite
@@ -56,7 +57,15 @@ def shape_name(shape: Shape) -> str:
     """The folder that code for `shape` lies in: different for shapes that need different code."""
     bits = "".join(f".{bit}" for bit in shape.layout.inner_bits if bit >= shape.layout.index_bits[0])
     frame = f"{shape.layout.page_bytes >> 10}k-{shape.unit_bytes}{bits}"
-    parts = [str(shape.form), frame, f"m{shape.masks}", str(shape.space), f"x{int(shape.page_xors)}", str(shape.escape)]
+    parts = [
+        str(shape.form),
+        frame,
+        f"m{shape.masks}",
+        str(shape.space),
+        f"x{int(shape.page_xors)}",
+        str(shape.escape),
+        f"w{int(shape.wide)}",
+    ]
     return "-".join(parts)
 
 
@@ -65,12 +74,14 @@ def color_kernels(
     directory: Path,
     shape: Shape,
     *,
-    placement: Placement = Placement.DEFINITION,
+    placement: Placement | None = None,
     executor: Executor | None = None,
+    keep: bool = True,
 ) -> ColoredKernels:
     """Rewrite and assemble every kernel of `package`, which lies in `directory`, for `shape`, and keep the code there.
 
-    executor: who does the work; None starts as many processes as there are cores.
+    placement: of translations in all kernels; None takes for each what was measured to be best (`PlacementTable`).
+    executor: who does the work; None starts as many processes as there are cores. keep: False leaves the package as it is.
     UnsupportedError naming the kernel that can't be colored; then nothing is kept. Replaces what was kept for the shape.
     """
     sources = {}
@@ -91,7 +102,8 @@ def color_kernels(
         )
     (arch,) = targets
     transfer = assemble(transfer_ptx(shape, arch) + fill_entry(shape), arch=arch, name=_TRANSFER)
-    tasks = [(name, text, shape, placement, arch) for name, text in sources.items()]
+    best = PlacementTable.load(package.gpu)
+    tasks = [(name, text, shape, placement or best.find(shape.form, text), arch) for name, text in sources.items()]
     count = min(os.cpu_count() or 1, -(-len(tasks) // _FEWEST_PER_WORKER))
     if executor is not None:
         done = executor.map(_colored, tasks)
@@ -102,13 +114,15 @@ def color_kernels(
     else:
         done = iter([_colored(task) for task in tasks])
     cubins = dict(zip(sources, done, strict=True))
-    _keep(cubins | {_TRANSFER: transfer}, directory / "colored" / shape_name(shape))
+    if keep:
+        _keep(cubins | {_TRANSFER: transfer}, directory / "colored" / shape_name(shape))
     return ColoredKernels(shape, cubins, transfer)
 
 
-def _colored(task: tuple[str, str, Shape, Placement, str]) -> bytes:
+def _colored(task: tuple[str, str, Shape, Placement | None, str]) -> bytes:
     name, text, shape, placement, arch = task
-    return assemble(rewrite(text, shape, name=name, placement=placement).ptx, arch=arch, name=name)
+    new = rewrite(text, shape, name=name) if placement is None else rewrite(text, shape, name=name, placement=placement)
+    return assemble(new.ptx, arch=arch, name=name)
 
 
 def _target(text: str, name: str) -> str:
