@@ -46,9 +46,14 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "orion:dur_threshold=0.1,throttle_idle=off",
     ),
     "missile": ("missile",),
-    **{f"missile:{part}=off": (f"missile:{part}=off",) for part in ("colors", "elastic", "preempt", "copies")},
+    **{
+        f"missile:{change}": (f"missile:{change}",)
+        for change in ("elastic=off", "preempt=off", "copies=off", "colors=on")
+    },
 }
-"""What each family is tried at: a baseline over its own knobs, `missile` as it plans itself, and each of its ablations."""
+"""What each family is tried at: a baseline over its own knobs, `missile` as it plans itself, and each of its ablations.
+
+Colors are the other way round: without being asked, `missile` leaves memory as it is (`variants.ModelVariants` says why)."""
 
 BASELINES = ("temporal", "streams", "priority", "partition", "mps", "orion")
 

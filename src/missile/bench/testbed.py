@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from missile.bench.run import Planned
 from missile.bench.scenario import Scenario
+from missile.bench.variants import ModelVariants
 from missile.errors import MissileError
 from missile.gpu import open_gpu, resolve
 from missile.gpu.interface import Gpu, GpuInfo
@@ -16,8 +17,6 @@ from missile.runtime.loading import LoadedTenant, Roster, load_tenants
 from missile.runtime.mps import MpsPool, MpsSettings, is_mps
 from missile.runtime.planning import plan_tenants
 from missile.runtime.policies import create_policy, policy_summaries
-from missile.runtime.policies.missile import MissilePolicy
-from missile.runtime.preempting import Preempting, make_preemptible
 from missile.runtime.records import RunRecord
 from missile.runtime.run import run, solo
 from missile.runtime.tenant import Tenant
@@ -32,7 +31,7 @@ class GpuTestbed:
     """A GPU with a scenario's tenants loaded. `why`: why `auto` chose this device, "" when it was named.
 
     Tenants are found by name: one that is run may have other arrivals, objectives or weights than the one loaded. Owns what
-    single policies need (processes for `mps`, preemptible BE models for `missile`), which is made when one is first asked
+    single policies need (processes for `mps`, other code for `missile`), which is made when one is first asked
     for; `close` ends that. GPU and roster stay the caller's.
     """
 
@@ -40,8 +39,11 @@ class GpuTestbed:
     roster: Roster
     why: str = ""
     seed: int = 0
+    _variants: ModelVariants = field(init=False)
     _pool: MpsPool | None = field(default=None, init=False)
-    _preempting: Preempting | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._variants = ModelVariants(self.gpu, self.roster)
 
     @property
     def info(self) -> GpuInfo:
@@ -60,11 +62,10 @@ class GpuTestbed:
     ) -> RunRecord:
         if is_mps(policy):
             return self._processes().run(tenants, policy, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
-        made = create_policy(policy)
-        stoppable = self._preemptible() if isinstance(made, MissilePolicy) and made.preempt else None
-        view = self._view(tenants, () if stoppable is None else stoppable.roster.tenants)
+        variant = self._variants.of(policy)
+        view = self._view(tenants, () if variant is None else variant.roster.tenants)
         record = run(self.gpu, view, policy, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
-        refused = {} if stoppable is None else stoppable.refused
+        refused = {} if variant is None else variant.refused
         notes = [f"Not preemptible: {refused[tenant.name]}" for tenant in tenants if tenant.name in refused]
         return replace(record, notes=(*record.notes, *notes))
 
@@ -75,7 +76,8 @@ class GpuTestbed:
                 self._processes().prepare(tenants, chosen)
 
     def plan(self, tenants: Sequence[Tenant], *, seed: int, solos: Mapping[str, RunRecord]) -> Planned | None:
-        view = self._view(tenants, self._preemptible().roster.tenants)
+        variant = self._variants.of("missile")
+        view = self._view(tenants, () if variant is None else variant.roster.tenants)
         plan = plan_tenants(self.gpu, view, seed=seed, solos=solos, trial_ns=_TRIAL_NS)
         return Planned(plan.chosen.policy, {"text": explain(plan), **plan_data(plan)})
 
@@ -84,17 +86,6 @@ class GpuTestbed:
             self._pool = MpsPool(self.info.device, seed=self.seed)
         return self._pool
 
-    def _preemptible(self) -> Preempting:
-        """The BE tenants' models once more, with kernels that look at a flag. Other policies run the plain ones."""
-        if self._preempting is None:
-            tenants = [entry.tenant for entry in self.roster.ready if not entry.tenant.latency_sensitive]
-            self._preempting = (
-                make_preemptible(load_tenants(self.gpu, tenants))
-                if tenants
-                else Preempting(Roster(self.gpu, (), ExitStack()), {})
-            )
-        return self._preempting
-
     def _view(self, tenants: Sequence[Tenant], instead: Sequence[LoadedTenant] = ()) -> Roster:
         """A roster of `tenants` on the models that are loaded, or on those of `instead`. They stay their owners'."""
         loaded = {entry.tenant.name: entry for entry in (*self.roster.tenants, *instead)}
@@ -102,14 +93,10 @@ class GpuTestbed:
 
     def close(self) -> None:
         """Give back what single policies needed. Idempotent."""
-        pool, preempting = self._pool, self._preempting
-        self._pool = self._preempting = None
-        try:
+        pool, self._pool = self._pool, None
+        with closing(self._variants):
             if pool is not None:
                 pool.close()
-        finally:
-            if preempting is not None:
-                preempting.roster.close()
 
 
 def describe_policy(policy: str) -> str:

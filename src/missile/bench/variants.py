@@ -1,0 +1,80 @@
+"""The tenants' models as single policies need them: preemptible, or in separate colors of memory; made when first needed."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from missile.coloring.halves import find_halves
+from missile.errors import UnsupportedError
+from missile.gpu.interface import Gpu
+from missile.probe import map_for
+from missile.runtime.coloring import Coloring
+from missile.runtime.loading import Roster, load_tenants
+from missile.runtime.policies import create_policy
+from missile.runtime.policies.missile import MissilePolicy
+from missile.runtime.preempting import Preempting, make_preemptible
+from missile.runtime.tenant import Tenant
+
+__all__ = ["ModelVariants"]
+
+
+class ModelVariants:
+    """Models beside those of `roster`, which every policy but `missile` runs on. Owns them until `close`.
+
+    `missile` gets BE models that can be preempted, unless it is told not to. Memory is in separate colors only where the
+    policy says colors=on by name: translated kernels take longer, so that separation is a choice to be compared.
+    """
+
+    def __init__(self, gpu: Gpu, roster: Roster) -> None:
+        self._gpu = gpu
+        self._roster = roster
+        self._made: dict[tuple[bool, bool], Preempting] = {}
+
+    def of(self, policy: str) -> Preempting | None:
+        """What `policy` runs on in place of the plain models, and whose model can't be preempted. None: nothing.
+
+        UnsupportedError where a model can't be colored, or the GPU has one color only; and what loading raises.
+        """
+        made = create_policy(policy)
+        if not isinstance(made, MissilePolicy):
+            return None
+        kind = (_asks_for_colors(policy), made.preempt)
+        if kind == (False, False):
+            return None
+        if kind not in self._made:
+            self._made[kind] = self._make(*kind)
+        return self._made[kind]
+
+    def _make(self, colored: bool, preemptible: bool) -> Preempting:
+        tenants = [loaded.tenant for loaded in self._roster.ready if colored or not loaded.tenant.latency_sensitive]
+        if not tenants:
+            return Preempting(Roster(self._gpu, (), ExitStack()), {})
+        roster = load_tenants(self._gpu, tenants, coloring=self._coloring(tenants) if colored else None)
+        if not preemptible:
+            return Preempting(roster, {})
+        try:
+            return make_preemptible(roster)
+        except BaseException:
+            roster.close()
+            raise
+
+    def _coloring(self, tenants: list[Tenant]) -> Coloring:
+        """LS tenants on one half of the colors, BE tenants on the other."""
+        channel_map = map_for(self._gpu)
+        halves = find_halves(channel_map)
+        if halves is None:
+            raise UnsupportedError(f"{self._gpu.info.name} has one color of memory, so nothing can be separated.")
+        ls, be = halves.sets
+        return Coloring(channel_map, {tenant.name: ls if tenant.latency_sensitive else be for tenant in tenants})
+
+    def close(self) -> None:
+        """Free all of them. Idempotent. No run may be using them."""
+        with ExitStack() as undo:
+            for made in self._made.values():
+                undo.callback(made.roster.close)
+            self._made = {}
+
+
+def _asks_for_colors(policy: str) -> bool:
+    options = (part.partition("=") for part in policy.partition(":")[2].split(","))
+    return any(name.strip() == "colors" and value.strip() in ("on", "1") for name, _, value in options)
