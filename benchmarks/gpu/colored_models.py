@@ -11,6 +11,7 @@ the table of one page): which slices they really have makes no difference to wha
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import multiprocessing
@@ -43,8 +44,10 @@ from missile.compiler.colored import (
 )
 from missile.compiler.mover import Mover
 from missile.compiler.package import BufferKind, KernelStep, ModelPackage, read_package
+from missile.compiler.placements import PlacementTable
 from missile.compiler.planning import needed_bytes, place_buffers
 from missile.compiler.profile import measure_steps
+from missile.compiler.ptx.rewrite import Placement, rewrite
 from missile.errors import MissileError
 from missile.gpu import open_gpu
 from missile.gpu.interface import Fill, Gpu, Graph, Launch, Stream
@@ -53,6 +56,7 @@ from missile.probe.channel_map import ChannelMap
 from missile.probe.map_file import read_map
 from missile.runtime.coloring import ColoredTenants, Coloring
 
+USUAL = inspect.signature(rewrite).parameters["placement"].default
 _BATCH = 10  # launches between two waits
 _ROUNDS = 6
 _TRANSFER_BYTES = 64 << 20
@@ -96,13 +100,30 @@ def variants() -> dict[str, Variant]:
     return {variant.name: variant for variant in found}
 
 
-def build(packages: dict[str, tuple[ModelPackage, Path]], shapes: Sequence[Any]) -> dict[str, Any]:
-    """Code for every shape that is not there yet: seconds and kernels by model, or what was refused."""
+Codes = dict[tuple[str, str], dict[Placement, ColoredKernels]]
+
+
+def build(
+    packages: dict[str, tuple[ModelPackage, Path]], shapes: Sequence[Any], tried: Sequence[str]
+) -> tuple[dict[str, Any], Codes]:
+    """Code for every shape that is not there yet: seconds and kernels by model, or what was refused. And, of the models
+    `tried`, code with each placement, by model and shape.
+    """
     started = time.perf_counter()
     report: dict[str, Any] = {"models": {}}
     context = multiprocessing.get_context("spawn")
     cores = os.cpu_count() or 1
-    with ProcessPoolExecutor(cores, context) as workers, ThreadPoolExecutor(len(packages) * len(shapes)) as threads:
+    codes: Codes = {}
+    with ProcessPoolExecutor(cores, context) as workers, ThreadPoolExecutor(4 * len(packages) * len(shapes)) as threads:
+        more = {
+            (name, shape, placement): threads.submit(
+                color_kernels, *packages[name], shape, placement=placement, executor=workers, keep=False
+            )
+            for name in packages
+            if name in tried
+            for shape in shapes
+            for placement in Placement
+        }
         pending: dict[tuple[str, str], Future[ColoredKernels]] = {}
         for name, (package, directory) in packages.items():
             for shape in shapes:
@@ -116,7 +137,9 @@ def build(packages: dict[str, tuple[ModelPackage, Path]], shapes: Sequence[Any])
             except MissileError as error:
                 report["models"].setdefault(name, {})[shape] = str(error)
                 print(error, flush=True)
-    return report | {"seconds": time.perf_counter() - started, "processes": cores}
+        for (name, shape, placement), future in more.items():
+            codes.setdefault((name, shape_name(shape)), {})[placement] = future.result()
+    return report | {"seconds": time.perf_counter() - started, "processes": cores}, codes
 
 
 class Timer:
@@ -236,8 +259,11 @@ class ModelRun:
         package: ModelPackage,
         directory: Path,
         by_class: bool,
+        codes: Codes,
+        table: PlacementTable,
     ) -> None:
         self._gpu, self._pool, self._map, self._by_class = gpu, pool, channel_map, by_class
+        self._codes, self._table = codes, table
         self.name, self.package, self.directory = name, package, directory
 
     def run(self, chosen: Sequence[Variant], rng: np.random.Generator, deadline: float) -> dict[str, Any]:
@@ -291,6 +317,10 @@ class ModelRun:
             undo.callback(memory.close)
             marks.append(clock())
             code = read_colored(self.package, self.directory, share.translation.shape)
+            chosen: dict[str, Any] = {}
+            if (self.name, shape_name(share.translation.shape)) in self._codes:
+                code, chosen = self._choose(memory)
+                marks[-1] = clock()
             model = bind_colored(self.package, self.directory, self._gpu, memory, kernels=code)
             undo.callback(model.close)
             marks.append(clock())
@@ -315,8 +345,36 @@ class ModelRun:
             row |= {f"{name}_ns": value for name, value in times.items()}
             row["ratio"] = times["colored"] / times["plain"]
             row["ratio_kernels"] = times["kernels"] / times["plain"]
+            row |= chosen
             row |= transfer_speed(self._gpu, timer, mover, memory)
             return row | {"classes": self._classes(plain, model) if self._by_class else {}}
+
+    def _choose(self, memory: TenantMemory) -> tuple[ColoredKernels, dict[str, Any]]:
+        """For each kernel the placement that is fastest where it stands, the usual one where others gain less than 2%."""
+        shape = memory.translation.shape
+        codes = self._codes[self.name, shape_name(shape)]
+        times: dict[Placement, dict[str, float]] = {}
+        for placement, code in codes.items():
+            model = bind_colored(self.package, self.directory, self._gpu, memory, kernels=code)
+            _, taken = measure_steps(model, self._gpu, repeats=2, runs=5)
+            own = np.asarray([not _moves(op) for op in model.operations])
+            model.close()
+            sums = times.setdefault(placement, {})
+            for step, ns in zip(self.package.steps, taken[own].tolist(), strict=True):
+                if isinstance(step, KernelStep):
+                    sums[step.kernel] = sums.get(step.kernel, 0.0) + ns
+        cubins, counts = {}, dict.fromkeys((str(p) for p in codes), 0)
+        for kernel in self.package.kernels:
+            usual = times[USUAL].get(kernel.id, 0.0)
+            best = min(codes, key=lambda p: times[p].get(kernel.id, 0.0))
+            if times[best].get(kernel.id, 0.0) > 0.98 * usual:
+                best = USUAL
+            counts[str(best)] += 1
+            cubins[kernel.id] = codes[best].cubins[kernel.id]
+            text = (self.directory / "kernels" / f"{kernel.id}.ptx").read_text()
+            self._table.note(shape.form, text, None if best is USUAL else best)
+        total = {str(p): sum(sums.values()) for p, sums in times.items()}
+        return ColoredKernels(shape, cubins, codes[USUAL].transfer), {"chosen": counts, "placement_ns": total}
 
     def _classes(self, plain: BoundModel, model: BoundModel) -> dict[str, Any]:
         """Time by class of kernel, plain and colored, ns; and the ten steps that lose most."""
@@ -384,6 +442,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--no-classes", dest="classes", action="store_false", help="leave the times of kernels out")
     parser.add_argument("--startup", action="store_true")
+    parser.add_argument("--choose", default="", help="models to choose placements for; OUT gets the table")
     parser.add_argument("--build-only", action="store_true", help="compile the colored kernels and stop: needs no GPU")
     arguments = parser.parse_args()
     started = time.monotonic()
@@ -396,10 +455,12 @@ def main() -> None:
     packages = {name: (read_package(arguments.packages / name), arguments.packages / name) for name in names}
     rng = np.random.default_rng(11)
     shapes = list(dict.fromkeys(v.share(channel_map, 8, 1 << 20, rng).translation.shape for v in chosen))
+    built, codes = build(packages, shapes, [name for name in arguments.choose.split(",") if name])
+    table = PlacementTable.load(channel_map.gpu)
     result: dict[str, Any] = {
         "stand_in_weights": True,
         "map": channel_map.gpu,
-        "build": build(packages, shapes),
+        "build": built,
         "rows": [],
     }
     print(f"built in {result['build']['seconds']:.1f} s", flush=True)
@@ -423,7 +484,9 @@ def main() -> None:
                 row = {"model": name, "error": "out of time"}
                 if time.monotonic() < started + arguments.seconds:
                     try:
-                        run = ModelRun(gpu, pool, channel_map, name, package, directory, arguments.classes)
+                        run = ModelRun(
+                            gpu, pool, channel_map, name, package, directory, arguments.classes, codes, table
+                        )
                         row = run.run(chosen, rng, started + arguments.seconds)
                     except Exception as error:
                         row = {"model": name, "error": f"{type(error).__name__}: {error}"}
@@ -435,6 +498,8 @@ def main() -> None:
                 print(_line(row), flush=True)
                 if "usable" in row.get("error", "") or "context is lost" in row.get("error", ""):
                     break
+    if codes:
+        table.save(arguments.output)
     report(result, [variant.name for variant in chosen])
 
 

@@ -22,7 +22,7 @@ import missile.coloring.shape
 from missile.coloring.shape import Shape
 from missile.compiler import ptx
 from missile.compiler.package import ModelPackage
-from missile.compiler.placements import PlacementTable
+from missile.compiler.placements import PLACEMENTS, PlacementTable
 from missile.compiler.ptx.assemble import assemble
 from missile.compiler.ptx.fill import fill_entry
 from missile.compiler.ptx.rewrite import Placement, rewrite
@@ -152,7 +152,8 @@ def is_colored(directory: Path, shape: Shape) -> bool:
 def code_version() -> str:
     """A digest of what writes colored code: code by another version is not used."""
     digest = sha256()
-    for path in (*sorted(Path(ptx.__file__).parent.glob("*.py")), Path(missile.coloring.shape.__file__)):
+    written = (*sorted(Path(ptx.__file__).parent.glob("*.py")), Path(missile.coloring.shape.__file__))
+    for path in (*written, *sorted(PLACEMENTS.glob("*.json"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

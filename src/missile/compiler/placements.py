@@ -18,8 +18,9 @@ from missile.compiler.tuning import AUTOTUNE
 from missile.errors import MisuseError
 from missile.files import write_whole
 
-__all__ = ["PlacementTable", "digest"]
+__all__ = ["PLACEMENTS", "PlacementTable", "digest"]
 
+PLACEMENTS = AUTOTUNE / "colored"
 _FORMAT = 1
 _DEBUG = re.compile(
     r"^\s*(//.*|\.(file|loc)\b.*|\.global .*\bassert\w+_\d+\[.*)\n|^\s*\.section\s[^{]*\{[^}]*\}\n?", re.MULTILINE
@@ -39,7 +40,7 @@ class PlacementTable:
     best: dict[Form, dict[str, Placement]] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, gpu: str, folder: Path = AUTOTUNE / "colored") -> PlacementTable:
+    def load(cls, gpu: str, folder: Path = PLACEMENTS) -> PlacementTable:
         """The table of a GPU by its name; an empty one where there is none. MisuseError for a broken file."""
         path = _path(gpu, folder)
         try:
@@ -68,7 +69,7 @@ class PlacementTable:
         else:
             entries[digest(ptx)] = placement
 
-    def save(self, folder: Path = AUTOTUNE / "colored") -> None:
+    def save(self, folder: Path = PLACEMENTS) -> None:
         """Write the table, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         placements = {str(form): dict(sorted(entries.items())) for form, entries in sorted(self.best.items())}
