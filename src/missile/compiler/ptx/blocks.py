@@ -17,8 +17,8 @@ __all__ = ["Blocks", "Slice", "Unit"]
 
 _REPEATABLE = frozenset(
     {
-        "abs", "add", "and", "bfe", "bfi", "clz", "cvt", "cvta", "lop3", "mad", "max", "min", "mov", "mul", "neg", "not",
-        "or", "popc", "prmt", "selp", "setp", "shf", "shl", "shr", "sub", "xor",
+        "abs", "add", "and", "bfe", "bfi", "clz", "cvt", "cvta", "div", "lop3", "mad", "max", "min", "mov", "mul", "neg",
+        "not", "or", "popc", "prmt", "rem", "selp", "setp", "shf", "shl", "shr", "sub", "xor",
     }
 )  # fmt: skip
 _FLOATS = frozenset({"f16", "f16x2", "bf16", "bf16x2", "f32", "f64", "tf32", "e4m3x2", "e5m2x2"})
