@@ -39,6 +39,10 @@ LS = '[[tenant]]\nname = "a"\nmodel = "m:f"\nclass = "LS"\n'
         (TENANT + TENANT, "two tenants are named 'a'"),
         (TENANT.replace('"a"', '"../a"'), "is not a name"),
         ("[server]\nhttp_port = 70000", "server.http_port: .* 65535"),
+        ('[server]\npolicy = "temporal"', "policy 'temporal' can't serve; those that can are streams, priority"),
+        ('[server]\npolicy = "missile:foo=1"', "has no option 'foo'; known: ls_share"),
+        ('[server]\npolicy = "priority"\nls_share = 0.5', "Policy 'priority' has no option 'ls_share'"),
+        (TENANT + "colors = []", "tenant 'a': colors"),
         ('[server]\nhost = "0.0.0.0"', "not a loopback address, so tokens are required"),
         ('[server]\ntls_key = "k"', "tls_certificate and tls_key come together"),
         ('[server]\ntokens = [{role = "root", env = "X"}]', "server.tokens.0.role"),
@@ -60,6 +64,14 @@ def test_a_whole_configuration() -> None:
     assert config.server.loopback
     assert config.server.shared_memory_on
     assert ServingConfig.model_validate(config.model_dump(by_alias=True)) == config
+
+
+def test_the_documented_configuration_is_valid() -> None:
+    text = Path(__file__).parents[2].joinpath("docs", "serving.md").read_text()
+    block = text.partition("```toml\n")[2].partition("```")[0]
+    config = parse_config(block)
+    assert config.server.policy_text == "partition:ls_share=0.25"
+    assert config.tenants[1].colors == [0, 2, 5]
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

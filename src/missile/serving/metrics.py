@@ -22,7 +22,7 @@ __all__ = ["Metrics"]
 _WINDOWS = {"5m": 300, "1h": 3600}
 _GRANTED = {
     "sms_granted": "SMs granted to the tenant",
-    "sms_used": "SMs the tenant's work ran on, mean over the last interval",
+    "sms_used": "SMs of the tenant's lanes while they had its work, mean over the last interval",
     "link_granted": "Share of the host link granted to the tenant (0 to 1)",
     "link_used": "Share of the host link the tenant used (0 to 1)",
 }
