@@ -13,7 +13,7 @@ from missile.errors import MisuseError, UnsupportedError
 from missile.runtime.tenant import Tenant
 
 SCENARIO = """
-device = "sim:h100"
+device = "sim:h200"
 duration_s = 0.1
 policies = ["streams", "mps", "missile"]
 [[tenant]]
