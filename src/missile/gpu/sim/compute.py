@@ -170,7 +170,7 @@ class Compute:
             self._hand_over()
             self._place()
         active = [kernel for kernel in self._running if kernel.blocks]
-        if len(active) == 1:
+        if len(active) == 1 and not active[0].cost.colors:
             found = [active[0].placed]
         else:
             costs = [kernel.cost for kernel in active]

@@ -6,13 +6,14 @@ Pure. Everything about contention is in `sharing`, everything about placement in
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from missile.errors import MisuseError
 from missile.gpu.sim.spec import GpuSpec, builtin_specs
 from missile.gpu.work import KernelWork
 
-__all__ = ["UNITS_PER_SM", "KernelCost", "kernel_cost", "missing_share", "part_of", "working_set"]
+__all__ = ["UNITS_PER_SM", "KernelCost", "color_shares", "kernel_cost", "missing_share", "part_of", "working_set"]
 
 UNITS_PER_SM = 5040  # an SM's room, divisible by every small occupancy; a block takes UNITS_PER_SM // blocks_per_sm
 MINIMUM_NS = 1000.0  # nothing that was launched takes less
@@ -29,7 +30,7 @@ class KernelCost:
     arithmetic: share of the GPU's arithmetic. sensitivity: share of the duration spent waiting for memory.
     stretch: block time without bandwidth queueing over block time with it, in (0, 1].
     working_set: bytes that the kernel and those that run with it in turn keep coming back to. missing: share of its
-    footprint that L2 does not hold when alone.
+    footprint that L2 does not hold when alone. colors: share of its memory in each color, () for evenly in all.
     """
 
     solo_ns: float
@@ -44,6 +45,7 @@ class KernelCost:
     stretch: float
     working_set: float
     missing: float
+    colors: tuple[float, ...] = ()
 
 
 def part_of(cost: KernelCost, share: float) -> KernelCost:
@@ -74,7 +76,12 @@ def kernel_cost(work: KernelWork, spec: GpuSpec, keeps: float = 0.0) -> KernelCo
     traffic = work.read_bytes + work.write_bytes
     read_share = work.read_bytes / traffic if traffic else 1.0
     keeps = max(keeps, float(work.footprint_bytes))
-    missing = missing_share(keeps, spec.l2_bytes)
+    colors = color_shares(work.bytes_by_color, spec.l2.colors)
+    part = spec.l2_bytes / spec.l2.colors
+    if colors:
+        missing = sum(share * missing_share(keeps * share, part) for share in colors if share)
+    else:
+        missing = missing_share(keeps, spec.l2_bytes)
     vram = min(work.footprint_bytes / solo, SATURATION * spec.vram_rate)
     arithmetic = min(work.operations / solo / spec.operation_rate(work.tensor_ops), SATURATION)
     return KernelCost(
@@ -90,7 +97,19 @@ def kernel_cost(work: KernelWork, spec: GpuSpec, keeps: float = 0.0) -> KernelCo
         stretch=1.0 - spec.sharing.headroom * min(vram / spec.vram_rate, 1.0),
         working_set=keeps,
         missing=missing,
+        colors=colors,
     )
+
+
+def color_shares(by_color: Mapping[int, float], colors: int) -> tuple[float, ...]:
+    """Share of memory in each of `colors` colors, () where they are alike or nothing is said. MisuseError for another."""
+    if not by_color:
+        return ()
+    total = sum(by_color.values())
+    if min(by_color) < 0 or max(by_color) >= colors or total <= 0:
+        raise MisuseError(f"A launch is in colors {sorted(by_color)}; the simulated GPU has 0 to {colors - 1}.")
+    shares = tuple(by_color.get(color, 0.0) / total for color in range(colors))
+    return () if max(shares) - min(shares) < 1e-9 else shares
 
 
 def _sensitivity(work: KernelWork, spec: GpuSpec, solo: float, waves: int, arithmetic: float) -> float:

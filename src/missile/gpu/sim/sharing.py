@@ -23,6 +23,7 @@ class Capacities:
     vram_rate: float
     l2_rate: float
     l2_bytes: int
+    colors: int
     queueing: float
     queueing_limit: float
     miss_penalty: float
@@ -35,6 +36,7 @@ class Capacities:
             vram_rate=spec.vram_rate,
             l2_rate=spec.l2.bandwidth_gb_s,
             l2_bytes=spec.l2_bytes,
+            colors=spec.l2.colors,
             queueing=sharing.queueing,
             queueing_limit=sharing.queueing_limit,
             miss_penalty=sharing.miss_penalty,
@@ -89,6 +91,8 @@ def speeds(
     costs: Sequence[KernelCost], placed: Sequence[float], room: Sequence[float], capacities: Capacities
 ) -> list[float]:
     """Speeds of kernels that run at once. placed: each one's `placed_speed`, > 0; room: SMs' worth of room held, > 0."""
+    if any(cost.colors for cost in costs):
+        return _colored_speeds(costs, placed, room, capacities)
     if len(costs) == 1:
         return [placed[0]]
     # L2 holds part of what each kernel touches; what the neighbours push out comes from VRAM instead.
@@ -117,6 +121,41 @@ def speeds(
         _limit(result, placed, [c.l2 * s for c, s in zip(costs, placed, strict=True)], room, capacities.l2_rate)
     if arithmetic > 1.0:
         _limit(result, placed, [c.arithmetic * s for c, s in zip(costs, placed, strict=True)], room, 1.0)
+    return result
+
+
+def _colored_speeds(
+    costs: Sequence[KernelCost], placed: Sequence[float], room: Sequence[float], capacities: Capacities
+) -> list[float]:
+    """As `speeds`, with L2 and VRAM in equal parts, one for each color, that don't disturb each other. A kernel goes as fast
+    as the slowest part that it needs lets it, and waits for memory as long as its parts do on average."""
+    count = capacities.colors
+    even = (1.0 / count,) * count
+    shares = [cost.colors or even for cost in costs]
+    result = list(placed)
+    growths = [0.0] * len(costs)
+    limits: list[tuple[list[float], float]] = []
+    for color in range(count):
+        mine = [share[color] for share in shares]
+        kept = sum(cost.working_set * part for cost, part in zip(costs, mine, strict=True))
+        missing = missing_share(kept, capacities.l2_bytes / count)
+        rate = capacities.vram_rate / count
+        reads = [c.reads * s * part * missing for c, s, part in zip(costs, placed, mine, strict=True)]
+        asked = sum(reads)
+        for i, cost in enumerate(costs):
+            if mine[i] and len(costs) > 1:
+                growth = latency_growth((asked - reads[i]) / rate, capacities)
+                growths[i] += mine[i] * growth * (1.0 + capacities.miss_penalty * max(missing - cost.missing, 0.0))
+        vram = [c.vram * missing * s * part for c, s, part in zip(costs, placed, mine, strict=True)]
+        l2 = [c.l2 * s * part for c, s, part in zip(costs, placed, mine, strict=True)]
+        limits += [(vram, rate), (l2, capacities.l2_rate / count)]
+    for i, cost in enumerate(costs):
+        if cost.sensitivity and growths[i] > 1.0:
+            result[i] /= 1.0 + cost.sensitivity * (growths[i] - 1.0)
+    arithmetic = [c.arithmetic * s for c, s in zip(costs, placed, strict=True)]
+    for demands, capacity in (*limits, (arithmetic, 1.0)):
+        if sum(demands) > capacity:
+            _limit(result, placed, demands, room, capacity)
     return result
 
 

@@ -42,6 +42,7 @@ class SmTable(_Table):
 class L2Table(_Table):
     mib: Positive
     bandwidth_gb_s: Positive
+    colors: Annotated[int, Field(ge=1, le=64)] = 8  # equal parts of L2 and VRAM that launches may be confined to
 
 
 class VramTable(_Table):
