@@ -19,7 +19,7 @@ from missile.compiler.preemptible import preempt_model
 from missile.compiler.preemptible_code import PreemptibleKernels, preemptible_kernels
 from missile.errors import MissileError, MisuseError, OutOfMemoryError, UnsupportedError
 from missile.gpu.interface import Gpu
-from missile.probe import ChannelMap, map_for, read_map
+from missile.probe import ChannelMap, map_for
 from missile.runtime.coloring import ColoredTenants, Coloring
 from missile.serving.config import TenantConfig
 
@@ -48,8 +48,9 @@ class Placed:
 
 
 class Binder:
-    """preempt: make BE tenants' blocks leave on demand, where their code allows it. channel_map: of this GPU; None finds
-    the one in the cache, or measures it, when a tenant with colors comes."""
+    """preempt: make BE tenants' blocks leave on demand, where their code allows it. channel_map: a file of this GPU, or of
+    its kind; None takes the cache's. It is tested on the GPU when the first tenant with colors comes, and measured anew
+    where it does not hold."""
 
     def __init__(self, gpu: Gpu, *, preempt: bool, channel_map: Path | None = None) -> None:
         self._gpu = gpu
@@ -142,8 +143,9 @@ class Binder:
     def _channel_map(self) -> ChannelMap:
         if self._map is None:
             try:
-                known = read_map(self._path) if self._path is not None else None
-                self._map = known or map_for(self._gpu, progress=lambda text: log.info("channel map: %s", text))
+                self._map = map_for(
+                    self._gpu, known=self._path, progress=lambda text: log.info("channel map: %s", text)
+                )
             except MissileError as error:
                 raise UnsupportedError(f"Colors need a channel map of this GPU: {error}") from error
         return self._map
