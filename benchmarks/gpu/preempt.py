@@ -166,12 +166,11 @@ def flag(gpu: CudaGpu, options: argparse.Namespace) -> dict[str, Any]:
     def by_store(value: int) -> None:
         direct[0] = value
 
-    def by_write(value: int, flags: int) -> None:
-        cu("cuStreamWriteValue32", writer.handle, word.address, value, flags)
-
     ways: dict[str, tuple[int, Callable[[int], None]]] = {
-        "cuStreamWriteValue32": (word.address, lambda value: by_write(value, 0)),
-        "cuStreamWriteValue32 without barrier": (word.address, lambda value: by_write(value, 1)),
+        "cuStreamWriteValue32": (
+            word.address,
+            lambda value: cu("cuStreamWriteValue32", writer.handle, word.address, value, 0),
+        ),
         "4-byte copy": (word.address, by_copy),
         "cuMemsetD32Async": (word.address, lambda value: cu("cuMemsetD32Async", word.address, value, 1, writer.handle)),
         "store to host memory that blocks read": (host.address + 128, by_store),

@@ -46,8 +46,6 @@ class CudaPreemptControl:
         self._on_close = on_close
         self._request = 0
         self._closed = False
-        # Nothing was written before a flag that its readers have to see.
-        self._no_barrier = cu.api.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_NO_MEMORY_BARRIER
         contents = np.array([0, 0, answer.address], np.uint64)
         cu("cuMemcpyHtoD", block.address, contents.ctypes.data, contents.nbytes)
 
@@ -60,14 +58,12 @@ class CudaPreemptControl:
         self._start(stream, self._request, 0)
         return self._request
 
+    # Without a memory barrier would do as well, but drivers refuse that flag (580 does).
     def raise_flag(self) -> None:
-        self._flag(1)
+        self._cu("cuStreamWriteValue32", self._native, self._block.address + _STOP, 1, 0)
 
     def lower_flag(self) -> None:
-        self._flag(0)
-
-    def _flag(self, value: int) -> None:
-        self._cu("cuStreamWriteValue32", self._native, self._block.address + _STOP, value, self._no_barrier)
+        self._cu("cuStreamWriteValue32", self._native, self._block.address + _STOP, 0, 0)
 
     def left(self) -> Left | None:
         value = int(self._answer[0])
