@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from missile.errors import MisuseError, UnsupportedError
 from missile.gpu.interface import GpuInfo, Level, Priority
 from missile.gpu.sim import Faults, SimulatedGpu, load_spec
 from missile.gpu.sim.spec import KernelFault
+from missile.gpu.sim.streams import SimEvent
 from missile.runtime.loading import load_tenants
 from missile.runtime.policies import Snapshot, create_policy
 from missile.runtime.policies.interface import Advance, Preempt, Reject, Segment, Start, TenantBrief, Wake
@@ -290,3 +292,46 @@ def test_a_tenant_that_dies_in_the_middle_of_a_request_leaves_the_others_results
     assert not ls.error
     assert len(be.done) > 5
     assert np.all(be.done > 0)
+
+
+class Stuck(SimulatedGpu):
+    """From 20 ms on, what low-priority streams were given never ends, as far as their events tell."""
+
+    def create_stream(self, **options: Any) -> Any:
+        stream = super().create_stream(**options)
+        if stream.priority is Priority.LOW:
+            record = stream.record
+
+            def recorded(event: Any) -> None:
+                record(event)
+                if self.now_ns() > 20 * MS + self.begin:
+                    event.__class__ = StuckEvent
+
+            stream.record = recorded
+        return stream
+
+    begin = 1 << 60
+
+
+class StuckEvent(SimEvent):
+    reached = False
+
+    def done(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("duration_ms", [60, 12_000])
+def test_a_be_tenant_that_never_ends_a_kernel_is_waited_for_ten_seconds_and_named(tenant, duration_ms):
+    gpu = Stuck(load_spec("h100"), device="sim:h100")
+
+    def begin() -> None:
+        gpu.begin = gpu.now_ns()
+
+    rate = 400 if duration_ms < 100 else 0.001
+    roster = load_tenants(gpu, [tenant("ls", "LS", rate=rate), tenant("be", "BE", "synthetic-gemv")])
+    record = run(gpu, roster, "missile", seed=1, duration_ns=duration_ms * MS, gate=begin)
+    assert "Waiting 10 s for running kernels failed for tenant 'be': TIMEOUT" in record.fault
+    assert record.tenants[1].error
+    assert not record.tenants[0].error
+    assert 3 < len(record.tenants[1].done) < 30
+    assert gpu.now_ns() - gpu.begin < 11_000 * MS

@@ -30,7 +30,7 @@ NEVER = 1 << 62  # ns, later than any clock
 # request may wait; a simulated clock only has to notice interruptions.
 _LOOK_UP_NS = 250_000
 _LOOK_UP_SIMULATED_NS = 50_000_000
-_SETTLE_NS = 10_000_000_000  # how long running kernels may take to end once the run is over
+_PATIENCE_NS = 10_000_000_000  # how long the GPU may be at work without finishing anything
 _GAPS = 4096
 _GAP_FLOOR_NS = 20_000  # shorter passes are not worth recording
 
@@ -116,6 +116,7 @@ class Engine:
         self._taken = [0] * len(logs)
         self._stopped: list[list[_Flight]] = [[] for _ in logs]  # pieces that a preemption may have cut short
         self._wake_at = 0
+        self._quiet_since = 0
         self._lanes: list[deque[_Flight]] = [deque() for _ in range(lanes)]
         self._unread: deque[_Flight] = deque()
         self._gaps = np.zeros(_GAPS, np.int64)
@@ -149,6 +150,8 @@ class Engine:
             now = self.now_ns = clock() - origin
             changed = self._admit(now)
             changed |= self._collect()
+            if now - self._quiet_since > _PATIENCE_NS:
+                self._check_patience(now)
             if changed or now >= self._wake_at:
                 self._decide(now)
             if self._unread:
@@ -213,6 +216,7 @@ class Engine:
     def _take(self, flight: _Flight) -> None:
         tenant = flight.tenant
         self._taken[tenant] += 1
+        self._quiet_since = self.now_ns
         if self._preempted[tenant]:
             self._stopped[tenant].append(flight)
             if self._taken[tenant] == self._given[tenant]:
@@ -363,11 +367,26 @@ class Engine:
     def _settle(self, clock: Callable[[], int]) -> None:
         """Let what runs end, and start nothing more. GpuError when it does not."""
         self._read_times()
-        give_up = clock() + _SETTLE_NS
+        give_up = clock() + _PATIENCE_NS
         while heads := self._heads():
             if clock() >= give_up:
-                names = ", ".join(self.in_flight)
-                raise GpuError("Waiting for running kernels", "TIMEOUT", usable="nothing", detail=f"tenants {names}")
+                raise self._lost_patience()
             self._gpu.wait(heads, give_up)
             self._collect()
             self._read_times()
+
+    def _check_patience(self, now: int) -> None:
+        """GpuError when the GPU has been at the same work for too long; it may also have had none."""
+        if self._heads():
+            raise self._lost_patience()
+        self._quiet_since = now
+
+    def _lost_patience(self) -> GpuError:
+        """Names the tenants whose requests have begun: others only wait behind them."""
+        heads = [lane[0] for lane in self._lanes if lane]
+        begun = [flight for flight in heads if flight.slot.start.done()] or heads
+        names = tuple(dict.fromkeys(self.logs[flight.tenant].tenant.name for flight in begun))
+        detail = "" if len(names) == 1 else f"tenants {', '.join(names)}"
+        tenant = names[0] if len(names) == 1 else ""
+        what = f"Waiting {_PATIENCE_NS // 1_000_000_000} s for running kernels"
+        return GpuError(what, "TIMEOUT", tenant=tenant, usable="nothing", detail=detail)

@@ -98,6 +98,7 @@ def _run(
         return _nothing_ran(gpu, roster, name or policy.name, seed, span)
     layout = policy.setup([loaded.tenant for loaded in ready], gpu.info)
     stage = Stage(gpu, ready, layout)
+    fault: GpuError | None = None
     try:
         engine = _engine(gpu, stage, policy, ready, len(layout.lanes), seed, span)
         with _quiet_interpreter(), _stop_on_interrupt(engine):
@@ -105,7 +106,7 @@ def _run(
                 gate()
             fault = _serve(engine, progress, gpu.info.simulated, span)
     finally:
-        _strike(gpu, stage)
+        _strike(gpu, stage, lost=fault is not None and fault.usable == "nothing")
     whole = not engine.stopping and fault is None
     measured = span if whole else span._replace(end=min(max(engine.now_ns, span.begin), span.end))
     return RunRecord(
@@ -167,11 +168,12 @@ def _serve(engine: Engine, progress: Callable[[float], None] | None, simulated: 
     return None
 
 
-def _strike(gpu: Gpu, stage: Stage) -> None:
-    """Take the stage down once nothing runs on it; a lost context has nothing to wait for."""
-    with suppress(GpuError):
-        stage.clear()
-        gpu.synchronize()
+def _strike(gpu: Gpu, stage: Stage, *, lost: bool) -> None:
+    """Take the stage down once nothing runs on it; a lost context has nothing that is worth waiting for, or that ends."""
+    if not lost:
+        with suppress(GpuError):
+            stage.clear()
+            gpu.synchronize()
     stage.close()
 
 
