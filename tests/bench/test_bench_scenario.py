@@ -69,7 +69,7 @@ def test_default_scenario_is_the_main_job() -> None:
     kinds = [tenant.arrivals.kind for tenant in scenario.tenants if tenant.latency_sensitive]
     assert classes == ["LS", "LS", "LS", "BE", "BE"]
     assert kinds == ["trace", "poisson", "poisson"]
-    assert scenario.policies == ("temporal", "streams", "priority", "partition")
+    assert scenario.policies == ("temporal", "streams", "priority", "partition", "missile")
     assert all(describe_arrivals(tenant.arrivals) for tenant in scenario.tenants)
 
 
