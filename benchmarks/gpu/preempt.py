@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 import traceback
 from collections import Counter
@@ -33,7 +34,7 @@ from missile.compiler.bind import BoundModel, bind
 from missile.compiler.library import find_package
 from missile.compiler.package import BufferKind, KernelStep, ModelPackage
 from missile.compiler.preemptible import control_of, long_blocks, preempt_model
-from missile.compiler.preemptible_code import PreemptibleKernels, build_preemptible
+from missile.compiler.preemptible_code import build_preemptible, preemptible_kernels
 from missile.compiler.ptx.preempt import Look, Place
 from missile.gpu import open_gpu
 from missile.gpu.cuda.gpu import CudaGpu
@@ -214,31 +215,40 @@ def flag(gpu: CudaGpu, options: argparse.Namespace) -> dict[str, Any]:
 
 
 # --- models
-_CODE: dict[tuple[str, str], PreemptibleKernels] = {}
+_MODELS: dict[tuple[str, str], tuple[BoundModel, BoundModel, float]] = {}
 
 
-def _code(package: ModelPackage, directory: Path, variant: str) -> PreemptibleKernels:
-    """Code of the variant: "auto" is what Missile takes, else the same look and place for all kernels."""
-    key = (package.name, variant)
-    if key not in _CODE:
-        look, _, place = variant.partition("-")
-        same = {image.id: Place(place) for image in package.kernels} if place else None
-        _CODE[key] = build_preemptible(package, directory, look=Look(look) if place else Look.FRESH, places=same)
-    return _CODE[key]
+def _models(gpu: CudaGpu, name: str, variant: str) -> tuple[BoundModel, BoundModel, float]:
+    """The model as it is and preemptible, in the same memory, and the seconds that it took to have the latter's code.
+
+    variant: "auto" is what Missile takes, else the same look and place for all kernels. Kept until the end.
+    """
+    key = (name, variant)
+    if key not in _MODELS:
+        package, directory = find_package(name, None, gpu.info)
+        assert directory is not None
+        begin = time.perf_counter()
+        if variant == "auto":
+            code = preemptible_kernels(package, directory)
+        else:
+            look, _, place = variant.partition("-")
+            same = {image.id: Place(place) for image in package.kernels}
+            code = build_preemptible(package, directory, look=Look(look), places=same)
+            shutil.rmtree(directory / "preemptible")  # it is none that Missile should find
+        seconds = time.perf_counter() - begin
+        known = next((entry[0] for (other, _), entry in _MODELS.items() if other == name), None)
+        plain = bind(package, directory, gpu, tenant=name) if known is None else known
+        _MODELS[key] = (plain, preempt_model(plain, gpu, code), seconds)
+    return _MODELS[key]
 
 
 class Loaded:
     """A model as it is and preemptible, with segments of the latter. Close it."""
 
     def __init__(self, gpu: CudaGpu, name: str, variant: str = "auto", segment_ns: float = SEGMENT_NS) -> None:
-        package, directory = find_package(name, None, gpu.info)
-        self.gpu, self.package = gpu, package
-        begin = time.perf_counter()
-        assert directory is not None
-        code = _code(package, directory, variant)
-        self.build_s = time.perf_counter() - begin
-        self.plain: BoundModel = bind(package, directory, gpu, tenant=name)
-        self.model = preempt_model(self.plain, gpu, code)
+        self.plain, self.model, self.build_s = _models(gpu, name, variant)
+        self.gpu, self.package = gpu, self.model.package
+        package = self.package
         self.control = control_of(self.model)
         self.segments = _cut(package, segment_ns)
         self.graphs: list[Graph] = [gpu.create_graph(self.model.operations[a:b]) for a, b in self.segments]
@@ -277,7 +287,6 @@ class Loaded:
     def close(self) -> None:
         for graph in self.graphs:
             graph.close()
-        self.model.close()
         self.stream.close()
 
 

@@ -11,9 +11,8 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 from missile.coloring.shape import Shape
@@ -39,7 +38,6 @@ __all__ = [
 HIDE_BELOW_NS = 12_000.0
 
 _FOLDER, _PLAIN, _TRANSFER, _VERSION = "preemptible", "plain", "transfer", "version"
-_FEWEST_PER_WORKER = 4  # kernels: a process takes longer to start than fewer take to compile
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,7 @@ def build_preemptible(
     """Rewrite and assemble every kernel of `package`, which lies in `directory`, and keep the code there.
 
     shape: of the color translation that comes first; None for plain memory. places: by kernel id, early where it says
-    nothing; None takes `decision_places`. executor: who does the work; None starts as many processes as there are cores.
+    nothing; None takes `decision_places`. executor: who does the work; None starts a thread for each core.
     UnsupportedError naming the kernel that can't be preempted or colored; then nothing is kept. Replaces what was kept.
     """
     chosen = decision_places(package) if places is None else places
@@ -91,15 +89,12 @@ def build_preemptible(
                 f"{path} can't be read: {error.strerror}; a package needs its PTX to be preemptible."
             ) from None
         tasks.append((image.id, text, shape, look, chosen.get(image.id, Place.EARLY)))
-    count = min(os.cpu_count() or 1, -(-len(tasks) // _FEWEST_PER_WORKER))
     if executor is not None:
         done = executor.map(_assembled, tasks)
-    elif count > 1:
-        # Started afresh: a copy of a process that has a GPU open, or threads, is no place to work in.
-        with ProcessPoolExecutor(count, get_context("spawn")) as own:
-            done = own.map(_assembled, tasks)
     else:
-        done = map(_assembled, tasks)
+        # Threads: most of the time goes to ptxas, and other processes would run the caller's main module again.
+        with ThreadPoolExecutor(os.cpu_count()) as own:
+            done = own.map(_assembled, tasks)
     cubins = dict(zip((image.id for image in package.kernels), done, strict=True))
     transfer = b""
     if shape is not None and tasks:
