@@ -172,9 +172,12 @@ def test_what_was_made_otherwise_is_refused_or_made_again(suite: Suite) -> None:
     assert suite.run(settings=longer, redo=True) == []
     assert {r.scenario.duration_s for r in suite.folder.read(CELLS).values()} == {2.0}
     with pytest.raises(MisuseError, match="made with repeats = 2, not 3"):
-        suite.folder.require("paper", "X", {"repeats": 3})
-    with pytest.raises(MisuseError, match="results of X, and this is Y"):
-        suite.folder.require("paper", "Y", {})
+        suite.folder.require("paper", None, {"repeats": 3})
+    info = suite.testbed.info
+    with pytest.raises(MisuseError, match="results of a simulated X, and this is a simulated NVIDIA H100"):
+        suite.folder.require("paper", info, {})
+    with pytest.raises(MisuseError, match="results of a simulated X, and this is X"):
+        suite.folder.require("paper", dataclasses.replace(info, name="X", simulated=False), {})
     with pytest.raises(MisuseError, match="holds the suite 'paper'"):
         suite.folder.require("other", None, {})
 

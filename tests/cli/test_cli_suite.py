@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,13 @@ def test_what_is_there_is_not_run_again_and_settings_are_kept(folder: Path, caps
     assert path.stat().st_mtime_ns == before
 
 
+def test_a_report_can_be_predicted_without_the_gpu(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "simulated")
+    assert main(["bench", "--report", str(tmp_path / "copy"), "--predict", "sim:v100"]) == 0
+    assert "on the simulated GPU sim:v100" in (tmp_path / "copy" / "report.html").read_text()
+
+
 def test_the_report_can_be_made_again(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--report", str(folder), "-o", str(tmp_path)]) == 0
     assert "1 of 170 cells" in capsys.readouterr().out
@@ -68,6 +76,7 @@ def test_the_report_can_be_made_again(folder: Path, tmp_path: Path, capsys: pyte
         (["--suite", "paper", "--policies", "fair"], "'fair'"),
         (["--suite", "paper", "scenario.toml"], "one of them"),
         (["--budget-s", "3"], "--suite"),
+        (["--predict", "sim:h100"], "--suite"),
     ],
 )
 def test_misuse_writes_nothing(

@@ -14,6 +14,7 @@ from missile.bench.scenario import Scenario
 from missile.bench.suite import SETTINGS, Cell
 from missile.errors import MisuseError
 from missile.files import write_whole
+from missile.gpu.interface import GpuInfo
 from missile.validation import first_problem
 
 __all__ = ["SCHEMA", "SuiteFolder", "SuiteSettings", "SuiteState"]
@@ -86,15 +87,19 @@ class SuiteFolder:
     def keep_state(self, state: SuiteState) -> None:
         write_whole(self.path / _STATE, state.model_dump_json(by_alias=True, indent=1) + "\n")
 
-    def require(self, suite: str, gpu: str | None, given: dict[str, Any]) -> None:
+    def require(self, suite: str, gpu: GpuInfo | None, given: dict[str, Any]) -> None:
         """MisuseError when the folder was made for another suite or GPU, or with other settings than those `given`."""
         if (state := self.state()) is None:
             return
         other = "choose another folder with -o"
         if state.suite != suite:
             raise MisuseError(f"{self.path} holds the suite {state.suite!r}, not {suite!r}: {other}.")
-        if gpu is not None and state.gpu != gpu:
-            raise MisuseError(f"{self.path} holds results of {state.gpu}, and this is {gpu}: {other}.")
+        if gpu is not None and (state.gpu, state.simulated) != (gpu.name, gpu.simulated):
+            had, here = (
+                f"{'a simulated ' if simulated else ''}{name}"
+                for name, simulated in ((state.gpu, state.simulated), (gpu.name, gpu.simulated))
+            )
+            raise MisuseError(f"{self.path} holds results of {had}, and this is {here}: {other}.")
         for name, value in given.items():
             if (had := getattr(state.settings, name)) != value:
                 raise MisuseError(f"{self.path} was made with {name} = {_said(had)}, not {_said(value)}: {other}.")

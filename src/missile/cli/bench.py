@@ -64,7 +64,10 @@ def command(
         bool, typer.Option("--redo", help="With --suite: make cells again that were made otherwise.")
     ] = False,
     predict: Annotated[
-        str | None, typer.Option(metavar="sim:NAME", help="With --suite: run what was measured on a simulated GPU too.")
+        str | None,
+        typer.Option(
+            metavar="sim:NAME", help="With --suite, or --report of one: run what was measured on a simulated GPU too."
+        ),
     ] = None,
     explained: Annotated[
         bool, typer.Option("--explain", help="Say why missile's plan is what it is, and what would break first.")
@@ -75,8 +78,10 @@ def command(
 
     Options given here replace what the scenario file says. Ctrl-C keeps what has been measured so far.
     """
-    if suite is None and (cells, models, budget, redo, predict) != (None, None, None, False, None):
-        raise MisuseError("--cells, --models, --budget-s, --redo and --predict go with --suite.")
+    if suite is None and (cells, models, budget, redo) != (None, None, None, False):
+        raise MisuseError("--cells, --models, --budget-s and --redo go with --suite.")
+    if predict is not None and suite is None and (report is None or not report.is_dir()):
+        raise MisuseError("--predict goes with --suite, or with --report and a suite's folder.")
     if sum(choice is not None for choice in (scenario, report, suite)) > 1:
         raise MisuseError("Give a scenario to run, a --suite to run or a --report to show, and one of them only.")
     if suite is not None:
@@ -96,7 +101,7 @@ def command(
         return
     if report is not None:
         if report.is_dir():
-            report_suite(report, report if out == _DEFAULT_OUT else out, as_json=json)
+            report_suite(report, report if out == _DEFAULT_OUT else out, as_json=json, predict_on=predict)
             return
         where = report.parent if out == _DEFAULT_OUT else out
         _show(read_results(report), report, where, as_json=json, explained=explained)

@@ -49,8 +49,7 @@ def run_suite(
         raise MisuseError(f"Unknown suite {name!r}; known: {', '.join(SUITES)}.")
     if budget_s is not None and not budget_s > 0:
         raise MisuseError(f"--budget-s must be above 0, not {budget_s:g}.")
-    if predict_on is not None and not predict_on.startswith("sim:"):
-        raise MisuseError(f"--predict takes a simulated GPU, such as sim:h200, not {predict_on!r}.")
+    _check_prediction(predict_on)
     cells = SUITES[name]()
     chosen = select(cells, patterns, models)
     folder = SuiteFolder(out)
@@ -58,7 +57,7 @@ def run_suite(
     concrete, why = resolve(device or "auto")
     with open_gpu(concrete) as gpu:  # for its name alone: the models are loaded when it is known what is missing
         info = gpu.info
-    folder.require(name, info.name, given)
+    folder.require(name, info, given)
     state = folder.state() or SuiteState(
         schema="missile-suite/1",
         suite=name,
@@ -91,17 +90,23 @@ def run_suite(
         except KeyboardInterrupt as interrupt:
             stopped = interrupt
     if folder.state() is not None:
-        report_suite(out, out, as_json=as_json, predicted_on=predict_on or "")
+        report_suite(out, out, as_json=as_json)
     if stopped is not None:
         raise stopped
 
 
-def report_suite(source: Path, out: Path, *, as_json: bool, predicted_on: str = "") -> None:
-    """Table, `report.html` and `tables.md` of the suite that lies in `source`."""
+def report_suite(source: Path, out: Path, *, as_json: bool, predict_on: str | None = None) -> None:
+    """Table, `report.html` and `tables.md` of the suite that lies in `source`, its cells predicted first where asked for."""
+    _check_prediction(predict_on)
     folder = SuiteFolder(source)
     state = folder.state()
     if state is None:
         raise MisuseError(f"{source} holds no suite: there is no suite.json in it.")
+    if predict_on is not None:
+        with progress_bar() as bar:
+            task = bar.add_task("predicting", total=None)
+            for cell in predict(folder, SUITES[state.suite](), predict_on, lambda _: None):
+                bar.update(task, description=f"predicted {cell}")
     report = gather(folder, state)
     page = write_suite_report(report, out)
     if as_json:
@@ -125,6 +130,11 @@ def report_suite(source: Path, out: Path, *, as_json: bool, predicted_on: str = 
     screen = console()
     screen.print(Group(title, Text(""), *tables))
     screen.print(f"Raw samples: {source / 'cells'}\nReport:      {page}", soft_wrap=True, markup=False)
+
+
+def _check_prediction(device: str | None) -> None:
+    if device is not None and not device.startswith("sim:"):
+        raise MisuseError(f"--predict takes a simulated GPU, such as sim:h200, not {device!r}.")
 
 
 def gather(folder: SuiteFolder, state: SuiteState) -> SuiteReport:
