@@ -11,7 +11,7 @@ import pytest
 from missile.bench.isolation.lab import ColoredUnits, pages_for
 from missile.bench.isolation.plan import FULL, QUICK, Cell, MicroPlan, cells_of, schemes_of
 from missile.bench.isolation.plot import plot_isolation
-from missile.bench.isolation.results import outcomes, read_isolation
+from missile.bench.isolation.results import IsolationResults, outcomes
 from missile.bench.isolation.run import run_micro
 from missile.bench.isolation.table import blocks_of, render_markdown
 from missile.cli.app import main
@@ -94,13 +94,13 @@ def test_a_simulated_run_is_whole_resumes_and_says_that_it_is_simulated(known: C
 
         with pytest.raises(KeyboardInterrupt):
             run_micro(gpu, TINY, path, known=known, progress=stop)
-        part = read_isolation(path)
+        part = IsolationResults.read(path)
         assert (part.interrupted, len(part.cells)) == (True, 7)
         whole = run_micro(gpu, TINY, path, known=known, progress=lambda done, count, text: seen.append(done))
     assert not whole.interrupted
     assert whole.cells[:7] == part.cells
     assert next(done for done in seen if done) == 7  # what was there counts as done
-    assert read_isolation(path) == whole
+    assert IsolationResults.read(path) == whole
     assert whole.simulated
     assert "(simulated)" in render_markdown(whole)
     assert plot_isolation(whole, tmp_path / "isolation.png")
@@ -152,7 +152,7 @@ def test_broken_results_are_refused_in_a_sentence(broken: str, tmp_path: Path) -
     path = tmp_path / "isolation.json"
     path.write_text(broken)
     with pytest.raises(MisuseError, match=r"isolation\.json.*\.$"):
-        read_isolation(path)
+        IsolationResults.read(path)
 
 
 @pytest.mark.parametrize(

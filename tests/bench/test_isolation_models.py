@@ -9,7 +9,7 @@ import pytest
 
 from missile.bench.isolation.models import RealCell, RealPlan, Room, real_cells
 from missile.bench.isolation.models_plot import plot_models
-from missile.bench.isolation.models_results import RealResults, RealRun, pair_outcomes, read_real, write_real
+from missile.bench.isolation.models_results import RealResults, RealRun, pair_outcomes
 from missile.bench.isolation.models_run import run_real
 from missile.bench.isolation.models_table import grids_of, render_real_markdown
 from missile.cli.app import main
@@ -103,7 +103,7 @@ def test_a_run_goes_on_where_it_stopped_and_takes_more_models(known: ChannelMap,
     assert kept
     assert RealCell("synthetic-tiny", "synthetic-gemv", Room.SHARE, True) in {run.cell for run in whole.runs}
     assert not whole.interrupted
-    assert read_real(path) == whole
+    assert RealResults.read(path) == whole
 
 
 def test_a_model_that_can_not_be_loaded_does_not_stop_the_others(known: ChannelMap, tmp_path: Path) -> None:
@@ -133,13 +133,13 @@ def test_the_picture_is_drawn_where_there_are_pairs(results: RealResults, tmp_pa
 
 def test_broken_files_are_refused(results: RealResults, tmp_path: Path) -> None:
     path = tmp_path / "models.json"
-    write_real(results, path)
-    assert read_real(path) == results
+    results.write(path, pair_outcomes(results))
+    assert RealResults.read(path) == results
     path.write_text(path.read_text()[:-200])
     with pytest.raises(MisuseError, match="truncated"):
-        read_real(path)
+        RealResults.read(path)
     with pytest.raises(MisuseError, match="no isolation results"):
-        read_real(tmp_path / "none.json")
+        RealResults.read(tmp_path / "none.json")
 
 
 def test_the_command_says_simulated(

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from missile.bench.isolation.models import RealCell, RealSample, Room
-from missile.errors import MisuseError
-from missile.files import write_whole
-from missile.validation import first_problem
+from missile.bench.isolation.record import Record, Row
 
-__all__ = ["PairOutcome", "RealResults", "RealRun", "pair_outcomes", "read_real", "write_real"]
+__all__ = ["PairOutcome", "RealResults", "RealRun", "pair_outcomes"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class RealRun(_Strict):
+class RealRun(Row):
     """A cell (`models.RealCell`) with its sample (`models.RealSample`)."""
 
     ls: str
@@ -45,19 +37,16 @@ class RealRun(_Strict):
         return RealCell(self.ls, self.be, self.room, self.colored)
 
 
-class RealResults(_Strict):
+class RealResults(Record):
     """One run of the benchmark. ls_sms, be_sms: SMs of the two sides. ls_colors, be_colors: of the channel map's.
 
     notes: what a reader has to know (weights that are stand-ins, say).
     """
 
+    rows: ClassVar[str] = "runs"
+    derived: ClassVar[str] = "pairs"
+
     schema_: Literal["missile-isolation-models/1"] = Field(default="missile-isolation-models/1", alias="schema")
-    created: str
-    simulated: bool
-    gpu: str
-    device: str
-    uuid: str
-    environment: dict[str, Any]
     ls_sms: int
     be_sms: int
     ls_colors: tuple[int, ...]
@@ -66,11 +55,9 @@ class RealResults(_Strict):
     duration_s: float
     runs: tuple[RealRun, ...] = ()
     notes: tuple[str, ...] = ()
-    seconds: float = 0.0
-    interrupted: bool = False
 
 
-class PairOutcome(_Strict):
+class PairOutcome(Row):
     """One pair, plain or colored. Times are medians, ns; None where a run is missing.
 
     of_share: service time over the LS model's alone on the same SMs in the same memory; of_whole: over its plain time alone
@@ -124,34 +111,3 @@ def _percentile(run: RealRun | None, percent: float) -> float | None:
 
 def _ratio(value: float | None, base: float | None) -> float | None:
     return round(value / base, 4) if value and base else None
-
-
-def write_real(results: RealResults, path: Path) -> None:
-    """Write `path` whole or leave it as it was. MisuseError when it can't be written."""
-    content = results.model_dump(mode="json", by_alias=True)
-    runs = content.pop("runs")
-    pairs = [pair.model_dump(mode="json") for pair in pair_outcomes(results)]
-    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
-    for name, rows in (("pairs", pairs), ("runs", runs)):
-        lines.append(f" {json.dumps(name)}: [\n  " + ",\n  ".join(json.dumps(row) for row in rows) + "\n ]")
-    try:
-        write_whole(path, "{\n" + ",\n".join(lines) + "\n}\n")
-    except OSError as error:
-        raise MisuseError(f"{path} can't be written: {error.strerror}.") from error
-
-
-def read_real(path: Path) -> RealResults:
-    """MisuseError for a file that is missing, broken or of another kind."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            content.pop("pairs", None)
-        return RealResults.model_validate(content)
-    except FileNotFoundError:
-        raise MisuseError(f"There are no isolation results at {path}.") from None
-    except OSError as error:
-        raise MisuseError(f"{path} can't be read: {error.strerror}.") from error
-    except ValidationError as error:
-        raise MisuseError(f"{path} is not a result of `missile bench isolation`: {first_problem(error)}.") from None
-    except ValueError:
-        raise MisuseError(f"{path} is not a whole result of `missile bench isolation`: it is truncated.") from None

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
-from missile.bench.environment import describe_environment
 from missile.bench.isolation.models import RealCell, RealPlan, RealSample, measure_real, real_cells
-from missile.bench.isolation.models_results import RealResults, RealRun, read_real, write_real
+from missile.bench.isolation.models_results import RealResults, RealRun, pair_outcomes
 from missile.bench.isolation.plan import halves_of
-from missile.errors import MisuseError
+from missile.bench.isolation.record import header_of
 from missile.gpu.interface import Gpu
 from missile.probe.channel_map import ChannelMap
 from missile.probe.reuse import map_for
@@ -40,15 +38,7 @@ def run_real(
     with another GPU's results.
     """
     begin = time.monotonic()
-    before = read_real(path) if path.exists() else None
-    if before is not None and (before.gpu, before.uuid, before.device) != (
-        gpu.info.name,
-        gpu.info.uuid,
-        gpu.info.device,
-    ):
-        raise MisuseError(
-            f"{path} holds results of another GPU, {before.gpu} {before.uuid}; choose another folder with -o."
-        )
+    before = RealResults.before(path, gpu)
     channel_map = map_for(gpu, known=known, pages=512, seed=plan.seed, progress=lambda text: progress(0, 0, text))
     ours, theirs = halves_of(channel_map)
     both = [
@@ -57,12 +47,7 @@ def run_real(
     ]
     ls_sms = PartitionPolicy(plan.ls_share).setup(both, gpu.info).partitions[0]
     results = RealResults(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        simulated=gpu.info.simulated,
-        gpu=gpu.info.name,
-        device=gpu.info.device,
-        uuid=gpu.info.uuid,
-        environment=describe_environment(gpu.info),
+        **header_of(gpu),
         ls_sms=ls_sms,
         be_sms=gpu.info.sms - ls_sms,
         ls_colors=ours,
@@ -88,17 +73,20 @@ def run_real(
             update={"runs": tuple(ordered), "seconds": round(seconds, 1), "interrupted": interrupted}
         )
 
+    def write(what: RealResults) -> None:
+        what.write(path, pair_outcomes(what))
+
     def done(cell: RealCell, sample: RealSample) -> None:
         found[cell] = RealRun.from_sample(cell, sample)
         progress(sum(cell in found for cell in cells), len(cells), f"{cell.ls} {cell.be}".strip())
-        write_real(state(interrupted=True), path)
+        write(state(interrupted=True))
 
     if open_:
         measure_real(
             gpu, channel_map, plan, open_, done, lambda text: progress(len(cells) - len(open_), len(cells), text)
         )
     whole = state(interrupted=False)
-    write_real(whole, path)
+    write(whole)
     return whole
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from missile.bench.isolation.lab import Sample
 from missile.bench.isolation.plan import Cell, Scheme
-from missile.errors import MisuseError
-from missile.files import write_whole
+from missile.bench.isolation.record import Record, Row
 from missile.gpu.interface import Access
-from missile.validation import first_problem
 
 __all__ = [
     "IsolationResults",
@@ -24,16 +20,10 @@ __all__ = [
     "Outcome",
     "measured_schemes",
     "outcomes",
-    "read_isolation",
-    "write_isolation",
 ]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class MeasuredScheme(_Strict):
+class MeasuredScheme(Row):
     """A scheme, and what share of the GPU's slices each side's colors have."""
 
     name: str
@@ -47,7 +37,7 @@ class MeasuredScheme(_Strict):
         return Scheme(self.name, self.victim, self.aggressor).disjoint
 
 
-class MeasuredCell(_Strict):
+class MeasuredCell(Row):
     """A cell of the plan (`plan.Cell`) with its sample (`lab.Sample`)."""
 
     scheme: str
@@ -77,24 +67,19 @@ class MeasuredCell(_Strict):
         return Cell(**{name: getattr(self, name) for name in Cell.__slots__})
 
 
-class IsolationResults(_Strict):
+class IsolationResults(Record):
     """One run of the micro-benchmark. channel_map: whose map, its colors (slices of each), seconds and witnesses' words."""
 
+    rows: ClassVar[str] = "cells"
+    derived: ClassVar[str] = "outcomes"
+
     schema_: Literal["missile-isolation/1"] = Field(default="missile-isolation/1", alias="schema")
-    created: str
-    simulated: bool
-    gpu: str
-    device: str
-    uuid: str
-    environment: dict[str, Any]
     channel_map: dict[str, Any]
     schemes: tuple[MeasuredScheme, ...]
     cells: tuple[MeasuredCell, ...] = ()
-    seconds: float = 0.0
-    interrupted: bool = False
 
 
-class Outcome(_Strict):
+class Outcome(Row):
     """One pair of sides. slowdown: the victim's median time over its median alone with the same colors.
 
     aggressor_kept: its rate over its share (by slice count) of what it moves alone on all colors with the same SMs.
@@ -186,34 +171,3 @@ def measured_schemes(
         )
         for s in schemes
     )
-
-
-def write_isolation(results: IsolationResults, path: Path) -> None:
-    """Write `path` whole or leave it as it was. MisuseError when it can't be written."""
-    content = results.model_dump(mode="json", by_alias=True)
-    content["outcomes"] = [outcome.model_dump(mode="json") for outcome in outcomes(results)]
-    cells = content.pop("cells")
-    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items() if key != "outcomes"]
-    for name, rows in (("outcomes", content["outcomes"]), ("cells", cells)):
-        lines.append(f" {json.dumps(name)}: [\n  " + ",\n  ".join(json.dumps(row) for row in rows) + "\n ]")
-    try:
-        write_whole(path, "{\n" + ",\n".join(lines) + "\n}\n")
-    except OSError as error:
-        raise MisuseError(f"{path} can't be written: {error.strerror}.") from error
-
-
-def read_isolation(path: Path) -> IsolationResults:
-    """MisuseError for a file that is missing, broken or of another kind."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            content.pop("outcomes", None)
-        return IsolationResults.model_validate(content)
-    except FileNotFoundError:
-        raise MisuseError(f"There are no isolation results at {path}.") from None
-    except OSError as error:
-        raise MisuseError(f"{path} can't be read: {error.strerror}.") from error
-    except ValidationError as error:
-        raise MisuseError(f"{path} is not a result of `missile bench isolation`: {first_problem(error)}.") from None
-    except ValueError:
-        raise MisuseError(f"{path} is not a whole result of `missile bench isolation`: it is truncated.") from None

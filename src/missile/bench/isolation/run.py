@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
-from missile.bench.environment import describe_environment
 from missile.bench.isolation.lab import ColoredUnits, Sample, measure, pages_for
 from missile.bench.isolation.plan import Cell, MicroPlan, cells_of, schemes_of
-from missile.bench.isolation.results import (
-    IsolationResults,
-    MeasuredCell,
-    measured_schemes,
-    read_isolation,
-    write_isolation,
-)
+from missile.bench.isolation.record import header_of
+from missile.bench.isolation.results import IsolationResults, MeasuredCell, measured_schemes, outcomes
 from missile.coloring.pool import ColoredPool
-from missile.errors import MisuseError
 from missile.gpu.interface import Gpu
 from missile.probe.channel_map import ChannelMap
 from missile.probe.reuse import map_for
@@ -46,18 +38,13 @@ def run_micro(
     `path` with another GPU's results.
     """
     begin = time.monotonic()
-    before = _before(path, gpu)
+    before = IsolationResults.before(path, gpu)
     # A pool's pages are classified one by one anyway: a probe of few of them is sure enough.
     channel_map = map_for(gpu, known=known, pages=512, seed=seed, progress=lambda text: progress(0, 0, text))
     schemes = schemes_of(channel_map)
     cells = list(cells_of(plan, schemes, gpu.info.sms))
     results = IsolationResults(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        simulated=gpu.info.simulated,
-        gpu=gpu.info.name,
-        device=gpu.info.device,
-        uuid=gpu.info.uuid,
-        environment=describe_environment(gpu.info),
+        **header_of(gpu),
         channel_map=_describe_map(channel_map),
         schemes=measured_schemes(schemes, channel_map.colors, channel_map.slices),
     )
@@ -76,12 +63,15 @@ def run_micro(
         ordered = tuple(found[cell] for cell in cells if cell in found)
         return results.model_copy(update={"cells": ordered, "seconds": seconds, "interrupted": interrupted})
 
+    def write(what: IsolationResults) -> None:
+        what.write(path, outcomes(what))
+
     def done(cell: Cell, sample: Sample) -> None:
         nonlocal written
         found[cell] = MeasuredCell.from_sample(cell, sample)
         progress(len(found), len(cells), cell.scheme)
         if time.monotonic() - written > _WRITE_EVERY_S:
-            write_isolation(state(interrupted=True), path)
+            write(state(interrupted=True))
             written = time.monotonic()
 
     if open_:
@@ -91,22 +81,11 @@ def run_micro(
                 measure(gpu, ColoredUnits(gpu, channel_map, pool, seed=seed), schemes, open_, plan.repeats, done)
         except BaseException:
             if found:
-                write_isolation(state(interrupted=True), path)
+                write(state(interrupted=True))
             raise
     whole = state(interrupted=False)
-    write_isolation(whole, path)
+    write(whole)
     return whole
-
-
-def _before(path: Path, gpu: Gpu) -> IsolationResults | None:
-    if not path.exists():
-        return None
-    before = read_isolation(path)
-    if (before.gpu, before.uuid, before.device) != (gpu.info.name, gpu.info.uuid, gpu.info.device):
-        raise MisuseError(
-            f"{path} holds results of {before.gpu} {before.uuid}, another GPU's; choose another folder with -o."
-        )
-    return before
 
 
 def _describe_map(channel_map: ChannelMap) -> dict[str, object]:
