@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -73,23 +74,27 @@ def choices(palette: Palette, colors: Sequence[int], constants: Sequence[int] | 
     halves have every piece between them. Of all colors the tenant has one of two as well, now this one and now that.
     """
     layout = palette.layout
-    wanted = np.isin(palette.pattern(constants), list(colors))
+    wanted = palette.owned(colors, constants)
     lower, upper = wanted[0::2], wanted[1::2]
     if len(colors) == palette.colors:
         chosen = parity(np.arange(len(lower)), -1)
     else:
         chosen = np.where(lower == upper, int(0 not in colors), upper)
-    pieces = piece_layout(layout)
-    starts = pieces.offsets()[0::2]
-    return np.asarray(chosen[layout.index_of(starts) >> 1], np.int64)
+    return np.asarray(chosen[_pairs_of_pieces(layout)], np.int64)
 
 
 def residue(palette: Palette, colors: Sequence[int], constants: Sequence[int] | Ints) -> float:
     """Share of a tenant's frames in a page with `constants` that are not of its `colors`."""
-    wanted = np.isin(palette.pattern(constants), list(colors))
+    wanted = palette.owned(colors, constants)
     lower, upper = wanted[0::2], wanted[1::2]
     taken = np.where(lower == upper, lower, True)
     return float(1 - taken.mean())
+
+
+@cache
+def _pairs_of_pieces(layout: PageLayout) -> Ints:
+    """The pair of granules that each pair of neighbouring pieces belongs to."""
+    return layout.index_of(piece_layout(layout).offsets()[0::2]) >> 1
 
 
 def _meetings(pattern: Ints, position: int, colors: int) -> Ints:

@@ -31,6 +31,8 @@ class Palette:
             if contiguous
             else channel_map.layout
         )
+        self._granules = channel_map.layout.index_of(self.layout.offsets())
+        self._color_of_slice = channel_map.color_of_slice
         self._known: dict[tuple[int, ...], Ints] = {}
 
     @property
@@ -53,26 +55,31 @@ class Palette:
         """Color of every frame of a page with `constants` (3,), shape (frames,), by the layout's granule index."""
         key = tuple(int(c) for c in constants)
         if key not in self._known:
-            offsets = self.layout.offsets()
-            self._known[key] = self._map.color_of(offsets, key)
+            self._known[key] = self._color_of_slice[self._map.page_slices(key)[self._granules]]
         return self._known[key]
+
+    def owned(self, colors: Sequence[int], constants: Sequence[int] | Ints) -> npt.NDArray[np.bool_]:
+        """Whether each frame of a page with `constants` is of `colors`, shape (frames,)."""
+        among = np.zeros(self.colors, np.bool_)
+        among[list(colors)] = True
+        return np.asarray(among[self.pattern(constants)], np.bool_)
 
     def frames(self, colors: Sequence[int], constants: Sequence[int] | Ints) -> Ints:
         """Frames of `colors` in a page with `constants`, as granule indices of `layout`, ascending."""
-        return np.flatnonzero(np.isin(self.pattern(constants), list(colors)))
+        return np.flatnonzero(self.owned(colors, constants))
 
     def relation(self, colors: Sequence[int], reference: Sequence[int] | Ints, constants: Ints) -> Ints:
         """For every page with `constants` (pages, 3): the least x so that its frames of `colors` are those of a page with
         `reference` XORed with x; NO_PAGE where there is none or the page is not classified. Shape (pages,).
         """
-        wanted = np.isin(self.pattern(reference), list(colors))
+        wanted = self.owned(colors, reference)
         kinds, place = np.unique(constants, axis=0, return_inverse=True)
         out = np.full(len(kinds), NO_PAGE, np.int64)
         spectrum = _walsh_hadamard(wanted)
         for row, kind in enumerate(kinds):
             if kind[2] == NO_PAGE:
                 continue
-            has = np.isin(self.pattern(kind), list(colors))
+            has = self.owned(colors, kind)
             if has.sum() != wanted.sum():
                 continue
             # By XOR convolution: how many of the reference's frames, XORed with x, are among this page's, for every x.
