@@ -280,7 +280,7 @@ class PairTranslation(_Translation):
         if shape.form is not Form.PAIR:
             raise MisuseError(f"Choices of one of two do not go with the {shape.form} form.")
         taken = np.atleast_2d(np.asarray(choices, np.int64))
-        if taken.shape[1] != shape.layout.granules // 2 or not np.isin(taken, (0, 1)).all():
+        if taken.shape[1] != shape.layout.granules // 2 or (taken >> 1).any():
             raise MisuseError(f"A page has {shape.layout.granules // 2} choices of 0 or 1.")
         super().__init__(shape, len(taken), taken.size)
         self._choices = taken.reshape(-1)
