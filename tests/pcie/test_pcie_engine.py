@@ -265,8 +265,7 @@ def test_bad_copies_are_refused_and_change_nothing(gpu: Gpu, engine: CopyEngine)
 def _flood(gpu: Gpu, engine: CopyEngine, tenants: list[str], duration_ns: int) -> list[ChunkRecord]:
     """Every tenant always has copies waiting; returns the chunks that arrived."""
     host, device = gpu.allocate_host(32 * MIB), gpu.allocate(32 * MIB)
-    records: list[ChunkRecord] = []
-    engine.on_chunk(records.append)
+    engine.record_chunks()
     end = gpu.now_ns() + duration_ns
 
     def again(ticket: CopyTicket) -> None:
@@ -279,6 +278,7 @@ def _flood(gpu: Gpu, engine: CopyEngine, tenants: list[str], duration_ns: int) -
     while gpu.now_ns() < end:
         due = engine.step()
         gpu.wait(engine.events(), due)
+    records = engine.recorded_chunks()
     engine.stop(Stop.CANCEL)
     engine.close()
     return [record for record in records if record.done_ns <= end]

@@ -245,11 +245,12 @@ def test_weights_hold_on_the_wire(engine: CopyEngine) -> None:
     engine.remove("ls")
     engine.admit("heavy", Share(weight=3))
     host, device = Buffer(1 << 22), Buffer(1 << 22)
-    order: list[tuple[str, int]] = []
-    engine.on_chunk(lambda chunk: order.append((chunk.tenant, chunk.nbytes)))
+    engine.record_chunks()
     tickets = [engine.to_device(name, device, host) for name in ("a", "heavy")]
     engine.run_until_idle(10**10)
     assert all(ticket.done for ticket in tickets)
+    order = [(record.tenant, record.nbytes) for record in engine.recorded_chunks()]
+    assert sum(nbytes for _, nbytes in order) == 2 << 22
     got = {"a": 0, "heavy": 0}
     both = [index for index, (name, _) in enumerate(order) if name == "heavy"]
     for name, nbytes in order[both[0] + 8 : both[-1]]:  # the first was there before the other, and some credit is spent

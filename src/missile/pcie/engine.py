@@ -343,10 +343,14 @@ class CopyEngine:
                 )
         return tuple(out)
 
-    def on_chunk(self, observer: Callable[[ChunkRecord], None] | None) -> None:
-        """Call `observer` for every chunk that arrives, on the engine's thread (None: stop)."""
+    def record_chunks(self) -> None:
+        """Keep a record of every chunk that arrives from now on, for `recorded_chunks`."""
         for lane in self.lanes.values():
-            lane.on_chunk = observer
+            lane.record_chunks()
+
+    def recorded_chunks(self) -> list[ChunkRecord]:
+        """Take the records of what has been seen to arrive. Before `close`."""
+        return [record for lane in self.lanes.values() for record in lane.recorded_chunks()]
 
 
 def _check_range(side: str, offset: int, nbytes: int, size: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -67,7 +67,7 @@ class Lane(abc.ABC):
         self.direction = direction
         self.fair = fair
         self.stats: dict[str, LaneStats] = {}
-        self.on_chunk: Callable[[ChunkRecord], None] | None = None
+        self._records: list[ChunkRecord] = []
         self._gpu = gpu
         self._staging = staging
         self._rescue: Stream | None = None
@@ -114,6 +114,15 @@ class Lane(abc.ABC):
         """See what arrived, give the GPU what it should have next. Returns when to step again; None when idle."""
 
     @abc.abstractmethod
+    def record_chunks(self) -> None:
+        """Keep a record of every chunk that arrives from now on."""
+
+    def recorded_chunks(self) -> list[ChunkRecord]:
+        """Take the records kept so far, in the order of arrival."""
+        records, self._records = self._records, []
+        return records
+
+    @abc.abstractmethod
     def events(self) -> list[Event]:
         """What the next step may be waiting for."""
 
@@ -127,13 +136,10 @@ class Lane(abc.ABC):
 
     # --- for both kinds
 
-    def _arrived(self, request: Request, nbytes: int, issued_ns: int, now_ns: int) -> None:
+    def _arrived(self, request: Request, nbytes: int) -> None:
         """Account for bytes that have arrived."""
-        ticket = request.ticket
-        ticket.copied += nbytes
-        self.stats[ticket.tenant].bytes += nbytes
-        if self.on_chunk is not None:
-            self.on_chunk(ChunkRecord(ticket.tenant, self.direction, nbytes, issued_ns, now_ns))
+        request.ticket.copied += nbytes
+        self.stats[request.ticket.tenant].bytes += nbytes
 
     def _started(self, request: Request, now_ns: int) -> None:
         """Its first chunk has been given to the GPU."""

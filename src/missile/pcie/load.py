@@ -94,9 +94,11 @@ class _Run:
         self._requests = requests
         self._duration = duration_ns
         size = max([loop.nbytes for loop in bulk] + [tenant.nbytes for tenant in requests])
-        self._host = gpu.allocate_host(size)
-        self._host.array[:] = 1
-        self._device = gpu.allocate(size)
+        used = {tenant.direction for tenant in requests}.union(*(loop.directions for loop in bulk))
+        self._host = {direction: gpu.allocate_host(size) for direction in used}
+        for memory in self._host.values():
+            memory.array[:] = 1
+        self._device = {direction: gpu.allocate(size) for direction in used}
         self._latency: dict[str, list[int]] = {tenant.name: [] for tenant in requests}
         self._issued = dict.fromkeys(self._latency, 0)
         self._chunks: dict[str, array[int]] = {}  # time, bytes, time, bytes ...
@@ -117,7 +119,7 @@ class _Run:
             for tenant in self._requests:
                 copier.admit(tenant.name, tenant.share)
             if isinstance(copier, CopyEngine):
-                copier.on_chunk(self._arrived)
+                copier.record_chunks()
             gc.collect()
             gc.disable()  # a collection stops the loop for milliseconds, and so would this first one
             self._start = gpu.now_ns()
@@ -139,13 +141,18 @@ class _Run:
                 until = min(_FOREVER if due is None else due, coming - early, self._end)
                 sleeper.wait(copier.events(), max(until, soon))
             cpu = time.thread_time() - cpu
-            engine_cpu = copier.cpu_seconds if isinstance(copier, CopyEngine) else 0.0
+            engine_cpu = 0.0
+            if isinstance(copier, CopyEngine):
+                engine_cpu = copier.cpu_seconds
+                copier.step()
+                for record in copier.recorded_chunks():
+                    self._arrived(record)
         finally:
             gc.enable()
             copier.close()
             gpu.synchronize()
-            self._host.free()
-            self._device.free()
+            for memory in (*self._host.values(), *self._device.values()):
+                memory.free()
         return LoadResult(
             duration_ns=self._duration,
             latency_ns={name: np.array(times, np.int64) for name, times in self._latency.items()},
@@ -179,9 +186,10 @@ class _Run:
         self._copy(loop.name, direction, loop.nbytes).add_done_callback(done)
 
     def _copy(self, tenant: str, direction: Direction, nbytes: int) -> CopyTicket:
+        host, device = self._host[direction], self._device[direction]
         if direction is Direction.H2D:
-            return self._copier.to_device(tenant, self._device, self._host, nbytes=nbytes)
-        return self._copier.to_host(tenant, self._host, self._device, nbytes=nbytes)
+            return self._copier.to_device(tenant, device, host, nbytes=nbytes)
+        return self._copier.to_host(tenant, host, device, nbytes=nbytes)
 
     def _arrived(self, chunk: ChunkRecord) -> None:
         if chunk.done_ns <= self._end:

@@ -7,7 +7,7 @@ from typing import Final
 from missile.errors import GpuError, MissileError
 from missile.gpu.interface import Event, Gpu, HostBuffer, Stream
 from missile.pcie.flight import Flight, LinkTiming, is_lost
-from missile.pcie.lane import POLL_NS, Lane
+from missile.pcie.lane import POLL_NS, ChunkRecord, Lane
 from missile.pcie.policy import FairLink, Pick
 from missile.pcie.request import Chunk, Request
 from missile.pcie.staging import Piece, StagingRing
@@ -35,6 +35,7 @@ class PacedLane(Lane):
         bypass: int,
     ) -> None:
         super().__init__(gpu, direction, fair, staging)
+        self._recording = False
         self._depth = depth
         self._bypass = bypass
         self._flight = Flight(gpu, timing)
@@ -83,6 +84,9 @@ class PacedLane(Lane):
             return None
         return self._deadline(now_ns)
 
+    def record_chunks(self) -> None:
+        self._recording = True
+
     def events(self) -> list[Event]:
         return self._flight.heads() + [
             queue[0].after for tenant in self._unready if (queue := self._queues[tenant]) and queue[0].after is not None
@@ -116,7 +120,10 @@ class PacedLane(Lane):
         if failure is not None:
             request.end(CopyState.FAILED, failure)
         else:
-            self._arrived(request, chunk.nbytes, chunk.issued_ns, now_ns)
+            self._arrived(request, chunk.nbytes)
+            if self._recording:
+                tenant = request.ticket.tenant
+                self._records.append(ChunkRecord(tenant, self.direction, chunk.nbytes, chunk.issued_ns, now_ns))
         if chunk.piece is not None:
             self._unstage(request, chunk.piece)
         if request.over and not request.flying:

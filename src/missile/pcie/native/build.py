@@ -79,6 +79,8 @@ _SIGNATURES: Final = {
     "lane_abandon": (None, c_void_p),
     "lane_step": (c_int64, c_void_p, c_void_p, c_int64, POINTER(c_int64)),
     "lane_queued": (c_int64, c_void_p, c_int),
+    "lane_record": (None, c_void_p),
+    "lane_recorded": (c_int64, c_void_p, c_void_p, c_int64),
     "lane_vitals": (None, c_void_p, POINTER(Vitals)),
     "fair_open": (c_void_p, POINTER(Chunks)),
     "fair_close": (None, c_void_p),

@@ -16,14 +16,15 @@
 
 enum { NOT_READY = 600 }; /* CUDA_ERROR_NOT_READY */
 enum { DEPTH_MOST = 256, STREAMS = 2, BULK = 0, SMALL = 1 };
-enum { EVENT_CHUNK = 1, EVENT_ISSUED = 2, EVENT_DONE = 3 };
+enum { EVENT_ISSUED = 1, EVENT_DONE = 2 };
 enum { DONE = 0, CANCELLED = 1, FAILED = 2 };
 
 #define FOREVER (INT64_MAX / 2)
 #define SOON_NS 1000
 #define SPIN_NS 40000   /* an urgent copy that should end within this is not slept for */
 #define POLL_NS 20000   /* how often something is looked at that has no expected time */
-#define ATTENDED_NS 20000
+#define ATTENDED_NS 60000
+#define WAKING_NS 10000
 #define UNATTENDED_NS 100000
 #define MARGIN_NS 60000 /* how late a sleep may end, and the time to issue: kept in hand where the window allows it */
 
@@ -60,6 +61,10 @@ struct copy {
     int64_t issued_ns;
     int flow, flying, ending, code;
     bool live, queued, over; /* over: nothing more of it will be issued */
+};
+
+struct arrival { /* a chunk, where somebody wants to know of each */
+    int64_t flow, nbytes, issued_ns, done_ns;
 };
 
 struct report { /* what Python is told */
@@ -103,7 +108,9 @@ struct lane {
     struct copy *spare;
     struct report *reports;
     size_t report_count, report_room;
-    int64_t stepped_at; /* when the owner was here last */
+    struct arrival *arrivals; /* kept until they are taken; NULL: not kept */
+    size_t arrival_count, arrival_room;
+    int64_t attended_until; /* the owner has said to come back at once, and does this better than a second thread beside it */
     struct vitals vitals;
 };
 
@@ -159,6 +166,16 @@ static void tell(struct lane *lane, struct report report) {
         lane->report_room = room;
     }
     lane->reports[lane->report_count++] = report;
+}
+
+static void note(struct lane *lane, struct arrival arrival) {
+    if (lane->arrival_count == lane->arrival_room) {
+        struct arrival *more = realloc(lane->arrivals, 2 * lane->arrival_room * sizeof *more);
+        if (!more) return;
+        lane->arrivals = more;
+        lane->arrival_room *= 2;
+    }
+    lane->arrivals[lane->arrival_count++] = arrival;
 }
 
 /* End a copy of which nothing more will be issued, unless the GPU still has chunks of it or it heads its queue. */
@@ -229,7 +246,7 @@ static void arrivals(struct lane *lane, int64_t now) {
             lane->urgent -= chunk->urgent;
             copy->flying--;
             if (!status) {
-                tell(lane, (struct report){EVENT_CHUNK, (int64_t)copy->id, chunk->nbytes, chunk->issued_ns, now, DONE, 0});
+                if (lane->arrivals) note(lane, (struct arrival){copy->flow, chunk->nbytes, chunk->issued_ns, now});
             } else if (copy->ending == DONE) {
                 copy->over = true;
                 copy->ending = FAILED;
@@ -408,12 +425,11 @@ static void *pump(void *argument) {
     enter(lane);
     while (!lane->stopping) {
         int64_t now = monotonic();
-        /* An owner who steps all the time does this better than a second thread that asks the driver beside it. */
-        bool attended = now - lane->stepped_at < ATTENDED_NS;
+        bool attended = now < lane->attended_until;
         if (!lane->dead && !attended) advance(lane);
         now = monotonic();
         int64_t at = lane->dead ? FOREVER : pump_deadline(lane, now);
-        if (attended && at < FOREVER && at < lane->stepped_at + 2 * ATTENDED_NS) at = lane->stepped_at + 2 * ATTENDED_NS;
+        if (attended && at < lane->attended_until) at = lane->attended_until;
         lane->looks_at = at;
         lane->vitals.looks++;
         lane->vitals.cpu_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID);
@@ -432,7 +448,8 @@ static void *pump(void *argument) {
 
 /* What every call from outside ends with: the thread is woken when it would look too late. */
 static void leave(struct lane *lane) {
-    if (!lane->dead && pump_deadline(lane, monotonic()) + MARGIN_NS < lane->looks_at) {
+    int64_t now = monotonic();
+    if (!lane->dead && now >= lane->attended_until && pump_deadline(lane, now) + WAKING_NS < lane->looks_at) {
         lane->looks_at = 0;
         pthread_cond_signal(&lane->changed);
     }
@@ -473,6 +490,7 @@ void lane_close(struct lane *lane) {
     for (uint32_t i = 0; i < lane->slab_used; i++) free(lane->slab[i]);
     free(lane->slab);
     free(lane->reports);
+    free(lane->arrivals);
     free(lane->options.chunk_events);
     pthread_cond_destroy(&lane->changed);
     pthread_mutex_destroy(&lane->mutex);
@@ -562,13 +580,13 @@ void lane_abandon(struct lane *lane) {
 int64_t lane_step(struct lane *lane, struct report *reports, int64_t most, int64_t *deadline) {
     enter(lane);
     if (!lane->dead) advance(lane);
-    lane->stepped_at = monotonic();
     int64_t count = least(most, (int64_t)lane->report_count);
     if (count) memcpy(reports, lane->reports, (size_t)count * sizeof *reports);
     lane->report_count -= (size_t)count;
     if (lane->report_count) memmove(lane->reports, lane->reports + count, lane->report_count * sizeof *reports);
     int64_t now = monotonic();
     *deadline = lane->report_count ? now : lane->dead ? FOREVER : owner_deadline(lane, now);
+    lane->attended_until = *deadline <= now + SOON_NS ? now + ATTENDED_NS : 0;
     if (*deadline == FOREVER) *deadline = -1;
     leave(lane);
     return count;
@@ -581,6 +599,24 @@ int64_t lane_queued(struct lane *lane, int flow) {
     for (struct copy *copy = lane->queues[flow].first; copy; copy = copy->next) sum += copy->nbytes - copy->issued;
     pthread_mutex_unlock(&lane->mutex);
     return sum;
+}
+
+/* Keep arrivals from now on. */
+void lane_record(struct lane *lane) {
+    enter(lane);
+    if (!lane->arrivals && (lane->arrivals = malloc(1024 * sizeof *lane->arrivals))) lane->arrival_room = 1024;
+    leave(lane);
+}
+
+/* Take up to `most` arrivals, the oldest ones; returns how many there were. */
+int64_t lane_recorded(struct lane *lane, struct arrival *arrivals, int64_t most) {
+    enter(lane);
+    int64_t count = (int64_t)lane->arrival_count, taken = least(most, count);
+    if (taken) memcpy(arrivals, lane->arrivals, (size_t)taken * sizeof *arrivals);
+    lane->arrival_count -= (size_t)taken;
+    if (lane->arrival_count) memmove(lane->arrivals, lane->arrivals + taken, lane->arrival_count * sizeof *arrivals);
+    pthread_mutex_unlock(&lane->mutex);
+    return count;
 }
 
 void lane_vitals(struct lane *lane, struct vitals *vitals) {

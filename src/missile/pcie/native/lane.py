@@ -11,7 +11,7 @@ from missile.errors import GpuError, InternalError, MisuseError
 from missile.gpu.calls import DriverCalls
 from missile.gpu.interface import Event, Gpu
 from missile.pcie.flight import LinkTiming, is_lost
-from missile.pcie.lane import POLL_NS, Lane, LaneVitals
+from missile.pcie.lane import POLL_NS, ChunkRecord, Lane, LaneVitals
 from missile.pcie.native.build import CALLS, Calls, Chunks, Library, Options, Report, ShareC, Vitals
 from missile.pcie.policy import FLOOR_CHUNKS, MINIMUM_MARGIN, FairLink
 from missile.pcie.request import Request
@@ -23,7 +23,7 @@ __all__ = ["NativeLane", "share_of"]
 
 _STREAMS: Final = 2
 _DEPTH: Final = 256  # lane.c, DEPTH_MOST
-_CHUNK, _ISSUED, _DONE = 1, 2, 3
+_ISSUED, _DONE = 1, 2
 _STATES: Final = (CopyState.DONE, CopyState.CANCELLED, CopyState.FAILED)
 _REPORTS: Final = 256
 
@@ -102,6 +102,7 @@ class NativeLane(Lane):
 
     def remove(self, tenant: str, now_ns: int) -> None:
         self._cancel_held(tenant, now_ns)
+        self._records = self.recorded_chunks()  # their flow's number will be another's
         self._library.lane_remove(self._lane, self._flows.pop(tenant))
         self._take_reports()
         self._waiting.discard(tenant)
@@ -138,6 +139,18 @@ class NativeLane(Lane):
     @property
     def busy(self) -> bool:
         return bool(self._parts or self._landing or self._waiting)
+
+    def record_chunks(self) -> None:
+        self._library.lane_record(self._lane)
+
+    def recorded_chunks(self) -> list[ChunkRecord]:
+        room = int(self._library.lane_recorded(self._lane, None, 0))
+        rows = np.zeros((room, 4), np.int64)
+        self._library.lane_recorded(self._lane, rows.ctypes.data, room)
+        names = {flow: tenant for tenant, flow in self._flows.items()}
+        taken = [ChunkRecord(names[row[0]], self.direction, *row[1:]) for row in rows.tolist() if row[0] in names]
+        records, self._records = [*self._records, *taken], []
+        return records
 
     def vitals(self) -> LaneVitals:
         out = Vitals()
@@ -272,14 +285,14 @@ class NativeLane(Lane):
     def _heed(self, kind: int, number: int, nbytes: int, issued_ns: int, done_ns: int, state: int, code: int) -> None:
         part = self._parts[number]
         request, ticket = part.request, part.request.ticket
-        if kind != _DONE and ticket.state is CopyState.QUEUED:
+        if issued_ns >= 0 and ticket.state is CopyState.QUEUED:
             self._started(request, issued_ns)
-        if kind == _CHUNK:
-            self._arrived(request, nbytes, issued_ns, done_ns)
-        elif kind == _ISSUED:
+        if kind == _ISSUED:
             if part.last:
                 ticket.mark_issued(part.event)
         else:
+            if _STATES[state] is not CopyState.FAILED:
+                self._arrived(request, nbytes)
             self._ended(number, part, _STATES[state], code, done_ns)
 
     def _ended(self, number: int, part: _Part, state: CopyState, code: int, now_ns: int) -> None:
