@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from missile.errors import GpuError
 from missile.gpu.interface import Event, Gpu, HostBuffer, Latch, Stream
@@ -16,12 +16,14 @@ __all__ = ["StreamedCopies"]
 class StreamedCopies:
     """`to_device` and `to_host` in place of `Stream.copy_to_device` and `copy_to_host`, for tenants with shares of the link.
 
-    Later work of the stream waits for the copy on the GPU, by a latch: the host gives it its kernels at once, whenever the
+    Only copies in the directions `scheduled` go through the engine, the others stay in their stream: where nobody's copies
+    are long, first come first served is as fair, and it is faster. Later work of the stream waits for the copy on the GPU, by a latch: the host gives it its kernels at once, whenever the
     copy will go. Owns its latches and events, not the engine; belongs to the engine's thread, which waits through `wait`.
     """
 
-    def __init__(self, gpu: Gpu, engine: CopyEngine) -> None:
+    def __init__(self, gpu: Gpu, engine: CopyEngine, scheduled: Collection[Direction] = tuple(Direction)) -> None:
         self._gpu = gpu
+        self._scheduled = frozenset(scheduled)
         self._engine = engine
         self._latches: dict[tuple[str, Direction], tuple[Latch, int]] = {}
         self._marks: list[Event] = []
@@ -35,18 +37,24 @@ class StreamedCopies:
 
     def to_device(
         self, tenant: str, stream: Stream, address: int, source: HostBuffer, *, after: Event | None = None
-    ) -> CopyTicket:
+    ) -> CopyTicket | None:
         """Copy all of `source` to `address`; what `stream` is given from now on comes behind it.
 
-        after: what the copy must wait for (None: nothing; work that `stream` has already is not waited for).
+        Nothing comes back of a direction that is not scheduled. after: what the copy must wait for (None: nothing; work that `stream` has already is not waited for).
         """
+        if Direction.H2D not in self._scheduled:
+            stream.copy_to_device(address, source)
+            return None
         raises = self._next(tenant, Direction.H2D)
         span = Span(address, source.nbytes)
         ticket = self._engine.to_device(tenant, span, source, after=after, raises=raises)
         return self._stand_in(stream, ticket, raises)
 
-    def to_host(self, tenant: str, stream: Stream, target: HostBuffer, address: int) -> CopyTicket:
+    def to_host(self, tenant: str, stream: Stream, target: HostBuffer, address: int) -> CopyTicket | None:
         """Copy what is at `address` when `stream` has done its work so far to all of `target`, before its later work."""
+        if Direction.D2H not in self._scheduled:
+            stream.copy_to_host(target, address)
+            return None
         raises = self._next(tenant, Direction.D2H)
         mark = self._marks.pop() if self._marks else self._gpu.create_event(timing=False)
         stream.record(mark)
