@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -233,8 +233,9 @@ def _models(gpu: CudaGpu, name: str, variant: str) -> tuple[BoundModel, BoundMod
         else:
             look, _, place = variant.partition("-")
             same = {image.id: Place(place) for image in package.kernels}
-            code = build_preemptible(package, directory, look=Look(look), places=same)
-            shutil.rmtree(directory / "preemptible")  # it is none that Missile should find
+            with TemporaryDirectory() as apart:  # it is none that Missile should find
+                (Path(apart) / "kernels").symlink_to(directory / "kernels")
+                code = build_preemptible(package, Path(apart), look=Look(look), places=same)
         seconds = time.perf_counter() - begin
         known = next((entry[0] for (other, _), entry in _MODELS.items() if other == name), None)
         plain = bind(package, directory, gpu, tenant=name) if known is None else known
