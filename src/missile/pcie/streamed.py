@@ -17,8 +17,9 @@ class StreamedCopies:
     """`to_device` and `to_host` in place of `Stream.copy_to_device` and `copy_to_host`, for tenants with shares of the link.
 
     Only copies in the directions `scheduled` go through the engine, the others stay in their stream: where nobody's copies
-    are long, first come first served is as fair, and it is faster. Later work of the stream waits for the copy on the GPU, by a latch: the host gives it its kernels at once, whenever the
-    copy will go. Owns its latches and events, not the engine; belongs to the engine's thread, which waits through `wait`.
+    are long, first come first served is as fair, and it is faster. Later work of the stream waits for a scheduled copy on
+    the GPU, by a latch: the host gives it its kernels at once, whenever the copy will go.
+    Owns its latches and events, not the engine; belongs to the engine's thread, which waits through `wait`.
     """
 
     def __init__(self, gpu: Gpu, engine: CopyEngine, scheduled: Collection[Direction] = tuple(Direction)) -> None:
@@ -40,7 +41,8 @@ class StreamedCopies:
     ) -> CopyTicket | None:
         """Copy all of `source` to `address`; what `stream` is given from now on comes behind it.
 
-        Nothing comes back of a direction that is not scheduled. after: what the copy must wait for (None: nothing; work that `stream` has already is not waited for).
+        Nothing comes back of a direction that is not scheduled. after: what a scheduled copy must wait for (None: nothing;
+        work that `stream` has already is not waited for).
         """
         if Direction.H2D not in self._scheduled:
             stream.copy_to_device(address, source)
