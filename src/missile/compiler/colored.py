@@ -7,25 +7,24 @@ data in and out. Each takes one parameter more than the plain kernel, the last: 
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
-from multiprocessing import get_context
 from pathlib import Path
 
 import missile.coloring.shape
 from missile.coloring.shape import Shape
 from missile.compiler import ptx
+from missile.compiler.color_worker import Task, color, color_all
 from missile.compiler.package import ModelPackage
 from missile.compiler.placements import PLACEMENTS, PlacementTable
 from missile.compiler.ptx.assemble import assemble
 from missile.compiler.ptx.fill import fill_entry
-from missile.compiler.ptx.rewrite import Placement, rewrite
+from missile.compiler.ptx.rewrite import Placement
 from missile.compiler.ptx.transfer import transfer_ptx
 from missile.errors import MisuseError
 
@@ -41,7 +40,6 @@ __all__ = [
 
 _TRANSFER = "transfer"
 _VERSION = "version"
-_FEWEST_PER_WORKER = 4  # kernels: a process takes longer to start than fewer take to compile
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +79,7 @@ def color_kernels(
     """Rewrite and assemble every kernel of `package`, which lies in `directory`, for `shape`, and keep the code there.
 
     placement: of translations in all kernels; None takes for each what was measured to be best (`PlacementTable`).
-    executor: who does the work; None starts as many processes as there are cores. keep: False leaves the package as it is.
+    executor: who does the work; None for processes on all cores. keep: False leaves the package as it is.
     UnsupportedError naming the kernel that can't be colored; then nothing is kept. Replaces what was kept for the shape.
     """
     sources = {}
@@ -103,26 +101,12 @@ def color_kernels(
     (arch,) = targets
     transfer = assemble(transfer_ptx(shape, arch) + fill_entry(shape), arch=arch, name=_TRANSFER)
     best = PlacementTable.load(package.gpu)
-    tasks = [(name, text, shape, placement or best.find(shape.form, text), arch) for name, text in sources.items()]
-    count = min(os.cpu_count() or 1, -(-len(tasks) // _FEWEST_PER_WORKER))
-    if executor is not None:
-        done = executor.map(_colored, tasks)
-    elif count > 1:
-        # Started afresh: a copy of a process that has a GPU open, or threads, is no place to work in.
-        with ProcessPoolExecutor(count, get_context("spawn")) as own:
-            done = own.map(_colored, tasks)
-    else:
-        done = iter([_colored(task) for task in tasks])
+    tasks = [Task(name, text, shape, placement or best.find(shape.form, text), arch) for name, text in sources.items()]
+    done = color_all(tasks) if executor is None else executor.map(color, tasks)
     cubins = dict(zip(sources, done, strict=True))
     if keep:
         _keep(cubins | {_TRANSFER: transfer}, directory / "colored" / shape_name(shape))
     return ColoredKernels(shape, cubins, transfer)
-
-
-def _colored(task: tuple[str, str, Shape, Placement | None, str]) -> bytes:
-    name, text, shape, placement, arch = task
-    new = rewrite(text, shape, name=name) if placement is None else rewrite(text, shape, name=name, placement=placement)
-    return assemble(new.ptx, arch=arch, name=name)
 
 
 def _target(text: str, name: str) -> str:

@@ -1,0 +1,89 @@
+"""Rewriting and assembling in processes of their own, which have nothing in common with the one that asks.
+
+Processes of `multiprocessing` would run the caller's main module again, or be copies of one that has a GPU open.
+
+    python -m missile.compiler.color_worker < tasks > results       (both pickled: they come from and go to this package)
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from missile.coloring.shape import Shape
+from missile.compiler.ptx.assemble import assemble
+from missile.compiler.ptx.rewrite import Placement, rewrite
+from missile.errors import InternalError, MissileError
+
+__all__ = ["Task", "color", "color_all"]
+
+_FEWEST = 4  # kernels: a process takes longer to start than fewer take to compile
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A kernel's PTX to be colored. placement: None for the usual one. arch: the GPU that it is for."""
+
+    name: str
+    ptx: str
+    shape: Shape
+    placement: Placement | None
+    arch: str
+
+
+def color(task: Task) -> bytes:
+    """The cubin. UnsupportedError naming the kernel that can't be colored."""
+    options = {} if task.placement is None else {"placement": task.placement}
+    new = rewrite(task.ptx, task.shape, name=task.name, **options)
+    return assemble(new.ptx, arch=task.arch, name=task.name)
+
+
+def color_all(tasks: Sequence[Task]) -> list[bytes]:
+    """The cubins of `tasks`, in order, made on all cores. Raises the first error that there is."""
+    count = min(os.cpu_count() or 1, -(-len(tasks) // _FEWEST))
+    if count <= 1:
+        return [color(task) for task in tasks]
+    with ThreadPoolExecutor(count) as waiting:
+        parts = list(waiting.map(_run, [tasks[first::count] for first in range(count)]))
+    results = [parts[index % count][index // count] for index in range(len(tasks))]
+    for result in results:
+        if isinstance(result, MissileError):
+            raise result
+    return [result for result in results if isinstance(result, bytes)]
+
+
+def _run(tasks: Sequence[Task]) -> list[bytes | MissileError]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "missile.compiler.color_worker"],
+        input=pickle.dumps(list(tasks)),
+        capture_output=True,
+        env=environment,
+        check=False,
+    )
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
+        raise InternalError(f"A process that colors kernels ended with status {done.returncode}: {said[-1]}")
+    results: list[bytes | MissileError] = pickle.loads(done.stdout)
+    return results
+
+
+def _attempt(task: Task) -> bytes | MissileError:
+    try:
+        return color(task)
+    except MissileError as error:
+        return error
+
+
+def main() -> None:
+    tasks = pickle.load(sys.stdin.buffer)
+    sys.stdout.buffer.write(pickle.dumps([_attempt(task) for task in tasks]))
+
+
+if __name__ == "__main__":
+    main()
