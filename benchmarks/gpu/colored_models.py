@@ -50,7 +50,7 @@ from missile.compiler.profile import measure_steps
 from missile.compiler.ptx.rewrite import Placement, rewrite
 from missile.errors import MissileError
 from missile.gpu import open_gpu
-from missile.gpu.interface import Fill, Gpu, Graph, Launch, Stream
+from missile.gpu.interface import Copy, Fill, Gpu, Graph, Launch, Stream
 from missile.probe import map_for
 from missile.probe.channel_map import ChannelMap
 from missile.probe.map_file import read_map
@@ -221,22 +221,25 @@ class Contents:
 
 
 def transfer_speed(gpu: Gpu, timer: Timer, mover: Mover, memory: TenantMemory) -> dict[str, float]:
-    """Bytes moved per second by the scatter and the gather kernel (each byte is read and written)."""
+    """Bytes moved per second by the scatter and the gather kernel, and by the driver's copy in plain memory."""
     nbytes = min(_TRANSFER_BYTES, memory.limit - memory.in_use)
     if nbytes < 1 << 20:
         return {}
     logical, plain = memory.allocate(nbytes), gpu.allocate(nbytes, tenant="check")
     out = {}
-    for name, launch in (
+    other = gpu.allocate(nbytes, tenant="check")
+    for name, operation in (
         ("scatter", mover.scatter(plain.address, logical.address, nbytes)),
         ("gather", mover.gather(plain.address, logical.address, nbytes)),
+        ("copy", Copy(other.address, plain.address, nbytes)),
     ):
-        graph = gpu.create_graph([launch])
+        graph = gpu.create_graph([operation])
         timer.batch(graph)
         out[f"{name}_bytes_per_s"] = nbytes / statistics.median(timer.batch(graph)) * 1e9
         graph.close()
     logical.free()
     plain.free()
+    other.free()
     return out
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from ptx_cases import SHAPES, source
 
+from missile.compiler import color_worker
+from missile.compiler.color_worker import Task, color, color_all
 from missile.compiler.colored import color_kernels, read_colored, shape_name
 from missile.compiler.package import (
     Buffer,
@@ -76,3 +79,13 @@ def test_code_that_is_not_there_is_named(package: ModelPackage, tmp_path: Path) 
 
 def test_shapes_that_differ_have_names_that_differ() -> None:
     assert len({shape_name(shape) for shape in SHAPES.values()}) == len(SHAPES)
+
+
+def test_processes_of_their_own_give_the_same_code_and_the_first_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(color_worker, "_FEWEST", 2)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    tasks = [Task(name, source(name), SHAPE, None, "sm_90a") for name in ("add_relu", "gather", "softmax")]
+    assert color_all(tasks) == [color(task) for task in tasks]
+    broken = [replace(task, ptx=task.ptx.replace("ld.global", "ld")) for task in tasks[1:]]
+    with pytest.raises(UnsupportedError, match="'gather' can't be colored"):
+        color_all([tasks[0], *broken])
