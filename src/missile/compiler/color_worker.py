@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from missile.coloring.shape import Shape
 from missile.compiler.ptx.assemble import assemble
+from missile.compiler.ptx.preempt import Look, Place, make_preemptible
 from missile.compiler.ptx.rewrite import Placement, rewrite
 from missile.errors import InternalError, MissileError
 
@@ -27,20 +28,29 @@ _FEWEST = 4  # kernels: a process takes longer to start than fewer take to compi
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A kernel's PTX to be colored. placement: None for the usual one. arch: the GPU that it is for."""
+    """A kernel's PTX to be colored and made preemptible, or one of the two. arch: the GPU that it is for.
+
+    shape: None for plain memory; placement: None for the usual one; preempt: how, None where not.
+    """
 
     name: str
     ptx: str
-    shape: Shape
+    shape: Shape | None
     placement: Placement | None
     arch: str
+    preempt: tuple[Look, Place] | None = None
 
 
 def color(task: Task) -> bytes:
-    """The cubin. UnsupportedError naming the kernel that can't be colored."""
-    options = {} if task.placement is None else {"placement": task.placement}
-    new = rewrite(task.ptx, task.shape, name=task.name, **options)
-    return assemble(new.ptx, arch=task.arch, name=task.name)
+    """The cubin. UnsupportedError naming the kernel that can't be colored or preempted."""
+    text = task.ptx
+    if task.shape is not None:
+        options = {} if task.placement is None else {"placement": task.placement}
+        text = rewrite(text, task.shape, name=task.name, **options).ptx
+    if task.preempt is not None:
+        look, place = task.preempt
+        text = make_preemptible(text, name=task.name, look=look, place=place)
+    return assemble(text, arch=task.arch, name=task.name)
 
 
 def color_all(tasks: Sequence[Task]) -> list[bytes]:

@@ -7,21 +7,21 @@ would, behind all others. Nothing here touches a GPU; `preempt_model` makes a pl
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
 from missile.coloring.shape import Shape
+from missile.compiler.color_worker import Task, color, color_all
 from missile.compiler.colored import code_version, shape_name
 from missile.compiler.package import KernelStep, ModelPackage
+from missile.compiler.placements import PlacementTable
 from missile.compiler.ptx.assemble import assemble
 from missile.compiler.ptx.fill import fill_entry
 from missile.compiler.ptx.preempt import Look, Place, make_preemptible
-from missile.compiler.ptx.rewrite import rewrite
 from missile.compiler.ptx.transfer import transfer_ptx
 from missile.errors import MisuseError
 
@@ -75,10 +75,11 @@ def build_preemptible(
     """Rewrite and assemble every kernel of `package`, which lies in `directory`, and keep the code there.
 
     shape: of the color translation that comes first; None for plain memory. places: by kernel id, early where it says
-    nothing; None takes `decision_places`. executor: who does the work; None starts a thread for each core.
+    nothing; None takes `decision_places`. executor: who does the work; None for processes on all cores.
     UnsupportedError naming the kernel that can't be preempted or colored; then nothing is kept. Replaces what was kept.
     """
     chosen = decision_places(package) if places is None else places
+    best = PlacementTable.load(package.gpu)
     tasks = []
     for image in package.kernels:
         path = directory / "kernels" / f"{image.id}.ptx"
@@ -88,29 +89,19 @@ def build_preemptible(
             raise MisuseError(
                 f"{path} can't be read: {error.strerror}; a package needs its PTX to be preemptible."
             ) from None
-        tasks.append((image.id, text, shape, look, chosen.get(image.id, Place.EARLY)))
-    if executor is not None:
-        done = executor.map(_assembled, tasks)
-    else:
-        # Threads: most of the time goes to ptxas, and other processes would run the caller's main module again.
-        with ThreadPoolExecutor(os.cpu_count()) as own:
-            done = own.map(_assembled, tasks)
-    cubins = dict(zip((image.id for image in package.kernels), done, strict=True))
+        placement = None if shape is None else best.find(shape.form, text)
+        preempt = look, chosen.get(image.id, Place.EARLY)
+        tasks.append(Task(image.id, text, shape, placement, _target(text), preempt))
+    done = color_all(tasks) if executor is None else executor.map(color, tasks)
+    cubins = dict(zip((task.name for task in tasks), done, strict=True))
     transfer = b""
     if shape is not None and tasks:
-        arch = _target(tasks[0][1])
+        arch = tasks[0].arch
         text = make_preemptible(transfer_ptx(shape, arch) + fill_entry(shape), name=_TRANSFER, look=look)
         transfer = assemble(text, arch=arch, name=_TRANSFER)
     kernels = PreemptibleKernels(shape, cubins, transfer)
     _keep(kernels, _folder(directory, shape))
     return kernels
-
-
-def _assembled(task: tuple[str, str, Shape | None, Look, Place]) -> bytes:
-    name, text, shape, look, place = task
-    if shape is not None:
-        text = rewrite(text, shape, name=name).ptx
-    return assemble(make_preemptible(text, name=name, look=look, place=place), arch=_target(text), name=name)
 
 
 def _target(text: str) -> str:
