@@ -5,7 +5,7 @@
 DIR has a package directory for each model. Every variant (a form of translation and a set of colors) runs in one process
 with the plain package, by turns. Pages are taken to be of kinds that the map knows, drawn at random (all of one kind for
 the table of one page): which slices they really have makes no difference to what a translation computes or costs. OUT gets
-`models.json`. --startup loads decoder_1b as `missile` does, and says how long each part takes.
+`models.json` and a table of it. --startup loads decoder_1b as `missile` does, and says how long each part takes.
 """
 
 from __future__ import annotations
@@ -503,7 +503,7 @@ def main() -> None:
                     break
     if codes:
         table.save(arguments.output)
-    report(result, [variant.name for variant in chosen])
+    report(result, [variant.name for variant in chosen], arguments.output)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -516,12 +516,37 @@ def _line(row: dict[str, Any]) -> str:
     return f"{row['model']:20s} {row.get('error', '')}" + "; ".join(cells)
 
 
+def table(result: dict[str, Any], names: Sequence[str]) -> str:
+    """The result in Markdown: ratios by model, and by class of kernel."""
+    lines = [f"| model | batch | plain, us | {' | '.join(names)} |", "| --- | ---: | ---: |" + " ---: |" * len(names)]
+    for row in result["rows"]:
+        found = row.get("variants", {})
+        plain = next((v["plain_ns"] for v in found.values() if "plain_ns" in v), math.nan)
+        cells = [_cell(found.get(name, {})) for name in names]
+        lines.append(f"| {row['model']} | {row.get('batch', '')} | {plain / 1e3:.0f} | {' | '.join(cells)} |")
+    means = [f"{result['mean'][name]['ratio']:.3f}" for name in names]
+    lines += [f"| geometric mean | | | {' | '.join(means)} |", ""]
+    kinds = sorted({kind for name in names for kind in result["mean"][name]["classes"]})
+    if kinds:
+        lines += [f"| class of kernel | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
+        for kind in kinds:
+            values = [result["mean"][name]["classes"].get(kind, math.nan) for name in names]
+            lines.append(f"| {kind} | {' | '.join(f'{value:.3f}' for value in values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(found: dict[str, Any]) -> str:
+    if "ratio" not in found:
+        return "-"
+    return f"{found['ratio']:.3f}" + ("" if found["same_bits"] else " WRONG")
+
+
 def _mean(values: Sequence[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
 
 
-def report(result: dict[str, Any], names: Sequence[str]) -> None:
-    """Geometric means over the models, as a whole and by class of kernel."""
+def report(result: dict[str, Any], names: Sequence[str], output: Path) -> None:
+    """Geometric means over the models, as a whole and by class of kernel; written to `output` with the rest."""
     result["mean"] = {}
     for name in names:
         rows = [row["variants"][name] for row in result["rows"] if "ratio" in row.get("variants", {}).get(name, {})]
@@ -539,6 +564,8 @@ def report(result: dict[str, Any], names: Sequence[str]) -> None:
             "classes": by_class,
         }
         print(f"{name:24s}", json.dumps(result["mean"][name]), flush=True)
+    (output / "models.json").write_text(json.dumps(result, indent=1) + "\n")
+    (output / "models.md").write_text(table(result, names))
     print(f"{result['seconds']:.1f} s")
 
 
