@@ -86,7 +86,7 @@ def test_more_requests_wait_longer_and_leave_less(rate, growth, kept):
 def test_separated_memory_and_preemption_help():
     hungry = Demand("be", False, 5 * MS, works=(KernelWork(4000, solo_ns=20_000.0, footprint_bytes=60_000_000),))
     shared = predict(Share(64), [ls(), hungry], MACHINE)
-    apart = predict(Share(64), [ls(), hungry], MACHINE, separated=True)
+    apart = predict(Share(64, separated=True), [ls(), hungry], MACHINE)
     leaving = predict(Share(64), [ls(), replace(hungry, preemptible=True)], MACHINE)
     assert apart.p99_ns["ls"] < shared.p99_ns["ls"]
     assert apart.be_rate > shared.be_rate
@@ -179,6 +179,22 @@ def test_what_breaks_first_breaks_there(rate, slo):
     assert (plan.breaks_at >= 1.0) is plan.accepted
 
 
+def test_colors_are_considered_when_their_cost_is_known_and_chosen_when_they_pay():
+    hungry = Demand("be", False, 5 * MS, works=(KernelWork(4000, solo_ns=20_000.0, footprint_bytes=60_000_000),))
+    small = KernelWork(16, solo_ns=10_000.0)
+    busy = ls(rate=2000.0, slo_ms=3.0, works=(small,))
+
+    def plan(cost: float):
+        demands = [replace(demand, colored_ns=cost * demand.service_ns) for demand in (busy, hungry)]
+        return make_plan(demands, MACHINE)
+
+    assert not any("colors" in candidate.policy for candidate in make_plan([busy, hungry], MACHINE).considered)
+    assert "colors=on" in plan(1.05).chosen.policy
+    assert "different colors" in explain(plan(1.05))
+    assert "colors" not in plan(2.0).chosen.policy
+    assert create_policy(plan(1.05).chosen.policy).colors
+
+
 def test_a_plan_lapses_when_rates_or_tenants_change():
     plan = make_plan([ls("a", 100.0), ls("b", 10.0), be()], MACHINE)
     assert rates_changed(plan, {"a": 110.0, "b": 9.0}) == ()
@@ -187,7 +203,8 @@ def test_a_plan_lapses_when_rates_or_tenants_change():
 
 
 def test_explanations_are_complete_and_finite():
-    plan = make_plan([ls(rate=5000.0), be()], MACHINE)
+    plan = make_plan([ls(rate=5000.0, colored_ns=0.4 * MS), be(colored_ns=6 * MS)], MACHINE)
+    assert len(plan.considered) == 7
     text = explain(plan)
     assert all(candidate.policy in text for candidate in plan.considered)
     assert "unbounded" in text
@@ -209,3 +226,15 @@ def test_a_plan_for_loaded_tenants_is_measured_and_holds(gpu, tenant):
     assert 0.1 < plan.chosen.measured.be_rate <= 1.05
     assert plan.demands[0].slo_ns > plan.demands[0].service_ns
     assert len(plan.demands[1].works) == 8
+
+
+def test_a_colored_roster_is_tried_too(gpu, tenant):
+    tenants = [tenant("ls", "LS", rate=500, slo_factor=3.0), tenant("be", "BE", "synthetic-spin")]
+    said = []
+    with load_tenants(gpu, tenants) as roster, load_tenants(gpu, tenants) as other:
+        plan = plan_tenants(
+            gpu, roster, seed=1, trial_ns=30_000_000, be_min=0.2, colored=lambda: other, progress=said.append
+        )
+    assert "ls alone, colored" in said
+    assert all(demand.colored_ns == pytest.approx(demand.service_ns, rel=0.05) for demand in plan.demands)
+    assert any("colors=on" in policy for policy in said)

@@ -53,6 +53,7 @@ def _candidate_data(candidate: Candidate) -> dict[str, Any]:
     return {
         "policy": candidate.policy,
         "ls_sms": predicted.share.ls_sms,
+        "colors": predicted.share.separated,
         "predicted": {
             "load": predicted.load,
             "p99_ms": {name: _finite(ns / 1e6) for name, ns in predicted.p99_ns.items()},
@@ -78,7 +79,8 @@ def _why(plan: Plan) -> str:
         if plan.accepted
         else f"no candidate would {held}; this one comes nearest"
     )
-    return f"BE has all SMs while no LS request is there and {beside}: {reason} ({basis})."
+    apart = ", LS and BE memory in different colors" if plan.chosen.predicted.share.separated else ""
+    return f"BE has all SMs while no LS request is there and {beside}{apart}: {reason} ({basis})."
 
 
 def _predicted(found: Prediction) -> str:

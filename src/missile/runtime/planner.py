@@ -70,10 +70,11 @@ class Plan:
     remedies: tuple[str, ...]
 
 
-def candidates(machine: Machine, be_min: float = 0.0) -> tuple[Share, ...]:
+def candidates(machine: Machine, be_min: float = 0.0, *, colors: bool = False) -> tuple[Share, ...]:
     """BE pausing, and splits of about three quarters, a half and a quarter of the SMs for LS.
 
-    be_min: the least rate that BE was promised: with it, BE has to run beside LS requests.
+    be_min: the least rate that BE was promised: with it, BE has to run beside LS requests. colors: the splits also with
+    tenants' memory in different colors; BE that pauses does not meet LS requests in memory.
     """
     counts = []
     for share in (0.75, 0.5, 0.25):
@@ -81,7 +82,8 @@ def candidates(machine: Machine, be_min: float = 0.0) -> tuple[Share, ...]:
         if machine.least <= count <= machine.sms - machine.least and count <= (1.0 - be_min) * machine.sms:
             counts.append(count)
     whole = () if be_min else (machine.sms,)
-    return tuple(Share(count) for count in dict.fromkeys((*whole, *counts)))
+    plain = tuple(Share(count) for count in dict.fromkeys((*whole, *counts)))
+    return (*plain, *(Share(count, separated=True) for count in dict.fromkeys(counts))) if colors else plain
 
 
 def policy_text(share: Share, machine: Machine, be_min: float = 0.0) -> str:
@@ -89,7 +91,8 @@ def policy_text(share: Share, machine: Machine, be_min: float = 0.0) -> str:
     if share.ls_sms >= machine.sms:
         return "missile"
     options = f"pause=off,ls_share={share.ls_sms / machine.sms:.3f}"
-    return f"missile:{options}" + (f",be_min={be_min:g}" if be_min else "")
+    options += f",be_min={be_min:g}" if be_min else ""
+    return f"missile:{options}" + (",colors=on" if share.separated else "")
 
 
 def make_plan(
@@ -97,23 +100,22 @@ def make_plan(
     machine: Machine,
     *,
     be_min: float = 0.0,
-    separated: bool = False,
     trial: Trial | None = None,
     tried: int = _TRIED,
 ) -> Plan:
     """The candidate with the most BE work of those whose objectives hold.
 
-    be_min: least BE rate, as a share of that alone. separated: tenants' memory is in different colors. trial: measures a
-    candidate; the `tried` most promising ones are measured, and the choice is made by what was measured. Without it, or
-    where nothing measured holds, `accepted` and the choice go by the prediction or say that nothing holds.
+    be_min: least BE rate, as a share of that alone. Colors are considered when it is known what they cost every tenant
+    (`Demand.colored_ns`). trial: measures a candidate; the `tried` most promising ones are measured, and the choice is made
+    by what was measured. Without it, the prediction decides.
     MisuseError for shares that can't be promised, and for an objective below the time that the tenant takes alone.
     """
     _check(demands, be_min)
-    shares = candidates(machine, be_min)
+    shares = candidates(machine, be_min, colors=all(demand.colored_ns is not None for demand in demands))
     if not shares:
         raise MisuseError(f"No split of {machine.sms} SMs leaves BE the {be_min:.0%} that it was promised.")
     predictions = sorted(
-        (predict(share, demands, machine, separated=separated) for share in shares),
+        (predict(share, demands, machine) for share in shares),
         key=lambda found: (found.slack < 1.0, -found.be_rate if found.slack >= 1.0 else -found.slack),
     )
     considered = [Candidate(policy_text(found.share, machine, be_min), found) for found in predictions]
@@ -124,7 +126,7 @@ def make_plan(
             for place, candidate in enumerate(considered)
         ]
         chosen, accepted = _best([(c, c.measured) for c in considered if c.measured is not None])
-    first, factor = _breaks(chosen, demands, machine, separated)
+    first, factor = _breaks(chosen, demands, machine)
     return Plan(
         accepted=accepted,
         chosen=chosen,
@@ -171,7 +173,7 @@ def _check(demands: Sequence[Demand], be_min: float) -> None:
             )
 
 
-def _breaks(chosen: Candidate, demands: Sequence[Demand], machine: Machine, separated: bool) -> tuple[str, float]:
+def _breaks(chosen: Candidate, demands: Sequence[Demand], machine: Machine) -> tuple[str, float]:
     """The LS tenant whose objective breaks first when all rates grow, and the factor at which it does: as predicted, with
     predictions off by the same factors as at the present rates where those were measured."""
     present = chosen.predicted
@@ -184,7 +186,7 @@ def _breaks(chosen: Candidate, demands: Sequence[Demand], machine: Machine, sepa
     }
 
     def slacks(factor: float) -> dict[str, float]:
-        found = predict(present.share, demands, machine, separated=separated, rate_factor=factor)
+        found = predict(present.share, demands, machine, rate_factor=factor)
         return {name: slo / (found.p99_ns[name] * off[name]) for name, slo in found.slo_ns.items()}
 
     def holds(factor: float) -> bool:
@@ -204,7 +206,7 @@ def _remedies(demands: Sequence[Demand], machine: Machine, considered: Sequence[
     """What would let a plan hold: lower rates, looser objectives, or BE kernels that can be preempted."""
     found = []
     pausing = predict(Share(machine.sms), demands, machine)
-    _, factor = _breaks(Candidate("missile", pausing), demands, machine, separated=False)
+    _, factor = _breaks(Candidate("missile", pausing), demands, machine)
     if 0.0 < factor < 1.0:
         found.append(f"arrival rates of at most {factor:.0%} of the present ones, with BE pausing beside LS requests")
     seen = [candidate.measured.p99_ns for candidate in considered if candidate.measured is not None]

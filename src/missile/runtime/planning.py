@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -30,13 +31,16 @@ def plan_tenants(
     solos: Mapping[str, RunRecord] | None = None,
     be_min: float = 0.0,
     trial_ns: int = _TRIAL_NS,
+    colored: Callable[[], Roster] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """A plan for `roster`'s tenants, its candidates tried on `gpu` for `trial_ns` each.
 
     solos: each tenant's run alone, by name; those that are missing are made now, `trial_ns` long. An LS tenant's objective
     is its own (`slo_ms`), or `slo_factor` times its p99 alone; without both it has none. be_min: least BE rate, as a share
-    of that alone. progress: told what is run next. Raises what `run` and `make_plan` raise.
+    of that alone. colored: gives the same tenants with LS and BE in different colors of memory (the caller's to close); they
+    are then considered too, at what they cost each tenant alone. progress: told what is run next.
+    Raises what `run` and `make_plan` raise.
     """
     say = progress or (lambda _text: None)
     warm = int(trial_ns * _WARM_SHARE)
@@ -51,29 +55,28 @@ def plan_tenants(
         alone[name] = next(found for found in record.tenants if found.name == name)
         rates[name] = len(alone[name].done) / max(record.duration_ns - record.warmup_ns, 1) * 1e9
     demands = [_demand(loaded, alone[loaded.tenant.name], rates[loaded.tenant.name]) for loaded in roster.ready]
+    separate = None if colored is None else colored()
+    if separate is not None:
+        for place, demand in enumerate(demands):
+            say(f"{demand.name} alone, colored")
+            record = solo(gpu, separate, demand.name, seed=seed, duration_ns=trial_ns, warmup_ns=warm)
+            (found,) = record.tenants
+            if len(found.done):
+                demands[place] = replace(demand, colored_ns=float(np.median(found.service)))
 
     def trial(policy: str) -> Measured:
         say(policy)
-        record = run(gpu, roster, policy, seed=seed, duration_ns=trial_ns, warmup_ns=warm)
+        tenants = separate if separate is not None and "colors=on" in policy else roster
+        record = run(gpu, tenants, policy, seed=seed, duration_ns=trial_ns, warmup_ns=warm)
         return _measured(record, demands, rates)
 
-    return make_plan(demands, machine_of(gpu.info), be_min=be_min, separated=_separated(roster), trial=trial)
+    return make_plan(demands, machine_of(gpu.info), be_min=be_min, trial=trial)
 
 
 def machine_of(info: GpuInfo) -> Machine:
     """What a planner has to know of a GPU."""
     rate = float(info.extra.get("memory_bytes_per_s", 0.0))
     return Machine(info.sms, max(info.sm_granularity, 1), max(info.sm_minimum, 1), rate)
-
-
-def _separated(roster: Roster) -> bool:
-    """Whether LS and BE tenants have no color in common."""
-    sides: dict[bool, set[int]] = {True: set(), False: set()}
-    for loaded in roster.ready:
-        if not loaded.colors:
-            return False
-        sides[loaded.tenant.latency_sensitive].update(loaded.colors)
-    return not sides[True] & sides[False]
 
 
 def _demand(loaded: LoadedTenant, alone: TenantRecord, rate: float) -> Demand:

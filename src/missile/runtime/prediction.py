@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from missile.gpu.work import KernelWork
 
@@ -36,7 +36,7 @@ class Demand:
 
     works: its model's kernels (empty: never profiled). service_ns: of a request alone on the whole GPU. rate_per_s: of
     arrivals; 0.0 for BE, which takes what there is. slo_ns: on a request's latency, for LS. preemptible: its kernels leave
-    when told to.
+    when told to. colored_ns: as service_ns, with its memory in the colors that it would get; None where that is not known.
     """
 
     name: str
@@ -46,13 +46,16 @@ class Demand:
     slo_ns: float | None = None
     works: tuple[KernelWork, ...] = ()
     preemptible: bool = False
+    colored_ns: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """ls_sms: SMs that BE keeps off while an LS request is there; all of them: BE pauses."""
+    """ls_sms: SMs that BE keeps off while an LS request is there; all of them: BE pauses. separated: LS and BE tenants'
+    memory is in different colors."""
 
     ls_sms: int
+    separated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,20 +116,22 @@ def predict(
     demands: Sequence[Demand],
     machine: Machine,
     *,
-    separated: bool = False,
     segment_ns: float = 60_000.0,
     leave_ns: float = 50_000.0,
     rate_factor: float = 1.0,
 ) -> Prediction:
-    """What `share` gives. separated: tenants' memory does not interfere. rate_factor: on all arrival rates.
+    """What `share` gives. rate_factor: on all arrival rates.
 
     segment_ns: of BE; two are on the GPU when an LS request comes, and leave within `leave_ns` where they can be preempted.
     """
+    alone = {demand.name: demand.service_ns for demand in demands}
+    if share.separated:
+        demands = [d if d.colored_ns is None else replace(d, service_ns=d.colored_ns) for d in demands]
     ls = [demand for demand in demands if demand.latency_sensitive]
     be = [demand for demand in demands if not demand.latency_sensitive]
     pauses = share.ls_sms >= machine.sms
     growth = 1.0
-    if be and not pauses and not separated:
+    if be and not pauses and not share.separated:
         rest = (machine.sms - share.ls_sms) / machine.sms
         use = min(memory_use(be, machine) * min(rest / (1.0 - _HEADROOM), 1.0), _QUEUE_LIMIT)
         growth = 1.0 + use * use / (1.0 - use)
@@ -137,14 +142,17 @@ def predict(
     load = min(sum(services[d.name] * d.rate_per_s * rate_factor for d in ls) / 1e9, 1.0)
     mean = sum(services[d.name] * d.rate_per_s for d in ls) / max(sum(d.rate_per_s for d in ls), 1e-9)
     p99 = {d.name: services[d.name] + wait_p99(load, mean or services[d.name]) + react for d in ls}
-    beside = 0.0
-    if be and not pauses:
-        left = machine.sms - share.ls_sms
-        beside = sum(d.service_ns for d in be) / sum(service_on(d, machine, left) for d in be) / growth
+    beside, whole = 0.0, 1.0
+    if be:
+        work = sum(alone[d.name] for d in be)
+        whole = work / sum(d.service_ns for d in be)
+        if not pauses:
+            left = machine.sms - share.ls_sms
+            beside = work / sum(service_on(d, machine, left) for d in be) / growth
     return Prediction(
         share=share,
         load=load,
         p99_ns=p99,
         slo_ns={demand.name: demand.slo_ns for demand in ls if demand.slo_ns is not None},
-        be_rate=(1.0 - load) + load * beside if be else 0.0,
+        be_rate=(1.0 - load) * whole + load * beside if be else 0.0,
     )

@@ -43,7 +43,7 @@ class MissilePolicy:
         ls_whole: float = True,
         elastic: float = True,
         preempt: float = True,
-        colors: float = True,
+        colors: float = False,
         copies: float = True,
         admission: float = True,
         segment_us: float = 80.0,
