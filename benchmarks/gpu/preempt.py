@@ -10,7 +10,8 @@
   48 KiB and 128 threads ("parts of SMs"). Its time on an idle GPU is taken off.
 - service: a latency-sensitive model at high priority starts at random instants of a best-effort model: its time when that
   one is preempted before it is launched, after it is launched, and not at all.
-- bits: requests that are preempted again and again at random instants give the bytes that undisturbed ones give.
+- bits: requests that are preempted again and again at random instants give the bytes that undisturbed ones give; with the
+  variant "colored", in colored memory.
 
 Models are packages in Missile's cache. OUT gets `preempt.json`.
 """
@@ -30,19 +31,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from missile.coloring.pool import ColoredPool
+from missile.coloring.shape import Form, Shape
+from missile.coloring.shares import Share
+from missile.coloring.translation import InPageTranslation
 from missile.compiler.bind import BoundModel, bind
+from missile.compiler.bind_colored import bind_colored
+from missile.compiler.colored import ColoredKernels
 from missile.compiler.library import find_package
 from missile.compiler.package import BufferKind, KernelStep, ModelPackage
+from missile.compiler.planning import needed_bytes
 from missile.compiler.preemptible import control_of, long_blocks, preempt_model
-from missile.compiler.preemptible_code import build_preemptible, preemptible_kernels
+from missile.compiler.preemptible_code import PreemptibleKernels, build_preemptible, preemptible_kernels
+from missile.compiler.ptx.assemble import assemble
+from missile.compiler.ptx.fill import fill_entry
 from missile.compiler.ptx.preempt import Look, Place
+from missile.compiler.ptx.transfer import transfer_ptx
 from missile.gpu import open_gpu
 from missile.gpu.cuda.gpu import CudaGpu
 from missile.gpu.interface import Graph, Launch, PreemptControl, Priority, Stream
+from missile.probe.layout import PageLayout
 
 MODELS = ("densenet161", "bert_large", "decoder_1b")
 SEGMENT_NS = 300_000.0
 AHEAD = ((300_000.0, 2), (100_000.0, 2), (50_000.0, 2))  # a segment's length, ns, and how many are on the GPU
+COLORED = Shape(Form.IN_PAGE, PageLayout(2 << 20, (*range(8), 9)))  # Hopper's granules
 SHORT_NS, LONG_NS = 10_000, 30_000  # of a block: classes of kernels
 WATCH = r"""
 .version 8.0
@@ -218,6 +231,9 @@ def flag(gpu: CudaGpu, options: argparse.Namespace) -> dict[str, Any]:
 _MODELS: dict[tuple[str, str], tuple[BoundModel, BoundModel, float]] = {}
 
 
+_POOLS: list[ColoredPool] = []
+
+
 def _models(gpu: CudaGpu, name: str, variant: str) -> tuple[BoundModel, BoundModel, float]:
     """The model as it is and preemptible, in the same memory, and the seconds that it took to have the latter's code.
 
@@ -228,6 +244,13 @@ def _models(gpu: CudaGpu, name: str, variant: str) -> tuple[BoundModel, BoundMod
         package, directory = find_package(name, None, gpu.info)
         assert directory is not None
         begin = time.perf_counter()
+        if variant == "colored":
+            plain = _models(gpu, name, "auto")[0]
+            begin = time.perf_counter()
+            code = preemptible_kernels(package, directory, COLORED)
+            seconds = time.perf_counter() - begin
+            _MODELS[key] = (plain, preempt_model(_colored(gpu, package, directory, code), gpu, code), seconds)
+            return _MODELS[key]
         if variant == "auto":
             code = preemptible_kernels(package, directory)
         else:
@@ -243,6 +266,20 @@ def _models(gpu: CudaGpu, name: str, variant: str) -> tuple[BoundModel, BoundMod
     return _MODELS[key]
 
 
+def _colored(gpu: CudaGpu, package: ModelPackage, directory: Path, code: PreemptibleKernels) -> BoundModel:
+    """The model in memory whose granules are in random order. Only for `preempt_model`: it has no other code."""
+    pages = -(-needed_bytes(package) // COLORED.layout.page_bytes) + 2
+    places = np.random.default_rng(5).permutation(COLORED.layout.granules)
+    pool = ColoredPool(gpu, pages)
+    _POOLS.append(pool)
+    share = Share(package.name, (0,), tuple(range(pages)), InPageTranslation(COLORED, places, pages))
+    arch = package.arch + "a"
+    transfer = assemble(transfer_ptx(COLORED, arch) + fill_entry(COLORED), arch=arch)
+    return bind_colored(
+        package, directory, gpu, pool.attach(share), kernels=ColoredKernels(COLORED, code.cubins, transfer)
+    )
+
+
 class Loaded:
     """A model as it is and preemptible, with segments of the latter. Close it."""
 
@@ -256,8 +293,9 @@ class Loaded:
         host = gpu.allocate_host(max(self.model.input_bytes, 1))
         _fill_inputs(package, host.array)
         self.stream = gpu.create_stream(priority=Priority.LOW)
-        if self.model.input_bytes:
-            self.stream.copy_to_device(self.model.input_address, host)
+        for model in (self.plain, self.model):
+            if model.input_bytes:
+                self.stream.copy_to_device(model.input_address, host)
         self.run()  # instantiates
         self.solo_ns = min(_timed(self.run) for _ in range(5))
 
@@ -530,14 +568,13 @@ def bits(gpu: CudaGpu, name: str, options: argparse.Namespace) -> dict[str, Any]
     state = [b for b in loaded.package.buffers if b.kind is BufferKind.STATE]
     reader = _Reader(gpu, loaded)
     loaded.run()
-    if len(np.unique(reader.output())) < 64:
+    if len(np.unique(reader.output())) < 64 and loaded.model.shape is None:
         _reweigh(gpu, loaded)
     references = []
-    for graph in (loaded.plain.graph, loaded.plain.graph, loaded.model.graph):
+    for model in (loaded.plain, loaded.plain, loaded.model):
         control.begin(loaded.stream)
-        loaded.stream.launch_graph(graph)
-        loaded.stream.synchronize()
-        references.append(reader.output())
+        loaded.stream.launch_graph(model.graph)
+        references.append(reader.output(model))
     reference = references[0]
     target = -(-options.preemptions // len(options.models))
     preemptions = took_hold = requests = wrong = 0
@@ -612,8 +649,8 @@ class _Reader:
         self._blocks = int.from_bytes(last.params[-2], "little") + int(np.prod(last.grid)) - self._marks
         self._gpu = gpu
 
-    def output(self) -> npt.NDArray[np.uint8]:
-        self._stream.copy_to_host(self._host, self._model.output_address)
+    def output(self, model: BoundModel | None = None) -> npt.NDArray[np.uint8]:
+        self._stream.copy_to_host(self._host, (model or self._model).output_address)
         self._stream.synchronize()
         return np.array(self._host.array)
 
