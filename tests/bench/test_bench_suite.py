@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from missile.bench.results import Results, read_results
 from missile.bench.scenario import Scenario
-from missile.bench.suite import BASELINES, SETTINGS, Cell, family, paper_cells, select, settings_of
-from missile.bench.suite_claims import check_claims, compare_with_baselines
-from missile.bench.suite_files import SuiteFolder, SuiteSettings, SuiteState
-from missile.bench.suite_report import SuiteReport, write_suite_report
-from missile.bench.suite_run import SuiteRun
-from missile.bench.suite_summary import CellSummary, Point, geometric_mean, summarize_cells, summarize_families
+from missile.bench.suite.cells import BASELINES, SETTINGS, Cell, family, paper_cells, select, settings_of
+from missile.bench.suite.claims import check_claims, compare_with_baselines
+from missile.bench.suite.files import SuiteFolder, SuiteSettings, SuiteState
+from missile.bench.suite.report import SuiteReport, write_suite_report
+from missile.bench.suite.run import SuiteRun
+from missile.bench.suite.summary import CellSummary, Point, geometric_mean, summarize_cells, summarize_families
 from missile.bench.summary import Spread
 from missile.bench.testbed import describe_policy
 from missile.errors import GpuError, MissileError, MisuseError, UnsupportedError
@@ -212,7 +212,7 @@ def point(policy: str, attainment: float, p99: float, be: float) -> Point:
 
 
 def summary(*points: Point, name: str = "poisson60--x--y") -> CellSummary:
-    from missile.bench.suite_summary import _best
+    from missile.bench.suite.summary import _best
 
     families: dict[str, list[Point]] = {}
     for one in points:

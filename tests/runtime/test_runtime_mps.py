@@ -17,7 +17,7 @@ from missile.errors import MissileError, MisuseError, OutOfMemoryError, Unsuppor
 from missile.gpu import open_gpu
 from missile.runtime.loading import load_tenants
 from missile.runtime.mps import MpsPool, MpsSettings
-from missile.runtime.mps_daemon import MpsDaemon
+from missile.runtime.mps.daemon import MpsDaemon
 from missile.runtime.run import run
 from missile.runtime.tenant import Tenant
 
@@ -90,7 +90,7 @@ def test_what_fails_in_preparation_is_told_by_the_run(pool: MpsPool) -> None:
 
 
 def test_there_are_never_too_many_processes(pool: MpsPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("missile.runtime.mps._MOST_WORKERS", 3)
+    monkeypatch.setattr("missile.runtime.mps.pool._MOST_WORKERS", 3)
     short = {**SPAN, "duration_ns": 100_000_000}
     pool.run([TINY, COPY], "mps:ls_share=0.25", **short)
     kept = workers(pool)[-1]  # the one whose settings are the same in the next run

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 
 from missile.bench.charts import bars, busiest_window, distribution, tenant_classes, timeline, tradeoff
+from missile.bench.page import render_page
 from missile.bench.report_tables import be_table, ls_table, tenant_table
 from missile.bench.results import Results, Run
 from missile.bench.scenario import format_scenario
@@ -44,12 +43,8 @@ def render_report(results: Results, summary: Summary) -> str:
         _method(results),
         _environment(results),
     )
-    templates = resources.files("missile.bench").joinpath("templates")
-    return Template(templates.joinpath("report.html").read_text(encoding="utf-8")).substitute(
-        title=escape(f"Missile bench: {results.scenario.name} on {_gpu(results)}"),
-        style=templates.joinpath("report.css").read_text(encoding="utf-8"),
-        body="\n".join(section for section in sections if section),
-    )
+    body = "\n".join(section for section in sections if section)
+    return render_page(f"Missile bench: {results.scenario.name} on {_gpu(results)}", body)
 
 
 def _head(results: Results) -> str:

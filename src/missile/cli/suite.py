@@ -13,12 +13,12 @@ from rich.text import Text
 
 from missile.bench.fidelity import compare
 from missile.bench.scenario import Scenario
-from missile.bench.suite import SUITES, Cell, select
-from missile.bench.suite_files import SuiteFolder, SuiteSettings, SuiteState
-from missile.bench.suite_report import SuiteReport, write_suite_report
-from missile.bench.suite_run import SuiteRun, predict
-from missile.bench.suite_summary import summarize_cells
-from missile.bench.suite_tables import claim_table, family_table, to_terminal
+from missile.bench.suite.cells import SUITES, Cell, select
+from missile.bench.suite.files import SuiteFolder, SuiteSettings, SuiteState
+from missile.bench.suite.report import SuiteReport, write_suite_report
+from missile.bench.suite.run import SuiteRun, predict
+from missile.bench.suite.summary import summarize_cells
+from missile.bench.suite.tables import claim_table, family_table, to_terminal
 from missile.bench.summary import summarize
 from missile.cli.output import console, print_json, progress_bar
 from missile.errors import MisuseError

@@ -18,9 +18,9 @@ from types import TracebackType
 import numpy as np
 
 from missile.errors import MissileError, MisuseError, OutOfMemoryError, UnsupportedError
-from missile.runtime.mps_daemon import MpsDaemon
-from missile.runtime.mps_process import Worker, hear
-from missile.runtime.mps_protocol import Armed, Done, Failed, Go, Load, Ready, Serve
+from missile.runtime.mps.daemon import MpsDaemon
+from missile.runtime.mps.process import Worker, hear
+from missile.runtime.mps.protocol import Armed, Done, Failed, Go, Load, Ready, Serve
 from missile.runtime.policies import parse_options
 from missile.runtime.records import RunRecord
 from missile.runtime.requests import RequestLog

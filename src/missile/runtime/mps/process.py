@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from missile.runtime.mps_protocol import Failed
+from missile.runtime.mps.protocol import Failed
 
 __all__ = ["Worker", "hear"]
 
@@ -36,7 +36,7 @@ class Worker:
         with theirs, log.open("wb") as printed:
             self.connection: Connection[Any, Any] = Connection(ours.detach())
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "missile.runtime.mps_worker", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "missile.runtime.mps.worker", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=printed,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from missile.bench.suite import BASELINES
-from missile.bench.suite_summary import ATTAINED, CellSummary, Point
+from missile.bench.suite.cells import BASELINES
+from missile.bench.suite.summary import ATTAINED, CellSummary, Point
 from missile.bench.svg import element, figure, grid, linear_axis, log_axis, polyline, text
 from missile.bench.table import format_share, three_digits
 

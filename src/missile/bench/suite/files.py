@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from missile.bench.results import Results, read_results, write_results
 from missile.bench.scenario import Scenario
-from missile.bench.suite import SETTINGS, Cell
+from missile.bench.suite.cells import SETTINGS, Cell
 from missile.errors import MisuseError
 from missile.files import write_whole
 from missile.gpu.interface import GpuInfo

@@ -12,8 +12,8 @@ from missile.bench.fidelity import simulate
 from missile.bench.results import Results, Run
 from missile.bench.run import Bench, Step, Testbed
 from missile.bench.scenario import Scenario
-from missile.bench.suite import Cell, settings_of
-from missile.bench.suite_files import SuiteFolder, SuiteState
+from missile.bench.suite.cells import Cell, settings_of
+from missile.bench.suite.files import SuiteFolder, SuiteState
 from missile.bench.summary import summarize
 from missile.bench.table import format_share, three_digits
 from missile.errors import GpuError, MissileError

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from missile.bench.suite import BASELINES
-from missile.bench.suite_summary import ATTAINED, CellSummary, Point, geometric_mean
+from missile.bench.suite.cells import BASELINES
+from missile.bench.suite.summary import ATTAINED, CellSummary, Point, geometric_mean
 from missile.bench.table import format_share, three_digits
 
 __all__ = ["Claim", "Rival", "check_claims", "compare_with_baselines"]

@@ -1,4 +1,4 @@
-"""One tenant in a process of its own: `python -m missile.runtime.mps_worker FD`, with its parent at the other end of FD.
+"""One tenant in a process of its own: `python -m missile.runtime.mps.worker FD`, with its parent at the other end of FD.
 
 It loads its model once and serves one run after another, each when the parent says so, with the same loop and records as
 every other policy. It ends when the parent closes the connection, or dies.
@@ -16,7 +16,7 @@ from missile.errors import MissileError, OutOfMemoryError
 from missile.gpu import open_gpu
 from missile.gpu.interface import Gpu
 from missile.runtime.loading import Roster, load_tenants
-from missile.runtime.mps_protocol import Armed, Done, Failed, Go, Load, Ready, Serve
+from missile.runtime.mps.protocol import Armed, Done, Failed, Go, Load, Ready, Serve
 from missile.runtime.run import run
 
 __all__ = ["main"]

@@ -11,8 +11,8 @@ from rich import box
 from rich.table import Table as RichTable
 
 from missile.bench.fidelity import CLOSE, Comparison
-from missile.bench.suite_claims import Claim
-from missile.bench.suite_summary import CellSummary, FamilySummary, Point
+from missile.bench.suite.claims import Claim
+from missile.bench.suite.summary import CellSummary, FamilySummary, Point
 from missile.bench.table import format_share, three_digits
 
 __all__ = [

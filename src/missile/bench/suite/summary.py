@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from missile.bench.results import Results
-from missile.bench.suite import SETTINGS, Cell, family
+from missile.bench.suite.cells import SETTINGS, Cell, family
 from missile.bench.summary import PolicySummary, Spread, summarize
 
 __all__ = [

@@ -6,18 +6,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 
 from missile.bench.fidelity import CLOSE, Comparison
+from missile.bench.page import render_page
 from missile.bench.results import Results
-from missile.bench.suite import BASELINES, SETTINGS, SLO_FACTOR, family
-from missile.bench.suite_charts import curves, family_class
-from missile.bench.suite_claims import Claim, check_claims
-from missile.bench.suite_files import SuiteState
-from missile.bench.suite_summary import ATTAINED, CellSummary, FamilySummary, summarize_families
-from missile.bench.suite_tables import (
+from missile.bench.suite.cells import BASELINES, SETTINGS, SLO_FACTOR, family
+from missile.bench.suite.charts import curves, family_class
+from missile.bench.suite.claims import Claim, check_claims
+from missile.bench.suite.files import SuiteState
+from missile.bench.suite.summary import ATTAINED, CellSummary, FamilySummary, summarize_families
+from missile.bench.suite.tables import (
     Table,
     best_table,
     claim_table,
@@ -78,12 +77,8 @@ def _page(report: SuiteReport) -> str:
         _details("Every setting: the points of the curves", to_html(setting_table(report.cells))),
         _environment(report),
     )
-    templates = resources.files("missile.bench").joinpath("templates")
-    return Template(templates.joinpath("report.html").read_text(encoding="utf-8")).substitute(
-        title=escape(f"Missile: suite {report.state.suite} on {report.state.gpu}"),
-        style=templates.joinpath("report.css").read_text(encoding="utf-8"),
-        body="\n".join(section for section in sections if section),
-    )
+    body = "\n".join(section for section in sections if section)
+    return render_page(f"Missile: suite {report.state.suite} on {report.state.gpu}", body)
 
 
 def _head(report: SuiteReport) -> str:
