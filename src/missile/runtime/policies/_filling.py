@@ -35,6 +35,7 @@ class Filling:
         self._clock = 0.0  # what the tenant whose turn it last was had been served
         self._window = max(_IN_FLIGHT, len(self._numbers))
         self.work_ns = 0.0  # how long the last segment that `fill` gave takes alone on all SMs
+        self.is_full = False  # whether there is no room for another one after it
 
     def brief(self, tenants: Sequence[TenantBrief], *, preempt: bool) -> None:
         for place, number in enumerate(self._numbers):
@@ -58,7 +59,7 @@ class Filling:
         ]
 
     def fill(self, snapshot: Snapshot, *, beside_ls: bool, stopped: Collection[int] = ()) -> Advance | None:
-        """The segment to give the GPU next, or None. Ask again after it was given: there may be room for another.
+        """The segment to give the GPU next, or None; `work_ns` and `is_full` are about it.
 
         One at a time, because an LS request that arrives meanwhile should not wait for two. stopped: tenants that were
         preempted just now.
@@ -84,6 +85,7 @@ class Filling:
         if chosen < 0:
             return None
         number, lane = self._numbers[chosen], lanes[chosen]
+        self.is_full = room == 1
         self.work_ns = self._lengths[chosen][snapshot.launched[number]]
         self._clock = least
         self._served[chosen] = least + self.work_ns / self._weights[chosen]

@@ -156,5 +156,7 @@ class MissilePolicy:
         segment = self._be.fill(snapshot, beside_ls=there, stopped=stopped)
         if segment is not None:
             self._floor.gave(now, self._be.work_ns)
-            actions += (segment, Wake(now))
+            actions.append(segment)
+            if not self._be.is_full:
+                actions.append(Wake(now))
         return actions
