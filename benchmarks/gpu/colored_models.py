@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ class Variant:
     form: Form
     space: TableSpace = TableSpace.SHARED
     all_colors: bool = False
+    timed: bool = True
 
     def share(self, channel_map: ChannelMap, pages: int, nbytes: int, rng: np.random.Generator) -> Share:
         colors = tuple(range(len(channel_map.colors)))
@@ -342,6 +343,8 @@ class ModelRun:
                 "pages": len(share.pages),
                 "seconds": dict(zip(("plan", "attach", "bind"), np.diff(marks).tolist(), strict=True)),
             }
+            if not variant.timed:
+                return row
             inner = self._gpu.create_graph([op for op in model.operations if not _moves(op)])
             undo.callback(inner.close)
             times = timer.by_turns({"plain": plain.graph, "colored": model.graph, "kernels": inner})
@@ -441,6 +444,7 @@ def main() -> None:
     parser.add_argument("--map", type=Path, required=True)
     parser.add_argument("--models", default="")
     parser.add_argument("--variants", default="")
+    parser.add_argument("--check", default="", help="variants whose outputs are compared and that are not timed")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--no-classes", dest="classes", action="store_false", help="leave the times of kernels out")
@@ -451,7 +455,9 @@ def main() -> None:
     started = time.monotonic()
     channel_map = read_map(arguments.map)
     known = variants()
-    chosen = [known[name] for name in arguments.variants.split(",") if name] or list(known.values())
+    checked = [replace(known[name], timed=False) for name in arguments.check.split(",") if name]
+    chosen = [known[name] for name in arguments.variants.split(",") if name]
+    chosen = [*chosen, *checked] or list(known.values())
     names = [name for name in arguments.models.split(",") if name] or sorted(
         path.name for path in arguments.packages.iterdir() if (path / "package.json").is_file()
     )
@@ -560,7 +566,7 @@ def report(result: dict[str, Any], names: Sequence[str], output: Path) -> None:
             "ratio": _mean([row["ratio"] for row in rows]),
             "ratio_kernels": _mean([row["ratio_kernels"] for row in rows]),
             "worst": max((row["ratio"] for row in rows), default=math.nan),
-            "same_bits": sum(row["same_bits"] for row in rows),
+            "same_bits": sum(bool(r.get("variants", {}).get(name, {}).get("same_bits")) for r in result["rows"]),
             "classes": by_class,
         }
         print(f"{name:24s}", json.dumps(result["mean"][name]), flush=True)
