@@ -19,19 +19,21 @@ from typing import Any
 
 from missile.coloring.shape import Form, Shape, TableSpace
 from missile.compiler.ptx.assemble import find_ptxas
-from missile.compiler.ptx.rewrite import Placement, rewrite
+from missile.compiler.ptx.rewrite import rewrite
 from missile.probe.layout import PageLayout
 
 sys.path.append(str(Path(__file__).parent / "gpu"))
 
 FRAME = PageLayout(2 << 20, tuple(range(12)))
 GRANULE = PageLayout(2 << 20, (*range(8), 9))
+PIECE = PageLayout(2 << 20, tuple(range(8)))
 SHAPES = {
-    "in-page const 4K": Shape(Form.IN_PAGE, FRAME),
-    "in-page const 512": Shape(Form.IN_PAGE, GRANULE),
-    "in-page shared 512": Shape(Form.IN_PAGE, GRANULE, space=TableSpace.SHARED),
+    "pair 256": Shape(Form.PAIR, PIECE),
+    "pair 256, wide": Shape(Form.PAIR, PIECE, wide=True),
+    "in-page shared 4K": Shape(Form.IN_PAGE, FRAME),
+    "in-page shared 512": Shape(Form.IN_PAGE, GRANULE),
     "in-page global 512": Shape(Form.IN_PAGE, GRANULE, space=TableSpace.GLOBAL),
-    "in-page const 4K, page constants": Shape(Form.IN_PAGE, FRAME, page_xors=1024),
+    "in-page shared 4K, page constants": Shape(Form.IN_PAGE, FRAME, page_xors=True),
     "arithmetic 4K": Shape(Form.ARITHMETIC, FRAME, masks=3),
     "shadow 512": Shape(Form.SHADOW, GRANULE),
 }
@@ -71,7 +73,7 @@ def main() -> None:
         plain = code_of(ptx)
         rows.append({"kernel": name, "form": "plain", **plain})
         for form, shape in SHAPES.items():
-            new = rewrite(ptx, shape, name=name, placement=Placement.DEFINITION)
+            new = rewrite(ptx, shape, name=name)
             code = code_of(new.ptx)
             added = (code["instructions"] - plain["instructions"]) / new.translations
             rows.append(

@@ -106,6 +106,8 @@ VARIANTS = (
     Variant("arithmetic 4K", Shape(Form.ARITHMETIC, FRAME, masks=3)),
     Variant("shadow 4K", Shape(Form.SHADOW, FRAME)),
     Variant("shadow 512", Shape(Form.SHADOW, GRANULE)),
+    Variant("shadow 256", Shape(Form.SHADOW, PIECE)),
+    Variant("shadow 256, wide", Shape(Form.SHADOW, PIECE, wide=True)),
 )
 
 

@@ -35,12 +35,17 @@ from missile.gpu.interface import Launch
 _CLASSES = (("_tem_", "GEMM and convolution"), ("_poi_", "pointwise"), ("_per_", "reduction"), ("_red_", "reduction"))
 
 
+def _wants_indices(kernel: str) -> bool:
+    """Whether random numbers will not do as what it gathers by: it would stop the GPU with an assertion."""
+    return "embedding" in kernel or "index" in kernel
+
+
 def steps_of(package: ModelPackage) -> list[tuple[KernelStep, int]]:
     """Launches that differ by more than which buffers of the same sizes they use, and how often the plan makes each."""
     sizes = {buffer.id: buffer.nbytes for buffer in package.buffers}
     found: dict[Any, tuple[KernelStep, int]] = {}
     for step in package.steps:
-        if isinstance(step, KernelStep) and "embedding" not in step.kernel:
+        if isinstance(step, KernelStep) and not _wants_indices(step.kernel):
             shape = tuple(sizes[a.buffer] if isinstance(a, PointerArgument) else a.value for a in step.arguments)
             key = (step.kernel, step.grid, shape)
             found[key] = (step, found[key][1] + 1 if key in found else 1)

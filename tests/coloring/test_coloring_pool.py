@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from missile.coloring.pool import ColoredPool, TenantMemory
-from missile.coloring.shape import LOGICAL_BASE, Escape, Field, Form, Shape, TableSpace
+from missile.coloring.shape import LOGICAL_BASE, WINDOW, Escape, Field, Form, Shape, TableSpace
 from missile.coloring.shares import Share
 from missile.coloring.translation import InPageTranslation, PairTranslation, ShadowTranslation
 from missile.errors import MisuseError, OutOfMemoryError
@@ -159,5 +159,6 @@ def test_a_table_lies_in_memory_where_the_constants_say(gpu: Gpu) -> None:
         stream = gpu.create_stream()
         stream.copy_to_host(host, table)
         stream.synchronize()
-        assert host.array.view(np.uint32).tolist() == units.tolist()
+        assert host.array.view(np.uint32).tolist() == (units * FRAME.granule_bytes).tolist()
+        assert memory.base % WINDOW == 0
         stream.close()

@@ -186,6 +186,7 @@ def test_colors_that_are_not_linear_are_not_taken_for_it() -> None:
         (lambda: PairTranslation(Shape(Form.PAIR, PIECES), [[0] * 127]), "128 choices"),
         (lambda: PairTranslation(Shape(Form.PAIR, PIECES), [[2] * 128]), "0 or 1"),
         (lambda: Shape(Form.PAIR, PIECES, escape=Escape.COUNT), "wide"),
+        (lambda: InPageTranslation(Shape(Form.IN_PAGE, HALVES), [5, 9], 1 << 17), "more than 4 GiB"),
         (lambda: Divider(0), "by 0"),
     ],
 )
@@ -197,6 +198,8 @@ def test_what_makes_no_sense_is_refused(make: object, says: str) -> None:
 def test_constants_hold_base_table_and_limits() -> None:
     shape = Shape(Form.IN_PAGE, HALVES, space=TableSpace.GLOBAL, escape=Escape.COUNT, wide=True)
     translation = InPageTranslation(shape, [5, 9, 1], 2)
+    with pytest.raises(MisuseError, match="multiple of 4 GiB"):
+        InPageTranslation(Shape(Form.IN_PAGE, HALVES), [5, 9, 1], 2).constants(0x1000, table=0x2000)
     with pytest.raises(MisuseError, match="counter"):
         translation.constants(0x1000, table=0x2000)
     with pytest.raises(MisuseError, match="global memory"):

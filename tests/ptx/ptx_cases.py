@@ -54,6 +54,7 @@ SHAPES = {
     "arithmetic": Shape(Form.ARITHMETIC, FRAME, masks=3),
     "arithmetic-xors": Shape(Form.ARITHMETIC, FRAME, masks=3, page_xors=True),
     "shadow": Shape(Form.SHADOW, GRANULE),
+    "shadow-pieces": Shape(Form.SHADOW, PIECE),
     "shadow-wide": Shape(Form.SHADOW, GRANULE, wide=True),
     "pair": Shape(Form.PAIR, PIECE),
     "pair-wide": Shape(Form.PAIR, PIECE, wide=True),

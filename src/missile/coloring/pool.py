@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from missile.coloring.shape import LOGICAL_BASE, Escape, Form
+from missile.coloring.shape import LOGICAL_BASE, WINDOW, Escape, Form
 from missile.coloring.shares import Share
 from missile.coloring.translation import Translation
 from missile.errors import MisuseError, OutOfMemoryError
@@ -75,9 +75,11 @@ class ColoredPool:
         for memory in self._tenants.values():
             memory.check_apart(share)
         with ExitStack() as undo:
-            span = self._gpu.reserve(len(share.pages) * self._gpu.info.page_bytes)
+            wide = share.translation.shape.wide
+            span = self._gpu.reserve(len(share.pages) * self._gpu.info.page_bytes + (0 if wide else WINDOW))
             undo.callback(span.free)
-            span.map(0, [self._pages[number] for number in share.pages])
+            start = 0 if wide else -span.address % WINDOW
+            span.map(start, [self._pages[number] for number in share.pages])
             owned: list[DeviceBuffer] = []
             table = self._upload(share.translation, share.tenant, owned, undo)
             escapes = 0
@@ -86,7 +88,7 @@ class ColoredPool:
                 undo.callback(owned[-1].free)
                 escapes = owned[-1].address
                 self._zero(escapes, 8)
-            memory = TenantMemory(self, share, span, tuple(owned), table, escapes, quota)
+            memory = TenantMemory(self, share, span, start, tuple(owned), table, escapes, quota)
             undo.pop_all()
         self._tenants[share.tenant] = memory
         return memory
@@ -174,6 +176,7 @@ class TenantMemory:
         pool: ColoredPool,
         share: Share,
         span: AddressRange,
+        start: int,
         owned: tuple[DeviceBuffer, ...],
         table: int,
         escapes: int,
@@ -185,9 +188,9 @@ class TenantMemory:
         self._owned = owned
         self._limit = min(share.nbytes, share.nbytes if quota is None else quota)
         self._free: list[tuple[int, int]] = [(0, share.nbytes // _ALIGNMENT * _ALIGNMENT)]
-        self.base = span.address
+        self.base = span.address + start
         self.escapes = escapes
-        self.constants = share.translation.constants(span.address, table=table, escapes=escapes)
+        self.constants = share.translation.constants(self.base, table=table, escapes=escapes)
         self.in_use = 0
 
     @property

@@ -13,13 +13,15 @@ from enum import StrEnum
 from missile.errors import MisuseError
 from missile.probe.layout import PageLayout
 
-__all__ = ["CONSTANTS", "LOGICAL_BASE", "MAX_MASKS", "Escape", "Field", "Form", "Shape", "TableSpace"]
+__all__ = ["CONSTANTS", "LOGICAL_BASE", "MAX_MASKS", "WINDOW", "Escape", "Field", "Form", "Shape", "TableSpace"]
 
 CONSTANTS = "missile_color"  # the parameter's name
 
 # No memory can lie here, so an access that was not translated faults and never reads a neighbour's tensor. All bits that
 # a frame number is cut from are zero.
 LOGICAL_BASE = 1 << 60
+
+WINDOW = 1 << 32  # bytes that lower halves of addresses tell apart
 
 MAX_MASKS = 4  # 16 colors of 4 bits are a 64-bit word
 
@@ -67,8 +69,9 @@ class Shape:
     In the pair form frames are contiguous, and the lowest address bit above a frame tells two neighbours apart.
 
     page_xors: whether pages can have constants that are XORed to a frame's place in its page.
-    space: where the in-page table is looked up. wide: whether logical memory can be larger than 4 GiB; where it can't, the
-    lower half of an address says everything. MisuseError for a shape that no code can be written for.
+    space: where the in-page table is looked up. wide: whether the tenant's logical memory or its range of physical
+    addresses can be larger than 4 GiB. Where they can't, translations work on lower halves of addresses only, and the
+    physical range starts at a multiple of 4 GiB. MisuseError for a shape that no code can be written for.
     """
 
     form: Form

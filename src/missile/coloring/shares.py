@@ -14,7 +14,7 @@ import numpy.typing as npt
 from missile.coloring.halves import choices, piece_layout, residue
 from missile.coloring.linear import linear_colors
 from missile.coloring.palette import Palette
-from missile.coloring.shape import Escape, Form, Shape, TableSpace
+from missile.coloring.shape import WINDOW, Escape, Form, Shape, TableSpace
 from missile.coloring.translation import (
     ArithmeticTranslation,
     InPageTranslation,
@@ -24,13 +24,13 @@ from missile.coloring.translation import (
 )
 from missile.errors import MisuseError, OutOfMemoryError, UnsupportedError
 from missile.probe.channel_map import ChannelMap
+from missile.probe.layout import PageLayout
 from missile.probe.pages import NO_PAGE
 
 __all__ = ["Demand", "Share", "plan_shares"]
 
 Ints = npt.NDArray[np.int64]
 
-_NARROW = (4 << 30) - (4 << 20)  # bytes of memory that 32-bit addresses are enough for
 _PAIR_RESIDUE = 0.05  # of a tenant's memory: more than this in colors of others, and pairs are no way to color it
 
 
@@ -140,21 +140,21 @@ def _split_by_pairs(palette: Palette, constants: Ints, sets: set[tuple[int, ...]
 
 
 def _pairs(palette: Palette, constants: Ints, demand: Demand, colors: tuple[int, ...], escape: Escape) -> Share:
-    shape = Shape(Form.PAIR, piece_layout(palette.layout), escape=escape, wide=_wide(demand, escape))
+    layout = piece_layout(palette.layout)
     known = np.flatnonzero(constants[:, 2] != NO_PAGE)
-    per_page = shape.layout.granules // 2
-    needed = -(-demand.nbytes // shape.unit_bytes) + 1  # the guard
+    per_page = layout.granules // 2
+    needed = -(-demand.nbytes // layout.granule_bytes) + 1  # the guard
     if len(known) * per_page < needed:
-        raise _missing(palette, demand, colors, len(known), (len(known) * per_page - 1) * shape.unit_bytes)
+        raise _missing(palette, demand, colors, len(known), (len(known) * per_page - 1) * layout.granule_bytes)
     pages = known[: -(-needed // per_page)]
+    shape = Shape(Form.PAIR, layout, escape=escape, wide=_wide(layout, len(pages), escape))
     taken = np.stack([choices(palette, colors, constants[page]) for page in pages])
     foreign = float(np.mean([residue(palette, colors, constants[page]) for page in pages]))
     return Share(demand.tenant, colors, tuple(pages.tolist()), PairTranslation(shape, taken), foreign)
 
 
-def _wide(demand: Demand, escape: Escape) -> bool:
-    # The last page may have room beyond what is asked for.
-    return escape is not Escape.GUARD or demand.nbytes > _NARROW
+def _wide(layout: PageLayout, pages: int, escape: Escape) -> bool:
+    return escape is not Escape.GUARD or pages * layout.page_bytes > WINDOW
 
 
 def _share(
@@ -180,7 +180,7 @@ def _share(
         count = -(-needed // per_page) if per_page else 0
         if per_page and 0 < count <= len(usable):
             pages = usable[:count]
-            share = _uniform(palette, colors, reference, pages, xors[pages], form, space, escape, _wide(demand, escape))
+            share = _uniform(palette, colors, reference, pages, xors[pages], form, space, escape)
             if share is not None:
                 return Share(demand.tenant, colors, tuple(pages.tolist()), share)
         if form is not None and count <= len(usable):
@@ -199,11 +199,11 @@ def _uniform(
     form: Form | None,
     space: TableSpace,
     escape: Escape,
-    wide: bool,
 ) -> Translation | None:
     """A translation for pages that differ by XORs only; None where the form does not fit."""
     constants = bool(xors.any())
     layout = palette.layout
+    wide = _wide(layout, len(pages), escape)
     if form is Form.ARITHMETIC:
         linear = linear_colors(palette.pattern(reference))
         contiguous = layout.inner_bits == tuple(range(len(layout.inner_bits)))
@@ -235,7 +235,9 @@ def _shadow(
         have += len(frames)
     if have < needed:
         raise _missing(palette, demand, colors, len(known), (have - 1) * palette.layout.granule_bytes)
-    translation = ShadowTranslation.from_pages(palette.layout, places, escape, wide=_wide(demand, escape))
+    translation = ShadowTranslation.from_pages(
+        palette.layout, places, escape, wide=_wide(palette.layout, len(places), escape)
+    )
     return Share(demand.tenant, colors, tuple(known[: len(places)].tolist()), translation)
 
 

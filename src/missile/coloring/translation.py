@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from missile.coloring.division import LIMIT, Divider
-from missile.coloring.shape import MAX_MASKS, Escape, Field, Form, Shape
+from missile.coloring.shape import MAX_MASKS, WINDOW, Escape, Field, Form, Shape
 from missile.errors import MisuseError
 from missile.probe.layout import PageLayout
 
@@ -67,6 +67,8 @@ class _Translation:
             raise MisuseError(
                 f"A tenant's memory has at most {limit} frames in this shape of translation, not {places}."
             )
+        if not shape.wide and pages * shape.layout.page_bytes > WINDOW:
+            raise MisuseError(f"{pages} pages are more than 4 GiB: they need a wide translation.")
         self.shape = shape
         self.pages = pages
         self.frames = places - 1
@@ -95,6 +97,8 @@ class _Translation:
             raise MisuseError("Kernels that count escaping accesses need the address of a counter.")
         if len(self.table()) and not table:
             raise MisuseError("The translation's table has to lie in global memory, and its address is not given.")
+        if not self.shape.wide and base % WINDOW:
+            raise MisuseError("A tenant's range starts at a multiple of 4 GiB, unless its translation is wide.")
         out = bytearray(Field.BYTES)
         struct.pack_into("<QQI", out, Field.BASE, base, table, self.frames)
         struct.pack_into("<Q", out, Field.ESCAPES, escapes)
@@ -267,7 +271,8 @@ class ShadowTranslation(_Translation):
         return np.asarray(self._units[np.asarray(frames, np.int64)] * self.shape.unit_bytes, np.int64)
 
     def table(self) -> npt.NDArray[np.uint32]:
-        return self._units.astype(np.uint32)
+        """In units where addresses are wide, else in bytes."""
+        return (self._units * (1 if self.shape.wide else self.shape.unit_bytes)).astype(np.uint32)
 
 
 class PairTranslation(_Translation):

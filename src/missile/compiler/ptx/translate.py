@@ -165,28 +165,41 @@ class Emitter:
         ]
         return word
 
-    def _sum(self, base: str, offset: str, code: list[str]) -> str:
-        wide, physical = self.wide(), self.wide()
-        code += [f"cvt.u64.u32 {wide}, {offset};", f"add.s64 {physical}, {base}, {wide};"]
+    def _physical(self, count: str, size: int, offset: str, code: list[str]) -> str:
+        """The register that has the address `count * size + offset` of the tenant's range."""
+        if self._shape.wide:
+            start, wide, physical = self.wide(), self.wide(), self.wide()
+            base = self._constant("u64", Field.BASE, code)
+            code += [
+                f"mad.wide.u32 {start}, {count}, {size}, {base};",
+                f"cvt.u64.u32 {wide}, {offset};",
+                f"add.s64 {physical}, {start}, {wide};",
+            ]
+            return physical
+        low = self._word()
+        code.append(f"mad.lo.u32 {low}, {count}, {size}, {offset};")
+        return self._joined(low, code)
+
+    def _joined(self, low: str, code: list[str]) -> str:
+        """The register that has the address whose lower half is `low`."""
+        high = self._constant("u32", Field.BASE + 4, code)
+        physical = self.wide()
+        code.append(f"mov.b64 {physical}, {{{low}, {high}}};")
         return physical
 
     # --- forms: given the frame's number, the address's lower half, and the first part, to be continued; the rest
     def _in_page(self, frame: str, low: str, lookup: list[str]) -> tuple[list[str], str]:
         code: list[str] = []
         page, place = self._divide(frame, lookup)
-        unit, start, offset = self._word(), self.wide(), self._word()
+        unit, offset = self._word(), self._word()
         half = self._look_up(place, lookup)
         code.append(f"cvt.u32.u16 {unit}, {half};")
         if self._shape.page_xors:
             xor = self._page_xor(page, lookup)
             code.append(f"xor.b32 {unit}, {unit}, {xor};")
-        base = self._constant("u64", Field.BASE, code)
         within = self._within(low, code)
-        code += [
-            f"mad.wide.u32 {start}, {page}, {self._shape.layout.page_bytes}, {base};",
-            f"mad.lo.u32 {offset}, {unit}, {self._shape.unit_bytes}, {within};",
-        ]
-        return code, self._sum(start, offset, code)
+        code.append(f"mad.lo.u32 {offset}, {unit}, {self._shape.unit_bytes}, {within};")
+        return code, self._physical(page, self._shape.layout.page_bytes, offset, code)
 
     def _look_up(self, place: str, code: list[str]) -> str:
         """The register, 16 bits, that has the table's entry for `place`."""
@@ -207,7 +220,7 @@ class Emitter:
     def _arithmetic(self, frame: str, low: str, lookup: list[str]) -> tuple[list[str], str]:
         shape = self._shape
         row, which = self._divide(frame, lookup)
-        shift, color, start, offset = self._word(), self._word(), self.wide(), self._word()
+        shift, color, offset = self._word(), self._word(), self._word()
         colors = self._constant("u64", Field.COLORS, lookup)
         shifted = self.wide()
         lookup += [
@@ -232,48 +245,44 @@ class Emitter:
             lookup.append(f"shr.u32 {page}, {row}, {shape.layout.page_bits - shape.frame_bits - shape.masks};")
             xor = self._page_xor(page, lookup)
             code.append(f"xor.b32 {color}, {color}, {xor};")
-        base = self._constant("u64", Field.BASE, code)
         within = self._within(low, code)
-        code += [
-            f"mad.wide.u32 {start}, {row}, {1 << (shape.frame_bits + shape.masks)}, {base};",
-            f"mad.lo.u32 {offset}, {color}, {1 << shape.frame_bits}, {within};",
-        ]
-        return code, self._sum(start, offset, code)
+        code.append(f"mad.lo.u32 {offset}, {color}, {1 << shape.frame_bits}, {within};")
+        return code, self._physical(row, 1 << (shape.frame_bits + shape.masks), offset, code)
 
     def _shadow(self, frame: str, low: str, lookup: list[str]) -> tuple[list[str], str]:
         code: list[str] = []
-        entry, unit, start = self.wide(), self._word(), self.wide()
+        entry, unit = self.wide(), self._word()
         table = self._constant("u64", Field.TABLE, lookup)
-        lookup += [f"mad.wide.u32 {entry}, {frame}, 4, {table};", f"{_LOAD}.u32 {unit}, [{entry}];"]
-        base = self._constant("u64", Field.BASE, code)
+        lookup += [f"mad.wide.u32 {entry}, {frame}, 4, {table};", f"{_LOAD}.b32 {unit}, [{entry}];"]
         within = self._within(low, code)
-        code.append(f"mad.wide.u32 {start}, {unit}, {self._shape.unit_bytes}, {base};")
-        return code, self._sum(start, within, code)
+        if self._shape.wide:
+            return code, self._physical(unit, self._shape.unit_bytes, within, code)
+        place = self._word()
+        code.append(f"or.b32 {place}, {unit}, {within};")
+        return code, self._joined(place, code)
 
     def _pair(self, frame: str, low: str, lookup: list[str]) -> tuple[list[str], str]:
         code: list[str] = []
         bit = self._shape.frame_bits
-        word, bits, entry, start = self._word(), self._word(), self.wide(), self.wide()
-        turned, below, above, physical = self._word(), self._word(), self._word(), self.wide()
+        word, bits, entry, turned = self._word(), self._word(), self.wide(), self._word()
         table = self._constant("u64", Field.TABLE, lookup)
         lookup += [
             f"shr.u32 {word}, {frame}, 5;",
             f"mad.wide.u32 {entry}, {word}, 4, {table};",
             f"{_LOAD}.b32 {bits}, [{entry}];",
         ]
-        base = self._constant("u64", Field.BASE, code)
         within = self._within(low, code)
-        code += [
-            f"mad.wide.u32 {start}, {frame}, {2 << bit}, {base};",
-            f"mov.b64 {{{below}, {above}}}, {start};",
-            # A pair's start has zeros there: what lies in it is put in without a carry.
-            f"or.b32 {below}, {below}, {within};",
-            f"shf.l.wrap.b32 {turned}, {bits}, {bits}, {frame};",
-            f"and.b32 {turned}, {turned}, {1 << bit};",
-            f"or.b32 {below}, {below}, {turned};",
-            f"mov.b64 {physical}, {{{below}, {above}}};",
-        ]
-        return code, physical
+        code += [f"shf.l.wrap.b32 {turned}, {bits}, {bits}, {frame};", f"and.b32 {turned}, {turned}, {1 << bit};"]
+        place = self._word()
+        if not self._shape.wide:
+            code += [
+                f"shl.b32 {place}, {frame}, {bit + 1};",
+                f"or.b32 {place}, {place}, {within};",
+                f"or.b32 {place}, {place}, {turned};",
+            ]
+            return code, self._joined(place, code)
+        code.append(f"or.b32 {place}, {within}, {turned};")
+        return code, self._physical(frame, 2 << bit, place, code)
 
 
 def module_declarations(shape: Shape) -> list[str]:
