@@ -229,8 +229,6 @@ def flag(gpu: CudaGpu, options: argparse.Namespace) -> dict[str, Any]:
 
 # --- models
 _MODELS: dict[tuple[str, str], tuple[BoundModel, BoundModel, float]] = {}
-
-
 _POOLS: list[ColoredPool] = []
 
 
@@ -286,12 +284,11 @@ class Loaded:
     def __init__(self, gpu: CudaGpu, name: str, variant: str = "auto", segment_ns: float = SEGMENT_NS) -> None:
         self.plain, self.model, self.build_s = _models(gpu, name, variant)
         self.gpu, self.package = gpu, self.model.package
-        package = self.package
         self.control = control_of(self.model)
-        self.segments = _cut(package, segment_ns)
+        self.segments = _cut(self.model, segment_ns)
         self.graphs: list[Graph] = [gpu.create_graph(self.model.operations[a:b]) for a, b in self.segments]
         host = gpu.allocate_host(max(self.model.input_bytes, 1))
-        _fill_inputs(package, host.array)
+        _fill_inputs(self.package, host.array)
         self.stream = gpu.create_stream(priority=Priority.LOW)
         for model in (self.plain, self.model):
             if model.input_bytes:
@@ -309,19 +306,16 @@ class Loaded:
         for graph in self.graphs[first : first + count]:
             self.stream.launch_graph(graph)
 
-    def resume(self) -> bool:
-        """Relaunch what is left, False where nothing is. All launches have ended."""
+    def resume(self, until: int = 1 << 16) -> bool:
+        """Relaunch what is left of segments before `until`, False where nothing is. All launches have ended."""
         left = self.control.left()
         if left is None:
             return False
         self.control.resume(self.stream, left)
-        self.launch_from(left.step)
-        return True
-
-    def launch_from(self, step: int) -> None:
-        first = next(index for index, (_, last) in enumerate(self.segments) if step < last)
-        for graph in self.graphs[first:]:
+        first = next(index for index, (_, last) in enumerate(self.segments) if left.step < last)
+        for graph in self.graphs[first:until]:
             self.stream.launch_graph(graph)
+        return True
 
     def close(self) -> None:
         for graph in self.graphs:
@@ -329,11 +323,11 @@ class Loaded:
         self.stream.close()
 
 
-def _cut(package: ModelPackage, segment_ns: float) -> list[tuple[int, int]]:
+def _cut(model: BoundModel, segment_ns: float) -> list[tuple[int, int]]:
     pieces, first, length = [], 0, 0.0
-    for index, step in enumerate(package.steps):
-        length += step.profile.solo_ns if isinstance(step, KernelStep) and step.profile else 0.0
-        if length >= segment_ns or index + 1 == len(package.steps):
+    for index, operation in enumerate(model.operations):
+        length += operation.work.solo_ns if isinstance(operation, Launch) and operation.work else 0.0
+        if length >= segment_ns or index + 1 == len(model.operations):
             pieces.append((first, index + 1))
             first, length = index + 1, 0.0
     return pieces
@@ -488,14 +482,16 @@ def disturbed(
         left = loaded.control.left()
         where.append(-1 if left is None else left.step)
         if left is not None:
-            drains.append(ended / max(loaded.segments[first + (ahead or total) - 1][1] - left.step, 1))
-            loaded.resume()
+            until = first + (ahead or total)
+            drains.append(ended / max(loaded.segments[until - 1][1] - left.step, 1))
+            loaded.resume(until)
             loaded.stream.synchronize()
     return took, where, drains
 
 
 def latency(gpu: CudaGpu, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    loaded = Loaded(gpu, name, options.variants[0])
+    segment_ns, ahead = AHEAD[1]
+    loaded = Loaded(gpu, name, options.variants[0], segment_ns)
     profiles = [step.profile if isinstance(step, KernelStep) else None for step in loaded.package.steps]
     block_us = [
         p.solo_ns * min(p.blocks, p.blocks_per_sm * gpu.info.sms) / p.blocks / 1e3 if p else 0.0 for p in profiles
@@ -508,7 +504,10 @@ def latency(gpu: CudaGpu, name: str, options: argparse.Namespace) -> dict[str, A
         urgent = Urgent(gpu, probe.stream, probe.graph, loaded.control)
         part: dict[str, Any] = {"idle": urgent.idle}
         for order in Urgent.ORDERS:
-            took, where, drains = disturbed(loaded, urgent, order, options.probes)
+            # What is not preempted goes on until its request ends.
+            took, where, drains = disturbed(
+                loaded, urgent, order, options.probes, 0 if order == "launch only" else ahead
+            )
             samples = [value - urgent.base[order] for value in took]
             part[order] = spread(samples)
             if order == "launch only":
@@ -539,7 +538,7 @@ def service(gpu: CudaGpu, name: str, options: argparse.Namespace) -> dict[str, A
         where = f"{ahead} segments of {segment_ns / 1e3:.0f} us" if ahead else "whole request"
         for order in Urgent.ORDERS:
             if order != "launch only" or not ahead:
-                took, _, drains = disturbed(loaded, urgent, order, options.probes, ahead)
+                took, _, drains = disturbed(loaded, urgent, order, options.probes if ahead else 80, ahead)
                 out[f"{where}: {order}"] = spread(took)
                 out[f"{where}: {order}: us for a launch that leaves"] = spread(drains)
         loaded.close()
