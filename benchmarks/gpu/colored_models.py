@@ -561,17 +561,19 @@ def report(result: dict[str, Any], names: Sequence[str], output: Path) -> None:
             kind: _mean([r["classes"]["ns"][kind]["ratio"] for r in rows if kind in r["classes"].get("ns", {})])
             for kind in classes
         }
-        result["mean"][name] = {
-            "models": len(rows),
-            "ratio": _mean([row["ratio"] for row in rows]),
-            "ratio_kernels": _mean([row["ratio_kernels"] for row in rows]),
-            "worst": max((row["ratio"] for row in rows), default=math.nan),
-            "same_bits": sum(bool(r.get("variants", {}).get(name, {}).get("same_bits")) for r in result["rows"]),
-            "classes": by_class,
-        }
+        same = [bool(row.get("variants", {}).get(name, {}).get("same_bits")) for row in result["rows"]]
+        result["mean"][name] = {"models": len(same), "same_bits": sum(same)}
+        if rows:
+            result["mean"][name] |= {
+                "timed": len(rows),
+                "ratio": _mean([row["ratio"] for row in rows]),
+                "ratio_kernels": _mean([row["ratio_kernels"] for row in rows]),
+                "worst": max(row["ratio"] for row in rows),
+                "classes": by_class,
+            }
         print(f"{name:24s}", json.dumps(result["mean"][name]), flush=True)
     (output / "models.json").write_text(json.dumps(result, indent=1) + "\n")
-    (output / "models.md").write_text(table(result, names))
+    (output / "models.md").write_text(table(result, [name for name in names if "ratio" in result["mean"][name]]))
     print(f"{result['seconds']:.1f} s")
 
 
