@@ -670,10 +670,10 @@ class _Reader:
 
 
 MEASUREMENTS: dict[str, Callable[[CudaGpu, str, argparse.Namespace], dict[str, Any]]] = {
-    "overhead": overhead,
-    "latency": latency,
-    "service": service,
     "bits": bits,
+    "latency": latency,
+    "overhead": overhead,
+    "service": service,
 }
 
 if __name__ == "__main__":
