@@ -71,6 +71,10 @@ class GpuTestbed:
 
     def prepare(self, tenants: Sequence[Tenant], policies: Sequence[str]) -> None:
         """Make at once what runs of `tenants` under `policies` would make one by one. What goes wrong they tell."""
+        for policy in policies:
+            if not is_mps(policy):
+                with suppress(MissileError):
+                    self._variants.of(policy)
         if chosen := [policy for policy in policies if is_mps(policy)]:
             with suppress(MissileError):
                 self._processes().prepare(tenants, chosen)

@@ -60,12 +60,14 @@ class SuiteRun:
             left = list(missing)
             longest = 0.0
             while left:
-                start = self.clock()
-                if budget_s is not None and start - began + longest > budget_s:
+                if budget_s is not None and self.clock() - began + longest > budget_s:
                     self._say(f"out of time: {len(left)} of {len(self.cells)} cells are missing")
                     break
                 cell = left.pop(0)
-                self._run_cell(cell, testbed)
+                scenario = self._scenario(cell)
+                testbed.prepare(scenario.tenants, scenario.policies)
+                start = self.clock()
+                self._run_cell(cell, scenario, testbed)
                 longest = self.clock() - start
         return [cell.name for cell in left]
 
@@ -113,11 +115,9 @@ class SuiteRun:
             self.folder.keep_state(self.state)
             self._say(f"{model} alone: {rate:.0f} requests/s at most")
 
-    def _run_cell(self, cell: Cell, testbed: Testbed) -> None:
-        scenario = self._scenario(cell)
+    def _run_cell(self, cell: Cell, scenario: Scenario, testbed: Testbed) -> None:
         solos = [run for tenant in scenario.tenants for run in self._solo(tenant, scenario, testbed)]
         bench = Bench(scenario, testbed, runs=solos)
-        testbed.prepare(scenario.tenants, scenario.policies)
         given_up: set[str] = set()
         for step in bench.steps:
             if step.kind == "policy" and step.what not in given_up:
