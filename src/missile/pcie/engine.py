@@ -29,6 +29,9 @@ from missile.pcie.weights import MIB, Share
 __all__ = ["CopyEngine", "EngineOptions", "Stop", "TenantCopies"]
 
 
+_CLOSE_PATIENCE_NS = 60_000_000_000  # what was to be drained may take seconds; a GPU that hangs never ends
+
+
 class Stop(enum.StrEnum):
     """What becomes of copies that are still queued when the engine stops. None is lost silently either way."""
 
@@ -326,7 +329,7 @@ class CopyEngine:
             self.stop(Stop.CANCEL)
         try:
             if self._lost is None:
-                self.run_until_idle()
+                self.run_until_idle(_CLOSE_PATIENCE_NS)
         finally:
             for lane in self.lanes.values():
                 lane.close()

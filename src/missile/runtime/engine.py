@@ -164,7 +164,7 @@ class Engine:
             look_up = min(now + step, span.end if now < span.end else span.limit)
             deadline = min(self._next_arrival(), look_up, self._wake_at)
             self._note_gap(clock() - origin - now)
-            gpu.wait(self._heads(), origin + deadline)
+            self._stage.wait(self._heads(), origin + deadline)
         self._settle(clock)
 
     # --- arrivals
@@ -371,7 +371,7 @@ class Engine:
         while heads := self._heads():
             if clock() >= give_up:
                 raise self._lost_patience()
-            self._gpu.wait(heads, give_up)
+            self._stage.wait(heads, give_up)
             self._collect()
             self._read_times()
 

@@ -11,6 +11,7 @@ from types import FrameType
 
 from missile.errors import GpuError, MisuseError
 from missile.gpu.interface import Gpu
+from missile.runtime.copying import ScheduledCopies
 from missile.runtime.engine import Engine, Span
 from missile.runtime.loading import LoadedTenant, Roster, load_tenants
 from missile.runtime.policies import Policy, create_policy
@@ -97,7 +98,8 @@ def _run(
     if not ready:
         return _nothing_ran(gpu, roster, name or policy.name, seed, span)
     layout = policy.setup([loaded.tenant for loaded in ready], gpu.info)
-    stage = Stage(gpu, ready, layout)
+    copies = ScheduledCopies(gpu, ready) if getattr(policy, "copies", False) else None
+    stage = Stage(gpu, ready, layout, copies)
     fault: GpuError | None = None
     try:
         engine = _engine(gpu, stage, policy, ready, len(layout.lanes), seed, span)

@@ -1,7 +1,7 @@
 """What a run needs on the GPU, made before its clock starts: lanes as streams, events, segments, and every graph run once.
 
-Host-device copies of requests are issued in `_copy_in` and `_copy_out` and nowhere else, both on the stream of the request's
-lane: whoever brings a copy path of its own connects it there.
+Host-device copies of requests are issued in `_copy_in` and `_copy_out` and nowhere else: on the stream of the request's
+lane, or, with `copies`, through the link's scheduler in that stream's order.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from missile.errors import GpuError, InternalError
 from missile.gpu.interface import Copy, Event, Fill, Gpu, Graph, Launch, Left, PreemptControl, SmPartition, Stream
+from missile.pcie.streamed import StreamedCopies
 from missile.runtime.loading import LoadedTenant, RunnableModel
 from missile.runtime.policies.interface import Layout, Segment, TenantBrief
 from missile.runtime.segments import cut
@@ -21,6 +22,8 @@ __all__ = ["MOST_PIECES", "Slot", "Stage"]
 
 MOST_PIECES = 16
 """Pieces of one tenant's requests (what one `Advance` gives the GPU) that may be in flight at once."""
+
+_LOOK_UP_NS = 10_000_000
 
 
 class Slot(NamedTuple):
@@ -57,14 +60,20 @@ class Stage:
     Tenants and lanes go by number. After an error in construction nothing is held. `rehearse` comes before everything else.
     """
 
-    def __init__(self, gpu: Gpu, tenants: Sequence[LoadedTenant], layout: Layout) -> None:
+    def __init__(
+        self, gpu: Gpu, tenants: Sequence[LoadedTenant], layout: Layout, copies: StreamedCopies | None = None
+    ) -> None:
+        """copies: the tenants' way to the link, the stage's from here on; None: copies go as their streams reach them."""
         self._gpu = gpu
+        self._copies = copies
         self._tenants = tuple(tenants)
         self._models: tuple[RunnableModel, ...] = tuple(t.model for t in tenants if t.model is not None)
         if len(self._models) != len(self._tenants):
             raise InternalError("A tenant without a model was brought to a run.")
         self._wanted = layout.segment_ns or (None,) * len(self._tenants)
         with ExitStack() as undo:
+            if copies is not None:
+                undo.callback(copies.close)
             self._streams = tuple(_streams(gpu, layout, undo))
             # More than can be in flight: a finished request's times are read after the next one has been started.
             self._slots = tuple(tuple(_slot(gpu, undo) for _ in range(2 * t.depth + 1)) for t in tenants)
@@ -178,13 +187,36 @@ class Stage:
 
     def _copy_in(self, tenant: int, stream: Stream, request: int) -> None:
         loaded = self._tenants[tenant]
-        if loaded.inputs:
-            stream.copy_to_device(self._models[tenant].input_address, loaded.inputs[request % loaded.depth])
+        if not loaded.inputs:
+            return
+        address, source = self._models[tenant].input_address, loaded.inputs[request % loaded.depth]
+        if self._copies is None:
+            stream.copy_to_device(address, source)
+        else:
+            self._copies.to_device(loaded.tenant.name, stream, address, source, after=self._tail[tenant])
 
     def _copy_out(self, tenant: int, stream: Stream, request: int) -> None:
         loaded = self._tenants[tenant]
-        if loaded.outputs:
-            stream.copy_to_host(loaded.outputs[request % loaded.depth], self._models[tenant].output_address)
+        if not loaded.outputs:
+            return
+        target, address = loaded.outputs[request % loaded.depth], self._models[tenant].output_address
+        if self._copies is None:
+            stream.copy_to_host(target, address)
+        else:
+            self._copies.to_host(loaded.tenant.name, stream, target, address)
+
+    def wait(self, events: Sequence[Event], deadline_ns: int) -> None:
+        """As `Gpu.wait`, with scheduled copies going on; may return early."""
+        if self._copies is None:
+            self._gpu.wait(events, deadline_ns)
+        else:
+            self._copies.wait(events, deadline_ns)
+
+    def _wait_for(self, event: Event) -> None:
+        """Until `event` and everything else has ended."""
+        while not event.done():
+            self.wait([event], self._gpu.now_ns() + _LOOK_UP_NS)
+        self._gpu.synchronize()
 
     # --- before the clock starts
     def rehearse(self) -> list[TenantBrief]:
@@ -207,7 +239,7 @@ class Stage:
         service: dict[int, int] = {}  # by partition
         for stream, lane in self._places():
             slot, _ = self.enqueue(tenant, lane, 0)
-            self._gpu.synchronize()
+            self._wait_for(slot.done)
             service[id(stream.partition)] = max(slot.end.time_ns() - slot.start.time_ns(), 1)
         by_lane = tuple(float(service[id(stream.partition)]) for stream in self._streams)
         operations = self._operations[tenant]
@@ -216,8 +248,8 @@ class Stage:
             self._cuts[tenant] = self._make_cut(model, operations, segments)
             for _, lane in self._places():
                 self._copied_in[tenant] = -1
-                self.advance(tenant, lane, 0, 0, len(segments))
-                self._gpu.synchronize()
+                slot, _, _ = self.advance(tenant, lane, 0, 0, len(segments))
+                self._wait_for(slot.done)
         return TenantBrief(by_lane, segments, self._controls[tenant] is not None)
 
     def _places(self) -> list[tuple[Stream, int]]:
