@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -12,7 +13,19 @@ from missile.errors import InternalError
 from missile.gpu.interface import Fill, GpuInfo, Launch, Priority
 from missile.gpu.work import KernelWork
 from missile.runtime.loading import load_tenants
-from missile.runtime.policies.interface import Action, Advance, Lane, Layout, Reject, Snapshot, Start, TenantBrief, Wake
+from missile.runtime.policies.interface import (
+    Action,
+    Advance,
+    Lane,
+    Layout,
+    Preempt,
+    Reject,
+    Snapshot,
+    Start,
+    TenantBrief,
+    Wake,
+)
+from missile.runtime.preempting import make_preemptible
 from missile.runtime.run import run
 from missile.runtime.segments import MOST_SEGMENTS, cut
 from missile.runtime.tenant import Tenant
@@ -173,3 +186,53 @@ def test_what_makes_no_sense_is_refused(gpu, tenant, action, says):
             seed=1,
             duration_ns=5 * MS,
         )
+
+
+class Restless(Piecewise):
+    """One request in flight; preempts at random times and goes on on random lanes."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(60_000.0)
+        self.random = random.Random(seed)
+        self.preemptions = self.resumed = 0
+        self.was_stopping = False
+
+    def decide(self, snapshot: Snapshot) -> Sequence[Action]:
+        actions: list[Action] = [Wake(snapshot.now_ns + self.random.randrange(1, 400_000))]
+        (tenant,) = range(len(self.ls))
+        launched, pending = snapshot.launched[tenant], snapshot.pending[tenant]
+        total = len(self.briefs[tenant].segments)
+        if snapshot.stopping[tenant]:
+            self.was_stopping = True
+            return actions
+        if self.was_stopping:
+            self.was_stopping = False
+            self.resumed += 1
+            assert pending == 0
+        if pending and self.random.random() < 0.2:
+            self.preemptions += 1
+            return [*actions, Preempt(tenant)]
+        while pending < 3 and (launched or (snapshot.queued[tenant] and not pending)):
+            actions.append(Advance(tenant, self.random.randrange(1, 3)))
+            launched, pending = (launched + 1) % total, pending + 1
+            if not launched:
+                break
+        return actions
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_however_often_a_tenant_is_preempted_its_requests_run_once_and_in_order(gpu, tenant, seed):
+    with make_preemptible(load_tenants(gpu, [tenant("be", "BE", "synthetic-spin")])).roster as roster:
+        alone = run(gpu, roster, "streams", seed=1, duration_ns=20 * MS).tenants[0]
+        policy = Restless(seed)
+        record = run(gpu, roster, policy, seed=1, duration_ns=60 * MS)
+    (be,) = record.tenants
+    assert not record.fault
+    assert policy.resumed > 10
+    assert policy.resumed <= policy.preemptions
+    assert len(be.done) > 10
+    assert np.all(be.start[1:] >= be.end[:-1])
+    assert np.all(np.diff(be.done) > 0)
+    # Each one takes its time at least, and the time between two is the host's turn.
+    assert np.min(be.end - be.start) > 0.98 * np.min(alone.end - alone.start)
+    assert np.all(np.diff(be.arrival) >= 0)
