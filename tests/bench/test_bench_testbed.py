@@ -8,7 +8,6 @@ import pytest
 
 from missile.bench.scenario import parse_scenario
 from missile.bench.testbed import GpuTestbed, describe_policy, open_testbed
-from missile.bench.variants import _asks_for_colors
 from missile.errors import MisuseError, UnsupportedError
 from missile.runtime.tenant import Tenant
 
@@ -59,19 +58,6 @@ def test_only_missile_s_be_models_are_preemptible(testbed: GpuTestbed) -> None:
     assert all(len(row.done) for row in record.tenants)
     testbed.close()
     assert testbed.gpu.memory_free() == free
-
-
-@pytest.mark.parametrize(
-    ("policy", "asks"),
-    [
-        ("missile", False),
-        ("missile:colors=on", True),
-        ("missile:preempt=off, colors=1", True),
-        ("missile:colors=off", False),
-    ],
-)
-def test_colors_are_asked_for_by_name(policy: str, asks: bool) -> None:
-    assert _asks_for_colors(policy) is asks
 
 
 @pytest.mark.slow

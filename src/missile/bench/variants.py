@@ -21,8 +21,7 @@ __all__ = ["ModelVariants"]
 class ModelVariants:
     """Models beside those of `roster`, which every policy but `missile` runs on. Owns them until `close`.
 
-    `missile` gets BE models that can be preempted, unless it is told not to. Memory is in separate colors only where the
-    policy says colors=on by name: translated kernels take longer, so that separation is a choice to be compared.
+    `missile` gets BE models that can be preempted and memory in separate colors, as far as its options ask for them.
     """
 
     def __init__(self, gpu: Gpu, roster: Roster) -> None:
@@ -38,7 +37,7 @@ class ModelVariants:
         made = create_policy(policy)
         if not isinstance(made, MissilePolicy):
             return None
-        kind = (_asks_for_colors(policy), made.preempt)
+        kind = (made.colors, made.preempt)
         if kind == (False, False):
             return None
         if kind not in self._made:
@@ -73,8 +72,3 @@ class ModelVariants:
             for made in self._made.values():
                 undo.callback(made.roster.close)
             self._made = {}
-
-
-def _asks_for_colors(policy: str) -> bool:
-    options = (part.partition("=") for part in policy.partition(":")[2].split(","))
-    return any(name.strip() == "colors" and value.strip() in ("on", "1") for name, _, value in options)

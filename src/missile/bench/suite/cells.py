@@ -53,7 +53,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }
 """What each family is tried at: a baseline over its own knobs, `missile` as it plans itself, and each of its ablations.
 
-Colors are the other way round: without being asked, `missile` leaves memory as it is (`variants.ModelVariants` says why)."""
+Colors are the other way round: translated kernels take longer, so `missile` separates memory only when it is told to."""
 
 BASELINES = ("temporal", "streams", "priority", "partition", "mps", "orion")
 
