@@ -144,7 +144,7 @@ def _recorded() -> dict[str, int]:
     return dict(recorded_packages())
 
 
-POLICIES = ("streams", "priority", "partition", "missile")
+POLICIES = ("streams", "priority", "partition", "missile:copies=off", "missile:copies=on")
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -171,7 +171,7 @@ def test_both_classes_are_answered_on_a_simulated_gpu(policy: str, tmp_path: Pat
             sent += 1
         for _ in range(20):
             fields = client.answer()
-            assert fields[1] == Outcome.DONE
+            assert fields[1] == Outcome.DONE, fields
             order[1 + fields[0] % 2].append(fields[0])
     assert order[1] == sorted(order[1])
     assert order[2] == sorted(order[2])
@@ -181,7 +181,9 @@ def test_both_classes_are_answered_on_a_simulated_gpu(policy: str, tmp_path: Pat
     assert facts.sms_granted is not None
     assert 0 < facts.sms_granted <= sms
     assert 0.0 <= (facts.sms_used or 0.0) <= sms
-    assert (facts.preemptions is not None) is (policy == "missile")
+    assert (facts.preemptions is not None) is policy.startswith("missile")
+    assert facts.link_granted == (0.5 if policy.endswith("copies=on") else None)
+    assert facts.link_used is None or (0.0 <= facts.link_used <= 1.0 and facts.link_granted)
     client.stop()
 
 
@@ -322,6 +324,23 @@ def test_served_outputs_are_the_packages_own(policy: str, tmp_path: Path) -> Non
         ours = _ask(client, signatures[slot], slot, image)
         expected = _run_directly(tenant.model, tenant.batch.max, image)
         np.testing.assert_array_equal(ours, expected, err_msg=f"{tenant.model}, batch {batch}")
+    client.stop()
+
+
+@pytest.mark.gpu
+def test_colored_tenants_give_the_same_bits(tmp_path: Path) -> None:
+    """Two tenants in colors of their own, side by side. Needs a channel map in the cache, or a minute to measure one."""
+    text = TENANTS.format(ls="resnet34", be="resnet34", batch=1)
+    text = text.replace('class = "LS"', 'class = "LS"\ncolors = [0, 2, 5]').replace('"BE"', '"BE"\ncolors = [1, 3, 4]')
+    client = _Client(lambda arena: GpuExecutor(arena, open_gpu("cuda:0"), policy="missile"), tmp_path)
+    for slot, tenant in enumerate(parse_config(text).tenants, start=1):
+        reply = client.load(slot, tenant)
+        assert reply["op"] == "loaded", reply
+    signature = ModelSignature.from_json(reply["signature"])
+    image = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float16)
+    expected = _run_directly("resnet34", 1, image)
+    for slot in (1, 2, 1):
+        np.testing.assert_array_equal(_ask(client, signature, slot, image), expected)
     client.stop()
 
 

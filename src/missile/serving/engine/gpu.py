@@ -13,9 +13,10 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,8 @@ class _Model:
     preempted: int = 0
     used_from: int = 0
     used_sms: float = 0.0
+    moved: int = 0  # bytes of inputs, since `used_from`
+    used_link: float | None = None
     executed_ns: int = 0  # when the last of its batches that has ended did so
 
 
@@ -150,7 +153,9 @@ class GpuExecutor:
             inputs = self._pinned(bound.input_bytes, depth, tenant, undo)
             outputs = self._pinned(bound.output_bytes, depth, tenant, undo)
             colors = placed.colors or ()
-            loaded = LoadedTenant(_runtime_tenant(tenant), bound, inputs, outputs, depth, colors=colors)
+            taken = {m.loaded.tenant.name for m in self._models.values()}
+            name = _free_name(tenant.name, taken)
+            loaded = LoadedTenant(_runtime_tenant(tenant, name), bound, inputs, outputs, depth, colors=colors)
             return _Model(
                 tenant=tenant,
                 signature=signature,
@@ -216,7 +221,7 @@ class GpuExecutor:
     def tune(self, slot: int, tenant: TenantConfig) -> None:
         model = self._models[slot]
         model.tenant = tenant
-        fresh = _runtime_tenant(tenant)
+        fresh = _runtime_tenant(tenant, model.loaded.tenant.name)
         if fresh != model.loaded.tenant:
             loaded = model.loaded
             model.loaded = replace(loaded, tenant=fresh)
@@ -229,6 +234,8 @@ class GpuExecutor:
             memory_bytes=model.bound.nbytes,
             sms_granted=float(self._granted(model)),
             sms_used=round(model.used_sms, 2),
+            link_granted=self._link_granted(model),
+            link_used=None if model.used_link is None else round(model.used_link, 4),
             colors=model.loaded.colors or None,
             preemptions=model.preempted if model.preemptible else None,
         )
@@ -241,6 +248,12 @@ class GpuExecutor:
         kept = self._live.layout.partitions[0]
         return kept if model.tenant.tenant_class == "LS" else everything - kept
 
+    def _link_granted(self, model: _Model) -> float | None:
+        """The tenant's entitlement to the host link, where copies are scheduled: its weight among all."""
+        if self._live is None or self._live.link_rate is None:
+            return None
+        return round(model.tenant.weight / sum(other.tenant.weight for other in self._order), 4)
+
     def _note_use(self) -> None:
         """Take over what the live engine has counted since the last time."""
         live = self._live
@@ -251,7 +264,9 @@ class GpuExecutor:
             took = now - model.used_from
             if took >= _USE_NS:
                 model.used_sms = (live.sm_ns[model.number] - model.sm_ns) / took
-                model.sm_ns, model.used_from = live.sm_ns[model.number], now
+                rate = live.link_rate
+                model.used_link = None if rate is None else min(1.0, model.moved / (rate * took * 1e-9))
+                model.sm_ns, model.used_from, model.moved = live.sm_ns[model.number], now, 0
             model.preempted += live.preemptions[model.number]
             live.preemptions[model.number] = 0
 
@@ -310,6 +325,7 @@ class GpuExecutor:
         model.executed_ns = max(ended.end_ns, model.executed_ns)
         batch.execute_ns = min(max(ended.start_ns, batch.start_ns), now)
         batch.executed_ns = min(max(ended.end_ns, batch.execute_ns), now)
+        model.moved += model.bound.input_bytes
         index = ended.request % model.depth
         if model.aside:
 
@@ -362,15 +378,21 @@ class GpuExecutor:
         self._gpu.close()
 
 
+def _free_name(name: str, taken: Collection[str]) -> str:
+    """`name`, or with a number behind it: a tenant's new model is loaded beside the old one."""
+    numbered = (f"{name[:56]}+{number}" for number in count(2))
+    return next(candidate for candidate in chain([name], numbered) if candidate not in taken)
+
+
 def _is_preemptible(bound: BoundModel) -> bool:
     return any(isinstance(operation, Launch) and operation.preempt is not None for operation in bound.operations)
 
 
-def _runtime_tenant(tenant: TenantConfig) -> Tenant:
+def _runtime_tenant(tenant: TenantConfig, name: str) -> Tenant:
     """The tenant as the runtime's policies see it; how its requests arrive is not known, and none of them asks."""
     return Tenant.model_validate(
         {
-            "name": tenant.name,
+            "name": name,
             "class": tenant.tenant_class,
             "model": tenant.model,
             "batch": tenant.batch.max,

@@ -13,6 +13,7 @@ import numpy as np
 
 from missile.errors import InternalError
 from missile.gpu.interface import Gpu
+from missile.runtime.copying import ScheduledCopies, link_options
 from missile.runtime.engine import NEVER, Engine, Span
 from missile.runtime.loading import LoadedTenant
 from missile.runtime.policies import create_policy
@@ -73,13 +74,16 @@ class LiveEngine(Engine):
     depth: requests of each tenant that the GPU may have at once. Request n of a tenant uses its buffers n modulo their
     number, so the caller keeps no more outstanding than there are. Construction runs every model once in each partition and
     blocks; after an error nothing is held. Errors are those of the policy (see `create_policy`) and the GPU.
+    link_rate: of the host link to the GPU, bytes/s, where the policy schedules copies; else None.
     """
 
     def __init__(self, gpu: Gpu, policy: str, tenants: Sequence[LoadedTenant], depth: Sequence[int]) -> None:
         options = {"admission": 0.0} if policy.partition(":")[0] == "missile" else {}  # the server itself sheds
         chosen = create_policy(policy, options)
         self.layout: Layout = chosen.setup([loaded.tenant for loaded in tenants], gpu.info)
-        stage = Stage(gpu, tenants, self.layout)
+        scheduled = getattr(chosen, "copies", False)
+        stage = Stage(gpu, tenants, self.layout, ScheduledCopies(gpu, tenants) if scheduled else None)
+        self.link_rate = link_options(gpu).h2d_rate if scheduled else None
         try:
             briefs = stage.rehearse()
             if isinstance(chosen, BriefedPolicy):
@@ -121,7 +125,7 @@ class LiveEngine(Engine):
         """Start what may be started; what has ended since the last call. Waits up to `patience_ns` where nothing has."""
         if not self._pass() and patience_ns and (heads := self._heads()):
             now = self._gpu.now_ns()
-            self._gpu.wait(heads, min(now + patience_ns, self._origin + self._wake_at))
+            self._stage.wait(heads, min(now + patience_ns, self._origin + self._wake_at))
             self._pass()
         return self._take_ended()
 
