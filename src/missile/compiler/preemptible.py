@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from missile.compiler.bind import BoundModel, Operation
-from missile.compiler.package import KernelStep, ModelPackage
+from missile.compiler.package import KernelProfile, KernelStep, ModelPackage
 from missile.compiler.preemptible_code import PreemptibleKernels
 from missile.compiler.ptx.preempt import STEPS, arguments
 from missile.compiler.ptx.transfer import GATHER, SCATTER
@@ -38,7 +38,10 @@ from missile.compiler.steps import load_images
 from missile.errors import MisuseError, UnsupportedError
 from missile.gpu.interface import Fill, Gpu, Kernel, Launch, PreemptControl, Preemption
 
-__all__ = ["LongBlocks", "control_of", "long_blocks", "preempt_model"]
+__all__ = ["LONG_NS", "LongBlocks", "block_ns", "control_of", "long_blocks", "preempt_model"]
+
+LONG_NS = 50_000.0
+"""A block that takes longer keeps a preempted model's SMs for too long."""
 
 
 def preempt_model(model: BoundModel, gpu: Gpu, kernels: PreemptibleKernels | None) -> BoundModel:
@@ -166,17 +169,20 @@ class LongBlocks:
     block_ns: float
 
 
-def long_blocks(package: ModelPackage, sms: int, bound_ns: float = 50_000.0) -> tuple[LongBlocks, ...]:
-    """Steps of a profiled package whose blocks take longer than `bound_ns` on a GPU of `sms` SMs, longest first.
+def block_ns(profile: KernelProfile, sms: int) -> float:
+    """How long one block of a launch takes on a GPU of `sms` SMs, ns, estimated.
 
-    A block's time is taken as the launch's, times the share of its blocks that run at once: exact where all waves are full
-    and blocks are alike.
+    The launch's time, times the share of its blocks that run at once: exact where all waves are full and blocks are alike.
     """
+    return profile.solo_ns * min(profile.blocks, profile.blocks_per_sm * sms) / max(profile.blocks, 1)
+
+
+def long_blocks(package: ModelPackage, sms: int, bound_ns: float = LONG_NS) -> tuple[LongBlocks, ...]:
+    """Steps of a profiled package whose blocks take longer than `bound_ns` on a GPU of `sms` SMs, longest first."""
     found = []
     for index, step in enumerate(package.steps):
-        if isinstance(step, KernelStep) and (profile := step.profile) is not None:
-            at_once = min(profile.blocks, profile.blocks_per_sm * sms)
-            block_ns = profile.solo_ns * at_once / max(profile.blocks, 1)
-            if block_ns > bound_ns:
-                found.append(LongBlocks(index, step.kernel, block_ns))
+        if isinstance(step, KernelStep) and step.profile is not None:
+            length = block_ns(step.profile, sms)
+            if length > bound_ns:
+                found.append(LongBlocks(index, step.kernel, length))
     return tuple(sorted(found, key=lambda entry: -entry.block_ns))
