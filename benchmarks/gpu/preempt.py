@@ -41,7 +41,7 @@ from missile.compiler.colored import ColoredKernels
 from missile.compiler.library import find_package
 from missile.compiler.package import BufferKind, KernelStep, ModelPackage
 from missile.compiler.planning import needed_bytes
-from missile.compiler.preemptible import control_of, long_blocks, preempt_model
+from missile.compiler.preemptible import block_ns, control_of, long_blocks, preempt_model
 from missile.compiler.preemptible_code import PreemptibleKernels, build_preemptible, preemptible_kernels
 from missile.compiler.ptx.assemble import assemble
 from missile.compiler.ptx.fill import fill_entry
@@ -493,9 +493,7 @@ def latency(gpu: CudaGpu, name: str, options: argparse.Namespace) -> dict[str, A
     segment_ns, ahead = AHEAD[1]
     loaded = Loaded(gpu, name, options.variants[0], segment_ns)
     profiles = [step.profile if isinstance(step, KernelStep) else None for step in loaded.package.steps]
-    block_us = [
-        p.solo_ns * min(p.blocks, p.blocks_per_sm * gpu.info.sms) / p.blocks / 1e3 if p else 0.0 for p in profiles
-    ]
+    block_us = [0.0 if p is None else block_ns(p, gpu.info.sms) / 1e3 for p in profiles]
     out: dict[str, Any] = {
         "long blocks": [(e.step, round(e.block_ns / 1e3, 1)) for e in long_blocks(loaded.package, gpu.info.sms)]
     }
