@@ -239,6 +239,7 @@ def test_the_link_is_kept_busy_while_python_does_something_else(engine: CopyEngi
     assert given < 1_000_000 // SMALL.short
     assert driver.fake_copies() >= 1_000_000 // SMALL.short
     assert engine.lanes["h2d"].vitals().cpu_ns > 0
+    engine.run_until_idle(10**10)  # the buffers must live until then
 
 
 def test_weights_hold_on_the_wire(engine: CopyEngine) -> None:

@@ -282,7 +282,7 @@ class CopyEngine:
             ticket = request.ticket
             now = self.gpu.now_ns()
             lane = self.lanes[ticket.direction]
-            if self._stop is Stop.CANCEL or not lane.fair.knows(ticket.tenant):
+            if self._stop is Stop.CANCEL or ticket.cancel_requested or not lane.fair.knows(ticket.tenant):
                 lane.release(request)
                 ticket.finish(CopyState.CANCELLED, now)
             elif ticket.nbytes == 0:

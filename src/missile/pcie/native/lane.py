@@ -86,6 +86,8 @@ class NativeLane(Lane):
         self._lane = library.lane_open(ctypes.byref(options))
         if not self._lane:
             raise InternalError("The copy engine's thread could not be started.")
+        self._closed = False
+        self._last_vitals = LaneVitals()
         self._reports = np.zeros((_REPORTS, len(Report._fields_)), np.int64)
         self._reports_at = self._reports.ctypes.data
         self._deadline = ctypes.c_int64(-1)
@@ -134,7 +136,7 @@ class NativeLane(Lane):
 
     def queued(self, tenant: str) -> int:
         flow = self._flows.get(tenant)
-        return 0 if flow is None else super().queued(tenant) + int(self._library.lane_queued(self._lane, flow))
+        return 0 if flow is None or self._closed else super().queued(tenant) + int(self._library.lane_queued(self._lane, flow))
 
     @property
     def busy(self) -> bool:
@@ -153,6 +155,8 @@ class NativeLane(Lane):
         return records
 
     def vitals(self) -> LaneVitals:
+        if self._closed:
+            return self._last_vitals
         out = Vitals()
         self._library.lane_vitals(self._lane, ctypes.byref(out))
         return LaneVitals(out.cpu_ns, out.looks, out.late_ns, out.dry_ns)
@@ -188,6 +192,8 @@ class NativeLane(Lane):
 
     def close(self) -> None:
         super().close()
+        self._last_vitals = self.vitals()
+        self._closed = True
         self._library.lane_close(self._lane)
         for stream in self._streams:
             stream.close()
