@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from missile.bench.fidelity import Comparison
 from missile.bench.results import Results, read_results
 from missile.bench.scenario import Scenario
 from missile.bench.suite.cells import BASELINES, SETTINGS, Cell, family, paper_cells, select, settings_of
@@ -284,6 +285,19 @@ def test_what_the_planner_refuses_is_not_counted_and_listed() -> None:
     refused = check_claims([held])[0]
     assert refused.holds is None
     assert "not accepted" in refused.exceptions[0]
+
+
+def test_predictions_are_judged_by_policy() -> None:
+    def one(policy: str, figure: str, simulated: float) -> Comparison:
+        return Comparison(policy, "x", "y", figure, 1.0, simulated)  # type: ignore[arg-type]
+
+    good = [one("mps:be_share=0.5", "p99", 1.1)] * 3 + [one("mps", "p99", 0.9), one("mps", "p99", 3.0)]
+    (claim,) = check_claims([], good)
+    assert claim.holds  # four of five
+    (claim,) = check_claims([], [*good, one("mps", "p99", 1.3), one("orion", "rate", 1.0), one("orion", "p50", 9.0)])
+    assert not claim.holds
+    assert claim.found == "of 2 figures by policy, 1"
+    assert claim.exceptions == ("mps, LS p99: 66.7%",)
 
 
 def test_without_missile_there_is_no_claim() -> None:

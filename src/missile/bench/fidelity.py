@@ -37,6 +37,11 @@ class Comparison:
     def ratio(self) -> float:
         return self.simulated / self.measured
 
+    @property
+    def close(self) -> bool:
+        """Within 20%, either way."""
+        return 1 / CLOSE <= self.ratio <= CLOSE
+
 
 def simulate(measured: Results, device: str, *, duration_s: float | None = None) -> Results:
     """Run the scenario of `measured` on the simulated GPU `device`. Raises what `open_testbed` and the runs raise."""

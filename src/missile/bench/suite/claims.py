@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from missile.bench.suite.cells import BASELINES
+from missile.bench.fidelity import Comparison
+from missile.bench.suite.cells import BASELINES, family
 from missile.bench.suite.summary import ATTAINED, CellSummary, Point, geometric_mean
 from missile.bench.table import format_share, three_digits
 
@@ -15,6 +16,7 @@ __all__ = ["Claim", "Rival", "check_claims", "compare_with_baselines"]
 
 MEDIAN_P99, WORST_P99, BE_SHARE = 1.10, 1.25, 0.70
 HALF, TIMES = 0.5, 2.36
+PREDICTED = 0.80
 _AS_HIGH = 0.99  # a BE rate within 1% counts as as high
 
 
@@ -43,14 +45,23 @@ class Rival:
     exceptions: tuple[tuple[str, float], ...]
 
 
-def check_claims(cells: Sequence[CellSummary]) -> list[Claim]:
-    """Every claim about `missile`, in order. Cells without it say nothing."""
+def check_claims(cells: Sequence[CellSummary], predictions: Sequence[Comparison] = ()) -> list[Claim]:
+    """Every claim about `missile`, in order, then the one about the simulator. Cells without `missile` say nothing."""
+    predicted = [_predicted(predictions)] if predictions else []
     ours = [cell for cell in cells if "missile" in cell.best]
     if not ours:
-        return []
+        return predicted
     pairs = [cell for cell in ours if cell.cell.pair]
     rivals = compare_with_baselines(ours)
-    return [_attainment(ours), _median(pairs), _worst(pairs), _be_share(ours), _halved(rivals), _times(ours)]
+    return [
+        _attainment(ours),
+        _median(pairs),
+        _worst(pairs),
+        _be_share(ours),
+        _halved(rivals),
+        _times(ours),
+        *predicted,
+    ]
 
 
 def _attainment(cells: Sequence[CellSummary]) -> Claim:
@@ -165,6 +176,24 @@ def _times(cells: Sequence[CellSummary]) -> Claim:
         not below and not missed if ratios or alone or missed else None,
         f"{three_digits(mean)} × on average over {len(ratios)} cells in which both attain; no baseline does in {alone}",
         (*missed, *(f"{name}: {three_digits(ratio)} ×; {why}" for name, ratio, why in below)),
+    )
+
+
+def _predicted(predictions: Sequence[Comparison]) -> Claim:
+    groups: dict[tuple[str, str], list[bool]] = {}
+    for one in predictions:
+        if one.figure in ("p99", "rate"):
+            what = "LS p99" if one.figure == "p99" else "BE rate"
+            groups.setdefault((family(one.policy), what), []).append(one.close)
+    shares = {key: sum(close) / len(close) for key, close in groups.items()}
+    below = [
+        f"{policy}, {what}: {format_share(share)}" for (policy, what), share in shares.items() if share < PREDICTED
+    ]
+    return Claim(
+        f"The simulated GPU predicts LS p99 and BE rate of each policy within 20% for at least {PREDICTED:.0%} of the cells",
+        not below,
+        f"of {len(shares)} figures by policy, {len(shares) - len(below)}",
+        tuple(below),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from missile.bench.fidelity import CLOSE, Comparison
+from missile.bench.fidelity import Comparison
 from missile.bench.page import render_page
 from missile.bench.results import Results
 from missile.bench.suite.cells import BASELINES, SETTINGS, SLO_FACTOR, family
@@ -51,7 +51,7 @@ class SuiteReport:
 
     @property
     def claims(self) -> list[Claim]:
-        return check_claims(self.cells)
+        return check_claims(self.cells, self.predictions)
 
 
 def write_suite_report(report: SuiteReport, directory: Path) -> Path:
@@ -175,9 +175,7 @@ def _plans(report: SuiteReport) -> str:
 def _predictions(report: SuiteReport) -> str:
     if not report.predictions:
         return ""
-    far = sorted(
-        (one for one in report.predictions if not 1 / CLOSE <= one.ratio <= CLOSE), key=lambda o: -abs(o.ratio - 1)
-    )
+    far = sorted((one for one in report.predictions if not one.close), key=lambda one: -max(one.ratio, 1 / one.ratio))
     rows = tuple(
         (one.policy, one.tenant, one.neighbours, one.figure, f"{one.measured:.3g}", f"{one.simulated:.3g}")
         for one in far

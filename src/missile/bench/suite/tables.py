@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-import numpy as np
 from rich import box
 from rich.table import Table as RichTable
 
-from missile.bench.fidelity import CLOSE, Comparison
+from missile.bench.fidelity import Comparison
+from missile.bench.suite.cells import family
 from missile.bench.suite.claims import Claim
-from missile.bench.suite.summary import CellSummary, FamilySummary, Point
+from missile.bench.suite.summary import CellSummary, FamilySummary, Point, geometric_mean
 from missile.bench.table import format_share, three_digits
 
 __all__ = [
@@ -99,11 +99,11 @@ def claim_table(claims: Sequence[Claim]) -> Table:
 
 
 def prediction_table(comparisons: Iterable[Comparison]) -> Table:
-    """The simulator's error by policy: in how many cells its LS p99 and its BE rate are within 20% of the measured."""
-    groups: dict[str, dict[str, list[float]]] = {}
+    """The simulator's error by family: at how many settings in cells LS p99 and BE rate are within 20% of the measured."""
+    groups: dict[str, dict[str, list[Comparison]]] = {}
     for one in comparisons:
         if one.figure in ("p99", "rate"):
-            groups.setdefault(one.policy, {"p99": [], "rate": []})[one.figure].append(one.ratio)
+            groups.setdefault(family(one.policy), {"p99": [], "rate": []})[one.figure].append(one)
     rows = tuple((policy, *_closeness(found["p99"]), *_closeness(found["rate"])) for policy, found in groups.items())
     heads = (
         "policy",
@@ -114,15 +114,12 @@ def prediction_table(comparisons: Iterable[Comparison]) -> Table:
         "within 20%",
         "simulated / measured",
     )
-    return Table(heads, rows, 1, "Geometric means of simulated / measured.")
+    return Table(heads, rows, 1, "n: settings in cells. Simulated / measured: geometric means.")
 
 
-def _closeness(ratios: Sequence[float]) -> tuple[str, str, str]:
-    if not ratios:
-        return "0", "–", "–"
-    logs = np.log(ratios)
-    close = float((np.abs(logs) <= np.log(CLOSE)).mean())
-    return str(len(ratios)), format_share(close), three_digits(float(np.exp(logs.mean())))
+def _closeness(found: Sequence[Comparison]) -> tuple[str, str, str]:
+    close = sum(one.close for one in found) / len(found) if found else None
+    return str(len(found)), format_share(close), three_digits(geometric_mean([one.ratio for one in found]))
 
 
 def to_terminal(table: Table) -> RichTable:
