@@ -1,6 +1,6 @@
 """What the PCIe scheduler must show on hardware, in one process; writes results.json and pcie.png.
 
-PYTHONPATH=src python3 benchmarks/gpu/pcie.py -o OUT [--device cuda:0] [--quick]
+PYTHONPATH=src python3 benchmarks/gpu/pcie.py -o OUT [--device cuda:0] [--scale S]
 """
 
 from __future__ import annotations
@@ -223,9 +223,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--scale", type=float, default=1.0, help="of all durations and repeats")
     options = parser.parse_args()
-    scale = 0.25 if options.quick else 1.0
+    scale = options.scale
     options.output.mkdir(parents=True, exist_ok=True)
     out: dict[str, Any] = {}
     with open_gpu(options.device) as gpu:
@@ -237,8 +237,8 @@ def main() -> None:
             "throughput": lambda: throughput(gpu, report, 1.5 * scale),
             "idle": lambda: idle_cpu(gpu, report, 1.0 * scale),
             "minimums": lambda: minimums(gpu, report, 1.0 * scale),
-            "cold start": lambda: cold_start(gpu, report, 4 if options.quick else 20),
-            "cold models": lambda: cold_models(gpu, report, 4 if options.quick else 11),
+            "cold start": lambda: cold_start(gpu, report, max(4, round(20 * scale))),
+            "cold models": lambda: cold_models(gpu, report, max(4, round(11 * scale))),
         }
         for name, part in parts.items():
             try:

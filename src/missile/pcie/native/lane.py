@@ -136,7 +136,9 @@ class NativeLane(Lane):
 
     def queued(self, tenant: str) -> int:
         flow = self._flows.get(tenant)
-        return 0 if flow is None or self._closed else super().queued(tenant) + int(self._library.lane_queued(self._lane, flow))
+        if flow is None or self._closed:
+            return 0
+        return super().queued(tenant) + int(self._library.lane_queued(self._lane, flow))
 
     @property
     def busy(self) -> bool:
