@@ -125,7 +125,8 @@ def _policies(results: Results) -> str:
 def _plan(results: Results) -> str:
     if results.plan is None:
         return ""
-    return f"<h2>Why missile runs as it does{_small_badge(results)}</h2><pre>{escape(results.plan['text'])}</pre>"
+    words = f'<pre class="wrap">{escape(results.plan["text"])}</pre>'
+    return f"<h2>Why missile runs as it does{_small_badge(results)}</h2>{words}"
 
 
 def _tradeoff(results: Results, summary: Summary) -> str:

@@ -164,7 +164,7 @@ def _plans(report: SuiteReport) -> str:
     parts = [
         _details(
             f"{cell.cell.name}{'' if cell.accepted else ' (no plan was found to hold)'}",
-            f"<pre>{escape(cell.plan)}</pre>",
+            f'<pre class="wrap">{escape(cell.plan)}</pre>',
         )
         for cell in report.cells
         if cell.plan
