@@ -236,7 +236,7 @@ def main() -> None:
         parts: dict[str, Callable[[], Any]] = {
             "throughput": lambda: throughput(gpu, report, 1.5 * scale),
             "idle": lambda: idle_cpu(gpu, report, 1.0 * scale),
-            "minimums": lambda: minimums(gpu, report, 1.0 * scale),
+            "minimums": lambda: minimums(gpu, report, max(0.4, scale)),
             "cold start": lambda: cold_start(gpu, report, max(4, round(20 * scale))),
             "cold models": lambda: cold_models(gpu, report, max(4, round(11 * scale))),
         }
