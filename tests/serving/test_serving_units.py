@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
 from typing import Any
@@ -17,6 +18,7 @@ from missile.serving.engine.queues import BatchLimits, Scheduler
 from missile.serving.engine.spin import Spin
 from missile.serving.link import Call, CallKind
 from missile.serving.measures import Measures
+from missile.serving.protocol.eager import Eager
 from missile.serving.protocol.request import from_numbers, to_numbers
 from missile.serving.protocol.rest import InferDecoder
 from missile.serving.refusal import Refusal
@@ -342,3 +344,70 @@ def test_heads_with_numbers_are_read_each_time() -> None:
         assert asked.inputs[0].numbers == [number]
     with pytest.raises(Refusal, match="at most 8"):
         _decode(decoder, {"inputs": [{"name": "a"}] * 9})
+
+
+# --- coroutines that start at once
+
+
+def test_eager_starts_at_once_and_goes_on_as_a_task_would() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        steps: list[str] = []
+        first, second = loop.create_future(), loop.create_future()
+
+        async def work() -> None:
+            steps.append("started")
+            steps.append(await first)
+            await asyncio.sleep(0)
+            try:
+                await second
+            except asyncio.CancelledError:
+                await asyncio.sleep(0.001)  # cancelled once, it may still wait
+                steps.append("cancelled")
+                raise
+
+        eager = Eager(work())
+        assert steps == ["started"]
+        first.set_result("first")
+        for _ in range(4):
+            await asyncio.sleep(0)
+        assert steps == ["started", "first"]
+        eager.cancel()
+        await asyncio.sleep(0.05)
+        assert steps == ["started", "first", "cancelled"]
+        assert eager.done
+        eager.cancel()
+
+    asyncio.run(main())
+
+
+def test_eager_takes_a_cancellation_that_meets_a_result() -> None:
+    async def main() -> None:
+        future = asyncio.get_running_loop().create_future()
+        seen: list[str] = []
+
+        async def work() -> None:
+            try:
+                seen.append(await future)
+            except asyncio.CancelledError:
+                seen.append("cancelled")
+
+        eager = Eager(work())
+        future.set_result("late")
+        eager.cancel()
+        await asyncio.sleep(0.01)
+        assert seen == ["cancelled"]
+        assert eager.done
+
+    asyncio.run(main())
+
+
+def test_eager_logs_what_is_raised(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async def work() -> None:
+            raise ValueError("broken")
+
+        assert Eager(work()).done
+
+    asyncio.run(main())
+    assert "failed unexpectedly" in caplog.text

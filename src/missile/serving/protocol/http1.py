@@ -23,6 +23,7 @@ import orjson
 
 from missile.serving.config import Limits
 from missile.serving.protocol.buffers import BodyBuffers
+from missile.serving.protocol.eager import Eager
 from missile.serving.refusal import Reason, Refusal
 
 __all__ = ["Handler", "HttpRequest", "HttpResponse", "HttpServer", "error_response"]
@@ -92,7 +93,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._keep_alive = True
         self._paused = False
         self._queue: deque[HttpRequest] = deque()
-        self._task: asyncio.Task[None] | None = None
+        self._task: Eager | None = None
         self._deadline = (
             math.inf
         )  # on the loop's clock; the server looks now and then (a timer for each phase costs more)
@@ -237,7 +238,8 @@ class _Connection(asyncio.BufferedProtocol):
         self._queue.append(request)
         if self._task is None:
             self._disarm()
-            self._task = self._server.loop.create_task(self._serve())
+            task = Eager(self._serve())
+            self._task = None if task.done else task
         else:
             self._pause()  # one ahead is enough; until then reading goes on, so that a client's going is noticed
 
