@@ -352,3 +352,22 @@ def test_latency_sensitive_copies_beside_three_bulk_tenants(gpu: Gpu, nbytes: in
     assert max(latencies) <= bound_us
     assert engine.lanes[Direction.H2D].queued("a") > 0
     engine.close()
+
+
+def test_an_owner_who_sleeps_as_told_looks_a_few_times_a_chunk_though_the_link_is_slower_than_measured(
+    gpu: Gpu,
+) -> None:
+    """The estimate of arrivals is put right by each of them: it must not run ahead of the link until everybody polls."""
+    chunk, chunks = 4 * MIB, 64
+    options = EngineOptions(h2d_rate=60e9, d2h_rate=60e9, granularity=Granularity(solo=chunk, shared=chunk))
+    with CopyEngine(gpu, options) as engine:
+        engine.admit("a")
+        ticket = engine.to_device("a", gpu.allocate(chunks * chunk), gpu.allocate_host(chunks * chunk))
+        begin, steps = gpu.now_ns(), 0
+        while not ticket.done:
+            due = engine.step()
+            steps += 1
+            if due is not None:
+                gpu.wait([], due)
+        assert steps < 4 * chunks
+        assert gpu.now_ns() - begin < 1.1 * chunks * chunk / 52e9 * 1e9
