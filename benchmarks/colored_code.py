@@ -36,6 +36,7 @@ SHAPES = {
     "in-page shared 4K, page constants": Shape(Form.IN_PAGE, FRAME, page_xors=True),
     "arithmetic 4K": Shape(Form.ARITHMETIC, FRAME, masks=3),
     "shadow 512": Shape(Form.SHADOW, GRANULE),
+    "shadow 256": Shape(Form.SHADOW, PIECE),
 }
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!\s|NOP|BRA `)", re.MULTILINE)
 

@@ -19,21 +19,21 @@ from missile.probe.channel_map import ChannelMap
 from missile.probe.map_file import read_map
 
 
-def places_of(channel_map: ChannelMap, share: Share) -> np.ndarray:
-    """(pool page, frame of the page) of every frame of `share`, the guard among them, shape (frames + 1, 2)."""
-    layout = Palette(channel_map).layout
+def places_of(share: Share) -> np.ndarray:
+    """(pool page, address in it) of every piece of `share`, those of the guard among them, shape (pieces, 2)."""
+    layout = share.translation.shape.layout
     starts = share.translation.locate(np.arange(share.translation.frames + 1))
-    page, within = np.divmod(starts, layout.page_bytes)
-    return np.stack([np.array(share.pages)[page], layout.index_of(within)], axis=1)
+    page, within = np.divmod((starts[:, None] + layout.pieces()).reshape(-1), layout.page_bytes)
+    return np.stack([np.array(share.pages)[page], within], axis=1)
 
 
 def check(channel_map: ChannelMap, constants: np.ndarray, shares: tuple[Share, ...]) -> None:
     palette = Palette(channel_map)
     taken: set[tuple[int, int]] = set()
     for share in shares:
-        found = places_of(channel_map, share)
-        for page, frame in found[:: max(1, len(found) // 97)]:
-            assert palette.pattern(constants[page])[frame] in share.colors
+        found = places_of(share)
+        for page, at in found[:: max(1, len(found) // 97)]:
+            assert palette.pattern(constants[page])[palette.layout.index_of(at)] in share.colors
         mine = set(map(tuple, found.tolist()))
         assert len(mine) == len(found)
         assert not mine & taken
@@ -71,7 +71,7 @@ def test_all_forms_own_the_same_frames_of_linear_colors(seed: int) -> None:
     for form in (Form.ARITHMETIC, Form.IN_PAGE, Form.SHADOW):
         (share,) = plan_shares(channel_map, constants, demand, form=form)
         assert share.translation.shape.form is form
-        owned.append({tuple(p) for p in places_of(channel_map, share).tolist() if p[0] == share.pages[0]})
+        owned.append({tuple(p) for p in places_of(share).tolist() if p[0] == share.pages[0]})
         check(channel_map, constants, (share,))
     assert owned[0] == owned[1]
 
@@ -124,18 +124,14 @@ def test_a_set_that_is_too_small_says_how_much_is_missing() -> None:
         plan_shares(channel_map, np.zeros((4, 3), np.int64), [Demand("big", (0, 2), wanted)])
     assert caught.value.tenant == "big"
     per_page = len(Palette(channel_map).frames((0, 2), (0, 0, 0)))
-    assert caught.value.available == (4 * per_page - 1) * channel_map.granule_bytes
-    (largest,) = plan_shares(
-        channel_map, np.zeros((4, 3), np.int64), [Demand("big", (0, 2), caught.value.available)], form=Form.IN_PAGE
-    )
-    assert largest.nbytes == caught.value.available
-
-
-def pieces_of(channel_map: ChannelMap, share: Share) -> np.ndarray:
-    """(pool page, address in it) of every piece of a share in the pair form, the guard among them."""
-    starts = share.translation.locate(np.arange(share.translation.frames + 1))
-    page, within = np.divmod(starts, channel_map.page_bytes)
-    return np.stack([np.array(share.pages)[page], within], axis=1)
+    assert caught.value.available == 4 * per_page * channel_map.granule_bytes - 256
+    for form in (Form.SHADOW, Form.IN_PAGE):
+        with pytest.raises(OutOfMemoryError) as caught:
+            plan_shares(channel_map, np.zeros((4, 3), np.int64), [Demand("big", (0, 2), wanted)], form=form)
+        demand = Demand("big", (0, 2), caught.value.available or 0)
+        (largest,) = plan_shares(channel_map, np.zeros((4, 3), np.int64), [demand], form=form)
+        assert largest.nbytes == caught.value.available
+        assert largest.translation.shape.form is form
 
 
 @settings(max_examples=20, deadline=None)
@@ -156,7 +152,7 @@ def test_halves_are_found_and_shared_by_two_groups_of_tenants(seed: int, same: i
     for share, demand in zip(shares, demands, strict=True):
         assert share.translation.shape.form is Form.PAIR
         assert share.nbytes >= demand.nbytes
-        places = pieces_of(channel_map, share)
+        places = places_of(share)
         mine = set(map(tuple, places.tolist()))
         assert len(mine) == len(places)
         assert not mine & taken

@@ -183,11 +183,13 @@ def _share(
             share = _uniform(palette, colors, reference, pages, xors[pages], form, space, escape)
             if share is not None:
                 return Share(demand.tenant, colors, tuple(pages.tolist()), share)
-        if form is not None and count <= len(usable):
+        if form is not None and count > len(usable):
+            raise _missing(palette, demand, colors, len(usable), (len(usable) * per_page - 1) * layout.granule_bytes)
+        if form is not None:
             raise UnsupportedError(
                 f"The {form} form of translation does not fit the colors of tenant {demand.tenant!r}."
             )
-    return _shadow(palette, constants, known, demand, colors, needed, escape)
+    return _shadow(palette, constants, known, demand, colors, escape)
 
 
 def _uniform(
@@ -222,22 +224,22 @@ def _shadow(
     known: Ints,
     demand: Demand,
     colors: tuple[int, ...],
-    needed: int,
     escape: Escape,
 ) -> Share:
+    """An entry for each piece, not for each frame: twice the table, where a frame has two, for two instructions less."""
+    layout = piece_layout(palette.layout)
+    needed = -(-demand.nbytes // layout.granule_bytes) + 1  # the guard
     places: list[Ints] = []
     have = 0
     for page in known:
         if have >= needed:
             break
-        frames = palette.frames(colors, constants[page])
-        places.append(frames)
-        have += len(frames)
+        starts = palette.layout.offsets(palette.frames(colors, constants[page]))
+        places.append(layout.index_of((starts[:, None] + palette.layout.pieces()).reshape(-1)))
+        have += len(places[-1])
     if have < needed:
-        raise _missing(palette, demand, colors, len(known), (have - 1) * palette.layout.granule_bytes)
-    translation = ShadowTranslation.from_pages(
-        palette.layout, places, escape, wide=_wide(palette.layout, len(places), escape)
-    )
+        raise _missing(palette, demand, colors, len(known), (have - 1) * layout.granule_bytes)
+    translation = ShadowTranslation.from_pages(layout, places, escape, wide=_wide(layout, len(places), escape))
     return Share(demand.tenant, colors, tuple(known[: len(places)].tolist()), translation)
 
 
