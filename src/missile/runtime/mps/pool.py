@@ -110,13 +110,13 @@ class MpsPool:
 
         What goes wrong with one is told by the run that needs it.
         """
+        wanted = [(tenant, MpsSettings.parse(policy)) for policy in policies for tenant in tenants]
         fresh: dict[str, list[Worker]] = {}
         try:
-            for policy in policies:
-                settings = MpsSettings.parse(policy)
-                for tenant in tenants:
-                    if self._key(tenant, settings) not in self._workers and len(self._workers) < _MOST_WORKERS:
-                        fresh.setdefault(tenant.name, []).append(self._start(tenant, settings))
+            self._make_room({self._key(*one) for one in wanted})
+            for tenant, settings in wanted:
+                if self._key(tenant, settings) not in self._workers and len(self._workers) < _MOST_WORKERS:
+                    fresh.setdefault(tenant.name, []).append(self._start(tenant, settings))
             # Answers go by tenant, so one of each at a time.
             for some in zip_longest(*fresh.values()):
                 group = {worker.tenant: worker for worker in some if worker is not None}
