@@ -100,7 +100,7 @@ def measure(arguments: argparse.Namespace, policy: str, folder: Path) -> dict[st
         address = stack.enter_context(served(config, log=log, prefix=prefix))
         noise = np.random.default_rng(0).standard_normal(arguments.be_batch * 3 * 224 * 224)
         pixels = noise.astype(np.float32 if arguments.device == "cpu" else np.float16).tobytes()
-        names = {who: f"missile-gpu-{os.getpid()}-{policy}-{who}" for who in ("ls", "be")}
+        names = {who: f"missile-gpu-{os.getpid()}-{who}" for who in ("ls", "be")}
         for name in names.values():
             stack.enter_context(shared_memory(name, pixels, address))
         ls = image_request("ls", 1, names["ls"], arguments.device)
