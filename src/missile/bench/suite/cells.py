@@ -24,6 +24,8 @@ Capacity = Mapping[str, float]
 
 SLO_FACTOR = 1.5
 
+_CHANGES = ("pause=on", "elastic=off", "preempt=off", "copies=off", "colors=on")
+
 SETTINGS: dict[str, tuple[str, ...]] = {
     "temporal": ("temporal",),
     "streams": ("streams",),
@@ -46,12 +48,11 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "orion:dur_threshold=0.1,throttle_idle=off",
     ),
     "missile": ("missile",),
-    **{
-        f"missile:{change}": (f"missile:{change}",)
-        for change in ("elastic=off", "preempt=off", "copies=off", "colors=on")
-    },
+    **{f"missile:{change}": (f"missile:{change}",) for change in _CHANGES},
 }
 """What each family is tried at: a baseline over its own knobs, `missile` as it plans itself, and each of its ablations.
+
+With pause=on nothing is planned: BE always pauses while an LS request is there.
 
 Colors are the other way round: translated kernels take longer, so `missile` separates memory only when it is told to."""
 
