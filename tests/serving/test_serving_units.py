@@ -293,9 +293,9 @@ def test_spinning_follows_the_rate_of_calls(limit: int, percent: int) -> None:
         now += gap
         spin.called(now)
     if gap <= 0.99 * limit:
-        assert now + 2 * gap <= spin.until_ns() <= now + 3 * limit
+        assert now + 2 * gap <= spin.until_ns(now) <= now + 3 * limit
     elif gap >= 1.01 * limit:
-        assert spin.until_ns() == 0
+        assert spin.until_ns(now) == 0
 
 
 def test_spinning_is_not_put_off_long_by_a_pause() -> None:
@@ -305,12 +305,32 @@ def test_spinning_is_not_put_off_long_by_a_pause() -> None:
         now += 1_000_000
         spin.called(now)
     now += 3600 * 10**9
-    assert spin.until_ns() < now
+    assert spin.until_ns(now) < now
     for _ in range(16):
         now += 1_000_000
         spin.called(now)
-    assert spin.until_ns() > now
-    assert Spin(0).until_ns() == 0
+    assert spin.until_ns(now) > now
+    assert Spin(0).until_ns(now) == 0
+
+
+def test_who_loses_the_processor_while_spinning_sleeps_for_a_while() -> None:
+    spin = Spin(4_000_000)
+    now = 10**12
+    for _ in range(30):
+        now += 1_000_000
+        spin.called(now)
+    assert spin.until_ns(now) > now
+    for _ in range(100):
+        now += 5_000
+        assert not spin.stolen(now)
+    now += 2_000_000
+    assert spin.stolen(now)
+    spin.called(now)
+    assert spin.until_ns(now) == 0
+    for _ in range(300):
+        now += 1_000_000
+        spin.called(now)
+    assert spin.until_ns(now) > now
 
 
 # --- heads that were read before

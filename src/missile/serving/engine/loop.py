@@ -102,13 +102,12 @@ class EngineLoop:
 
     def _spin(self, poller: select.poll, next_facts: int) -> bool:
         """Look for the next call while that is worth it; False when there is none, or something else to do."""
-        calls = self._link.calls
-        until = min(self._spinning.until_ns(), self._wake_ns(next_facts))
-        while time.monotonic_ns() < until:
+        calls, spinning = self._link.calls, self._spinning
+        until = min(spinning.until_ns(time.monotonic_ns()), self._wake_ns(next_facts))
+        while (now := time.monotonic_ns()) < until:
             if len(calls):
                 return True
-            os.sched_yield()
-            if poller.poll(0):
+            if spinning.stolen(now) or poller.poll(0):
                 break
         return False
 
