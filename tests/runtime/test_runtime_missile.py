@@ -156,9 +156,22 @@ def test_a_pausing_be_tenant_keeps_the_rate_that_it_was_promised(be_min):
     assert given * 50_000 / (500 * MS) == pytest.approx(be_min, rel=0.05)
 
 
+def test_work_that_was_preempted_does_not_count_as_had(gpu, tenant):
+    tenants = [tenant("ls", "LS", rate=3500), tenant("be", "BE", "synthetic-spin")]
+    with make_preemptible(load_tenants(gpu, tenants)).roster as roster:
+        alone = solo(gpu, roster, "be", seed=2, duration_ns=100 * MS).tenants[0]
+        paused, promised = (
+            run(gpu, roster, f"missile{options}", seed=2, duration_ns=100 * MS).tenants[1]
+            for options in ("", ":be_min=0.45")
+        )
+    assert len(paused.done) < 0.4 * len(alone.done)
+    assert len(promised.done) > 0.43 * len(alone.done)
+
+
 def test_it_asks_to_be_woken_when_be_will_be_owed_work():
     policy, _ = ready(be_min=0.2)
-    policy.decide(snapshot(queued=(2, 0, 0, 2), now=1 * MS))
+    for _ in range(20):
+        policy.decide(snapshot(queued=(2, 0, 0, 2), now=1 * MS))
     *_, wake = policy.decide(snapshot(queued=(2, 1, 0, 2), now=2 * MS))
     assert isinstance(wake, Wake)
     assert work_given(policy, wake.at_ns - 1_000) == 0

@@ -129,6 +129,12 @@ def test_the_plan_is_what_measured_best_among_those_that_held():
     assert plan.remedies == ()
 
 
+def test_a_trial_whose_tail_is_close_to_the_objective_does_not_count():
+    trial, _ = trial_of({}, (1.0, 0.9))
+    assert make_plan([ls(slo_ms=0.7 / 0.8), be()], MACHINE, trial=trial).accepted
+    assert not make_plan([ls(slo_ms=0.7 / 0.9), be()], MACHINE, trial=trial).accepted
+
+
 def test_when_nothing_holds_it_says_so_and_what_would():
     trial, _ = trial_of({"missile": (0.97, 0.85)}, (0.5, 0.9))
     plan = make_plan([ls(slo_ms=0.5), be()], MACHINE, trial=trial, tried=4)
@@ -222,7 +228,7 @@ def test_a_plan_for_loaded_tenants_is_measured_and_holds(gpu, tenant):
         plan = plan_tenants(gpu, roster, seed=1, trial_ns=60_000_000, progress=said.append)
     assert said[:2] == ["ls alone", "be alone"]
     assert said[2:] == [c.policy for c in plan.considered if c.measured is not None]
-    assert plan.accepted == plan.chosen.measured.accepted
+    assert plan.accepted == plan.chosen.measured.accepted({"ls": plan.demands[0].slo_ns})
     assert 0.1 < plan.chosen.measured.be_rate <= 1.05
     assert plan.demands[0].slo_ns > plan.demands[0].service_ns
     assert len(plan.demands[1].works) == 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from missile.runtime.planner import ATTAINMENT, Candidate, Measured, Plan
+from missile.runtime.planner import ATTAINMENT, MARGIN, Candidate, Measured, Plan
 from missile.runtime.prediction import Prediction
 
 __all__ = ["explain", "plan_data"]
@@ -74,6 +74,8 @@ def _why(plan: Plan) -> str:
     beside = "pauses while one is" if kept >= sms else f"has {sms - kept} of {sms} while one is"
     basis = "measured" if plan.chosen.measured is not None else "predicted"
     held = f"keep {ATTAINMENT:.0%} of requests within their objectives"
+    if plan.chosen.measured is not None:
+        held += f", with p99s of at most {MARGIN:.0%} of them"
     reason = (
         f"of the candidates that {held}, none has more BE work"
         if plan.accepted

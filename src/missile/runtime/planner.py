@@ -13,10 +13,13 @@ from dataclasses import dataclass, replace
 from missile.errors import MisuseError
 from missile.runtime.prediction import Demand, Machine, Prediction, Share, predict
 
-__all__ = ["ATTAINMENT", "Candidate", "Measured", "Plan", "Trial", "candidates", "make_plan", "rates_changed"]
+__all__ = ["ATTAINMENT", "MARGIN", "Candidate", "Measured", "Plan", "Trial", "candidates", "make_plan", "rates_changed"]
 
 ATTAINMENT = 0.99
 """Share of each LS tenant's requests that have to meet its objective for a plan to be accepted."""
+
+MARGIN = 0.85
+"""What share of its objective a tenant's p99 may take up in a trial, which is too short to show the one in a hundred."""
 
 _TRIED = 3
 _MOST_FACTOR = 64.0
@@ -33,9 +36,12 @@ class Measured:
     p99_ns: Mapping[str, float]
     be_rate: float
 
-    @property
-    def accepted(self) -> bool:
-        return all(share >= ATTAINMENT for share in self.attainment.values())
+    def accepted(self, slo_ns: Mapping[str, float]) -> bool:
+        """Whether it shows that all objectives (ns, by tenant) are met, with something to spare."""
+        return all(
+            self.attainment.get(name, 0.0) >= ATTAINMENT and self.p99_ns.get(name, math.inf) <= MARGIN * slo
+            for name, slo in slo_ns.items()
+        )
 
 
 Trial = Callable[[str], Measured]
@@ -142,12 +148,18 @@ def make_plan(
 def _best(tried: Sequence[tuple[Candidate, Measured]]) -> tuple[Candidate, bool]:
     """Of those that hold the one with the most BE work (of those that differ by less than a trial can tell, the one with
     the shortest p99s), else the one that comes nearest; and whether it holds."""
-    holding = [pair for pair in tried if pair[1].accepted]
+    holding = [pair for pair in tried if pair[1].accepted(pair[0].predicted.slo_ns)]
     if holding:
         most = max(result.be_rate for _, result in holding)
         alike = [pair for pair in holding if pair[1].be_rate >= most * (1.0 - _ALIKE)]
         return min(alike, key=lambda pair: sum(pair[1].p99_ns.values()))[0], True
-    return max(tried, key=lambda pair: min(pair[1].attainment.values(), default=1.0))[0], False
+
+    def nearness(pair: tuple[Candidate, Measured]) -> tuple[float, float]:
+        candidate, result = pair
+        slack = [slo / result.p99_ns.get(name, math.inf) for name, slo in candidate.predicted.slo_ns.items()]
+        return min(result.attainment.values(), default=1.0), min(slack, default=1.0)
+
+    return max(tried, key=nearness)[0], False
 
 
 def rates_changed(plan: Plan, rates: Mapping[str, float]) -> tuple[str, ...]:

@@ -32,9 +32,12 @@ class Filling:
         self._lengths: list[tuple[float, ...]] = [(1.0,)] * len(self._numbers)
         self._preemptible = [False] * len(self._numbers)
         self._served = [0.0] * len(self._numbers)  # ns of GPU time over weight
+        self._given = [0] * len(self._numbers)  # segments of the open request, as far as `fill` knows
         self._clock = 0.0  # what the tenant whose turn it last was had been served
         self._window = max(_IN_FLIGHT, len(self._numbers))
-        self.work_ns = 0.0  # how long the last segment that `fill` gave takes alone on all SMs
+        self.work_ns = (
+            0.0  # how long what `fill` gave last takes alone on all SMs, less what was not had of former work
+        )
         self.is_full = False  # whether there is no room for another one after it
 
     def brief(self, tenants: Sequence[TenantBrief], *, preempt: bool) -> None:
@@ -64,6 +67,7 @@ class Filling:
         One at a time, because an LS request that arrives meanwhile should not wait for two. stopped: tenants that were
         preempted just now.
         """
+        self.work_ns = 0.0
         pending = snapshot.pending
         room = self._window
         for number in self._numbers:
@@ -75,6 +79,8 @@ class Filling:
         for place, number in enumerate(self._numbers):
             if lanes[place] is None or snapshot.stopping[number] or number in stopped:
                 continue
+            if self._preemptible[place] and snapshot.launched[number] != self._given[place]:
+                self._take_back(place, snapshot.launched[number])
             if not snapshot.launched[number] and not self._may_open(place, number, snapshot):
                 continue
             served = self._served[place]
@@ -86,10 +92,21 @@ class Filling:
             return None
         number, lane = self._numbers[chosen], lanes[chosen]
         self.is_full = room == 1
-        self.work_ns = self._lengths[chosen][snapshot.launched[number]]
+        lengths, segment = self._lengths[chosen], snapshot.launched[number]
+        self._given[chosen] = (segment + 1) % len(lengths)
+        self.work_ns += lengths[segment]
         self._clock = least
-        self._served[chosen] = least + self.work_ns / self._weights[chosen]
+        self._served[chosen] = least + lengths[segment] / self._weights[chosen]
         return None if lane is None else Advance(number, lane)
+
+    def _take_back(self, place: int, launched: int) -> None:
+        """A preempted tenant's request is back at segment `launched`: what was given since then counts as not had, though
+        some of the first segment may have been."""
+        lengths = self._lengths[place]
+        lost = sum(lengths[launched : self._given[place] or len(lengths)])
+        self._given[place] = launched
+        self._served[place] -= lost / self._weights[place]
+        self.work_ns -= lost
 
     def _may_open(self, place: int, number: int, snapshot: Snapshot) -> bool:
         """Whether the tenant's next request may be started."""
@@ -107,7 +124,7 @@ class Floor:
     def __init__(self, share: float) -> None:
         self._share = share
         self._most = share * _REMEMBERED_NS
-        self._owed = -self._most  # ns of work alone
+        self._owed = 0.0  # ns of work alone
         self._at = 0
 
     def owed_at(self, now: int) -> int:

@@ -106,7 +106,9 @@ class MissilePolicy:
             name = tenants[number].name
             beside.append(len(lanes) if split else None)
             if split:
-                lanes.append(Lane(f"stream of {name} on {info.sms - kept} SMs", Priority.LOW, 1))
+                # LS blocks may be on these SMs too: what was promised is not for what they leave over.
+                priority = Priority.HIGH if self.be_min else Priority.LOW
+                lanes.append(Lane(f"stream of {name} on {info.sms - kept} SMs", priority, 1))
             if split and not self.elastic:
                 alone.append(len(lanes) - 1)
             else:
@@ -154,8 +156,8 @@ class MissilePolicy:
                 actions.append(Wake(owed_at))
             return actions
         segment = self._be.fill(snapshot, beside_ls=there, stopped=stopped)
+        self._floor.gave(now, self._be.work_ns)
         if segment is not None:
-            self._floor.gave(now, self._be.work_ns)
             actions.append(segment)
             if not self._be.is_full:
                 actions.append(Wake(now))
