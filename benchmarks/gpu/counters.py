@@ -94,10 +94,13 @@ def model_of(
     tenant = Tenant.model_validate({"name": name, "class": "LS", "model": model, "arrivals": ClosedLoop(depth=1)})
     coloring = None if colors is None else Coloring(channel_map, {name: tuple(colors)})
     roster = owned.enter_context(load_tenants(gpu, [tenant], coloring=coloring))
-    bound = roster.tenants[0].model
-    assert bound is not None, roster.tenants[0].error
+    loaded = roster.tenants[0]
+    bound = loaded.model
+    assert bound is not None, loaded.error
     stream = gpu.create_stream()
     owned.callback(stream.close)
+    if loaded.inputs:
+        stream.copy_to_device(bound.input_address, loaded.inputs[0])
 
     def run() -> None:
         for _ in range(MODEL_RUNS):
