@@ -133,3 +133,21 @@ def test_no_lookup_is_left_between_copies(name: str) -> None:
     body = body[: body.index("bra \t")]
     assert body.rindex("evict_last") < body.index("wgmma")
     assert body.index("wgmma") < body.index("cp.async.cg")
+
+
+def test_what_was_looked_up_is_kept_while_it_is_the_same() -> None:
+    """Five iterations 1 KiB apart lie in two words of the pair form's table: looked up again only where one is another."""
+    bound = translation(SHAPES["pair"], np.random.default_rng(3))
+    text = LOOP.replace("add.s64 %rd4, %rd1, %rd3", "add.s64 %rd4, %rd1, 32")
+    constants = bound.constants(1 << 40, table=1 << 41)
+    arguments = [(LOGICAL_BASE + 4096).to_bytes(8, "little"), (5).to_bytes(4, "little"), constants]
+    table = bound.table().tobytes()
+    counts = {}
+    for placement in (Placement.EARLY, Placement.KEPT):
+        module = parse(rewrite(text, SHAPES["pair"], placement=placement).ptx)
+        # A table that is not known to be one: then its lookups are seen among the accesses.
+        seen = run_thread(module, module.functions[0], Thread(arguments, data=lambda n: table[n % 8]))
+        counts[placement] = sum(touch.address >> 40 == 2 for touch in seen)
+    assert counts[Placement.EARLY] == 5 * 4
+    # At first, when the store comes to the second word, and when the loads do: all four each time.
+    assert counts[Placement.KEPT] == 3 * 4

@@ -61,15 +61,21 @@ class Blocks:
     def __init__(self, function: Function) -> None:
         self.units: list[Unit] = []
         self._first: list[int] = [0]
+        labels: dict[str, int] = {}
+        self._jumps: dict[int, set[str]] = {}
         for statement in function.body or ():
             match statement:
-                case Label():
+                case Label(name=name):
                     self._cut()
+                    labels[name] = len(self._first) - 1
                 case Instruction() | Scope():
                     inner = _instructions(statement)
                     self.units.append(_unit(statement, len(self._first) - 1, inner))
-                    if any(i.root in ("bra", "ret", "exit", "brx") for i in inner) or _has_label(statement):
+                    jumps = {o.text for i in inner if i.root == "bra" for o in i.operands if isinstance(o, Name)}
+                    self._jumps.setdefault(len(self._first) - 1, set()).update(jumps)
+                    if jumps or any(i.root in ("ret", "exit", "brx") for i in inner) or _has_label(statement):
                         self._cut()
+        self._labels = labels
         self._starts = [unit.start for unit in self.units]
         self._writers: dict[str, list[int]] = {}
         for index, unit in enumerate(self.units):
@@ -83,6 +89,10 @@ class Blocks:
     def first_of(self, block: int) -> int:
         """Index of the block's first unit."""
         return self._first[block]
+
+    def repeats(self, block: int) -> bool:
+        """Whether `block` is the whole body of a loop: it ends with a branch to its own start."""
+        return any(self._labels.get(name) == block for name in self._jumps.get(block, ()))
 
     def definition(self, name: str, before: int, block: int) -> int | None:
         """Index of the last unit of `block` before unit `before` that writes `name`; None where it comes from outside."""

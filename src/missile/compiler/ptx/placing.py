@@ -14,7 +14,7 @@ from missile.compiler.ptx.blocks import Blocks, Slice
 from missile.compiler.ptx.edits import Edit, apply, lines
 from missile.compiler.ptx.flow import Flow
 from missile.compiler.ptx.syntax import Function, Instruction
-from missile.compiler.ptx.translate import Emitter
+from missile.compiler.ptx.translate import Emitter, Parts
 
 __all__ = ["place_early"]
 
@@ -22,15 +22,22 @@ _KINDS = {"b16": "h", "b32": "w", "b64": "d", "pred": "q"}
 
 
 def place_early(
-    source: str, function: Function, accesses: Sequence[Access], flow: Flow, emitter: Emitter, *, hoist: bool
-) -> tuple[list[Edit], int]:
-    """Edits that translate the addresses of `accesses`, and how many translations they have.
+    source: str,
+    function: Function,
+    accesses: Sequence[Access],
+    flow: Flow,
+    emitter: Emitter,
+    *,
+    hoist: bool,
+    keep: bool = False,
+) -> tuple[list[Edit], list[str], int]:
+    """Edits that translate the addresses of `accesses`, what the function has to start with, and how many translations.
 
     An address that one instruction computes is translated once, behind that instruction or (where no other block wants
     it) before the first access. Others are translated for the accesses of a block that find the same value. hoist: look up
-    early; else where the translation stands.
+    early; else where the translation stands. keep: where a block is a loop's body, look up again only what has changed.
     """
-    return _Placing(source, Blocks(function), flow, emitter, hoist).run(accesses)
+    return _Placing(source, Blocks(function), flow, emitter, hoist, keep).run(accesses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +54,19 @@ class _Plan:
 
 
 class _Placing:
-    def __init__(self, source: str, blocks: Blocks, flow: Flow, emitter: Emitter, hoist: bool) -> None:
+    def __init__(self, source: str, blocks: Blocks, flow: Flow, emitter: Emitter, hoist: bool, keep: bool) -> None:
         self._source = source
         self._blocks = blocks
         self._flow = flow
         self._emitter = emitter
         self._hoist = hoist
+        self._keep = keep
+        self._kept: dict[tuple[int, int], list[Parts]] = {}  # by block and unit: lookups that stand together
+        self._head: list[str] = []
         self._edits: list[Edit] = []
         self._copies: dict[tuple[int, str], str] = {}  # new names, by unit and register
 
-    def run(self, accesses: Sequence[Access]) -> tuple[list[Edit], int]:
+    def run(self, accesses: Sequence[Access]) -> tuple[list[Edit], list[str], int]:
         groups: dict[tuple[str, int, int, int | None], list[Access]] = {}
         for access in accesses:
             base = access.address.base
@@ -66,7 +76,9 @@ class _Placing:
         # From early to late, so that a copy of what an address is computed from serves those that stand later.
         for plan in sorted(plans, key=lambda p: p.early.at if p.early else p.before):
             self._write(plan)
-        return self._edits, len(plans)
+        for (block, at), lookups in self._kept.items():
+            self._insert(Slice((), at, block), self._changed(lookups))
+        return self._edits, self._head, len(plans)
 
     def _value(self, base: str, access: Access) -> tuple[int, int | None]:
         """What tells the value that `access` finds in `base` from others: its block and unit, -1 for the only one ever."""
@@ -108,17 +120,38 @@ class _Placing:
 
     # --- text
     def _write(self, plan: _Plan) -> None:
-        if plan.early is None:
-            lookup, rest, physical = self._emitter.split(plan.base, plan.offset)
-            rest = lookup + rest
+        early = plan.early
+        if early is None:
+            parts = self._emitter.split(plan.base, plan.offset)
+            rest = [*parts.before, *parts.lookup, *parts.rest]
         else:
-            copies = [self._copy(unit, plan.early) for unit in plan.early.units]
-            found = self._blocks.definition(plan.base, plan.before, plan.early.block)
+            copies = [self._copy(unit, early) for unit in early.units]
+            found = self._blocks.definition(plan.base, plan.before, early.block)
             address = plan.base if found is None else self._copies.get((found, plan.base), plan.base)
-            lookup, rest, physical = self._emitter.split(address, plan.offset)
-            self._insert(plan.early, [*(copy for copy in copies if copy), *lookup])
+            parts = self._emitter.split(address, plan.offset)
+            rest = parts.rest
+            code = [*(copy for copy in copies if copy), *parts.before]
+            if self._keep and parts.key and self._blocks.repeats(early.block):
+                self._kept.setdefault((early.block, early.at), []).append(parts)
+            else:
+                code += parts.lookup
+            self._insert(early, code)
         self._edits.append(_edit(plan.stand, rest, plan.behind))
-        self._edits += [Edit(a.address.start, a.address.end, f"[{physical}]") for a in plan.accesses]
+        self._edits += [Edit(a.address.start, a.address.end, f"[{parts.physical}]") for a in plan.accesses]
+
+    def _changed(self, lookups: list[Parts]) -> list[str]:
+        """All of `lookups` again where one of their keys is not that of the loop's last iteration."""
+        other, skip = self._emitter.take("q"), f"missile_kept_{len(self._head)}"
+        last = [self._emitter.take("w") for _ in lookups]
+        # No table is so long that it has an entry -1.
+        self._head += [f"mov.b32 {register}, -1;" for register in last]
+        code = [f"setp.ne.u32 {other}, {lookups[0].key}, {last[0]};"]
+        for parts, before in zip(lookups[1:], last[1:], strict=True):
+            code.append(f"setp.ne.or.u32 {other}, {parts.key}, {before}, {other};")
+        code.append(f"@!{other} bra {skip};")
+        for parts, before in zip(lookups, last, strict=True):
+            code += [*parts.lookup, f"mov.b32 {before}, {parts.key};"]
+        return [*code, f"{skip}:"]
 
     def _insert(self, early: Slice, code: list[str]) -> None:
         units = self._blocks.units

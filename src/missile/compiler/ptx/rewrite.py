@@ -28,6 +28,7 @@ class Placement(StrEnum):
     ACCESS = "access"  # right before each access
     DEFINITION = "definition"  # where the address is computed, once for all its accesses; else right before the access
     EARLY = "early"  # the lookup as early in the block as it can be, so that its latency passes with others
+    KEPT = "kept"  # the same, and in loops a lookup is made again only where it is another
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +105,21 @@ def _function(
             edits.append(Edit(access.instruction.start, access.instruction.start, lines(code)))
             edits.append(Edit(access.address.start, access.address.end, f"[{held}]"))
     # Where escapes are counted, only accesses that are made may be: at a definition that is not known yet.
+    start: list[str] = []
     if placement is Placement.ACCESS or shape.escape is not Escape.GUARD:
         made, written = _at_accesses(translated, flow, emitter)
     else:
-        made, written = place_early(
-            module.source, function, translated, flow, emitter, hoist=placement is Placement.EARLY
+        made, start, written = place_early(
+            module.source,
+            function,
+            translated,
+            flow,
+            emitter,
+            hoist=placement in (Placement.EARLY, Placement.KEPT),
+            keep=placement is Placement.KEPT,
         )
     edits += made
-    head = [*emitter.declarations(), *(prologue(shape) if function.entry and accesses else [])]
+    head = [*emitter.declarations(), *start, *(prologue(shape) if function.entry and accesses else [])]
     if head:
         where = _behind_declarations(function)
         edits.append(Edit(where, where, "\n\t" + "\n\t".join(head)))

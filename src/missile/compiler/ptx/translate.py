@@ -6,10 +6,11 @@ They compute exactly what `missile.coloring.translation` computes; tests interpr
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from missile.coloring.shape import CONSTANTS, Escape, Field, Form, Shape, TableSpace
 
-__all__ = ["PARAMETER", "SHARED_TABLE", "Emitter", "module_declarations", "prologue"]
+__all__ = ["PARAMETER", "SHARED_TABLE", "Emitter", "Parts", "module_declarations", "prologue"]
 
 SHARED_TABLE = "missile_table"
 
@@ -18,6 +19,21 @@ PARAMETER = f".param .align 8 .b8 {CONSTANTS}[{Field.BYTES}]"
 
 # Of tables, which nobody writes while kernels run, and which are used again and again.
 _LOAD = "ld.global.L1::evict_last"
+
+
+@dataclass
+class Parts:
+    """A translation's instructions: before its lookup, the lookup in the table, which takes a while, and the rest.
+
+    key: the register that says what is looked up: the same again gives the same. "" where that is not kept apart.
+    physical: the register that has the physical address at the end.
+    """
+
+    before: list[str] = field(default_factory=list)
+    lookup: list[str] = field(default_factory=list)
+    rest: list[str] = field(default_factory=list)
+    key: str = ""
+    physical: str = ""
 
 
 class Emitter:
@@ -33,40 +49,39 @@ class Emitter:
         guard: the predicate (`%p1`, `!%p1`) under which the access is made, size: the register with the number of bytes
         that it reads; only accesses that are made are counted or trapped. "": made in any case.
         """
-        lookup, rest, physical = self.split(address, offset, guard=guard, size=size)
-        return lookup + rest, physical
+        parts = self.split(address, offset, guard=guard, size=size)
+        return [*parts.before, *parts.lookup, *parts.rest], parts.physical
 
-    def split(
-        self, address: str, offset: int = 0, *, guard: str = "", size: str = ""
-    ) -> tuple[list[str], list[str], str]:
-        """As `translate`, in two parts: up to the lookup in the table, which takes a while, and the rest."""
-        lookup: list[str] = []
+    def split(self, address: str, offset: int = 0, *, guard: str = "", size: str = "") -> Parts:
+        """As `translate`, in parts."""
+        parts = Parts()
+        before = parts.before
         if self._shape.wide:
             if offset:
                 logical = self.wide()
-                lookup.append(f"add.s64 {logical}, {address}, {offset};")
+                before.append(f"add.s64 {logical}, {address}, {offset};")
                 address = logical
             low, high, frame = self._word(), self._word(), self._word()
-            lookup += [
+            before += [
                 f"mov.b64 {{{low}, {high}}}, {address};",
                 f"shf.r.wrap.b32 {frame}, {low}, {high}, {self._shape.frame_bits};",
             ]
         else:
             # Nobody uses the upper half of the address: the assembler leaves out what computes it.
             low, frame = self._word(), self._word()
-            lookup.append(f"cvt.u32.u64 {low}, {address};")
+            before.append(f"cvt.u32.u64 {low}, {address};")
             if offset:
-                lookup.append(f"add.s32 {low}, {low}, {offset};")
-            lookup.append(f"shr.u32 {frame}, {low}, {self._shape.frame_bits};")
-        lookup += self._bound(frame, guard, size)
-        form: Callable[[str, str, list[str]], tuple[list[str], str]] = {
+                before.append(f"add.s32 {low}, {low}, {offset};")
+            before.append(f"shr.u32 {frame}, {low}, {self._shape.frame_bits};")
+        before += self._bound(frame, guard, size)
+        form: Callable[[str, str, Parts], str] = {
             Form.IN_PAGE: self._in_page,
             Form.ARITHMETIC: self._arithmetic,
             Form.SHADOW: self._shadow,
             Form.PAIR: self._pair,
         }[self._shape.form]
-        rest, physical = form(frame, low, lookup)
-        return lookup, rest, physical
+        parts.physical = form(frame, low, parts)
+        return parts
 
     def hold(self, address: str, offset: int, table: str, last: int) -> tuple[list[str], str]:
         """Instructions that hold `address + offset` between the variable `table` and its byte `last`, and the register."""
@@ -187,9 +202,9 @@ class Emitter:
         code.append(f"mov.b64 {physical}, {{{low}, {high}}};")
         return physical
 
-    # --- forms: given the frame's number, the address's lower half, and the first part, to be continued; the rest
-    def _in_page(self, frame: str, low: str, lookup: list[str]) -> tuple[list[str], str]:
-        code: list[str] = []
+    # --- forms: given the frame's number and the address's lower half, continue the parts; the physical address
+    def _in_page(self, frame: str, low: str, parts: Parts) -> str:
+        lookup, code = parts.before, parts.rest
         page, place = self._divide(frame, lookup)
         unit, offset = self._word(), self._word()
         half = self._look_up(place, lookup)
@@ -199,7 +214,7 @@ class Emitter:
             code.append(f"xor.b32 {unit}, {unit}, {xor};")
         within = self._within(low, code)
         code.append(f"mad.lo.u32 {offset}, {unit}, {self._shape.unit_bytes}, {within};")
-        return code, self._physical(page, self._shape.layout.page_bytes, offset, code)
+        return self._physical(page, self._shape.layout.page_bytes, offset, code)
 
     def _look_up(self, place: str, code: list[str]) -> str:
         """The register, 16 bits, that has the table's entry for `place`."""
@@ -217,8 +232,8 @@ class Emitter:
             ]
         return half
 
-    def _arithmetic(self, frame: str, low: str, lookup: list[str]) -> tuple[list[str], str]:
-        shape = self._shape
+    def _arithmetic(self, frame: str, low: str, parts: Parts) -> str:
+        shape, lookup, code = self._shape, parts.before, parts.rest
         row, which = self._divide(frame, lookup)
         shift, color, offset = self._word(), self._word(), self._word()
         colors = self._constant("u64", Field.COLORS, lookup)
@@ -239,7 +254,6 @@ class Emitter:
                 f"shl.b32 {count}, {count}, {index};",
                 f"xor.b32 {color}, {color}, {count};",
             ]
-        code: list[str] = []
         if shape.page_xors:
             page = self._word()
             lookup.append(f"shr.u32 {page}, {row}, {shape.layout.page_bits - shape.frame_bits - shape.masks};")
@@ -247,42 +261,39 @@ class Emitter:
             code.append(f"xor.b32 {color}, {color}, {xor};")
         within = self._within(low, code)
         code.append(f"mad.lo.u32 {offset}, {color}, {1 << shape.frame_bits}, {within};")
-        return code, self._physical(row, 1 << (shape.frame_bits + shape.masks), offset, code)
+        return self._physical(row, 1 << (shape.frame_bits + shape.masks), offset, code)
 
-    def _shadow(self, frame: str, low: str, lookup: list[str]) -> tuple[list[str], str]:
-        code: list[str] = []
+    def _shadow(self, frame: str, low: str, parts: Parts) -> str:
         entry, unit = self.wide(), self._word()
-        table = self._constant("u64", Field.TABLE, lookup)
-        lookup += [f"mad.wide.u32 {entry}, {frame}, 4, {table};", f"{_LOAD}.b32 {unit}, [{entry}];"]
+        parts.key, code = frame, parts.rest
+        table = self._constant("u64", Field.TABLE, parts.lookup)
+        parts.lookup += [f"mad.wide.u32 {entry}, {frame}, 4, {table};", f"{_LOAD}.b32 {unit}, [{entry}];"]
         within = self._within(low, code)
         if self._shape.wide:
-            return code, self._physical(unit, self._shape.unit_bytes, within, code)
+            return self._physical(unit, self._shape.unit_bytes, within, code)
         place = self._word()
         code.append(f"or.b32 {place}, {unit}, {within};")
-        return code, self._joined(place, code)
+        return self._joined(place, code)
 
-    def _pair(self, frame: str, low: str, lookup: list[str]) -> tuple[list[str], str]:
-        code: list[str] = []
+    def _pair(self, frame: str, low: str, parts: Parts) -> str:
         bit = self._shape.frame_bits
         word, bits, entry, turned = self._word(), self._word(), self.wide(), self._word()
-        table = self._constant("u64", Field.TABLE, lookup)
-        lookup += [
-            f"shr.u32 {word}, {frame}, 5;",
-            f"mad.wide.u32 {entry}, {word}, 4, {table};",
-            f"{_LOAD}.b32 {bits}, [{entry}];",
-        ]
+        parts.key, code = word, parts.rest
+        parts.before.append(f"shr.u32 {word}, {frame}, 5;")
+        table = self._constant("u64", Field.TABLE, parts.lookup)
+        parts.lookup += [f"mad.wide.u32 {entry}, {word}, 4, {table};", f"{_LOAD}.b32 {bits}, [{entry}];"]
         within = self._within(low, code)
         code += [f"shf.l.wrap.b32 {turned}, {bits}, {bits}, {frame};", f"and.b32 {turned}, {turned}, {1 << bit};"]
         place = self._word()
-        if not self._shape.wide:
-            code += [
-                f"shl.b32 {place}, {frame}, {bit + 1};",
-                f"or.b32 {place}, {place}, {within};",
-                f"or.b32 {place}, {place}, {turned};",
-            ]
-            return code, self._joined(place, code)
-        code.append(f"or.b32 {place}, {within}, {turned};")
-        return code, self._physical(frame, 2 << bit, place, code)
+        if self._shape.wide:
+            code.append(f"or.b32 {place}, {within}, {turned};")
+            return self._physical(frame, 2 << bit, place, code)
+        code += [
+            f"shl.b32 {place}, {frame}, {bit + 1};",
+            f"or.b32 {place}, {place}, {within};",
+            f"or.b32 {place}, {place}, {turned};",
+        ]
+        return self._joined(place, code)
 
 
 def module_declarations(shape: Shape) -> list[str]:
