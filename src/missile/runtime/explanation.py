@@ -72,15 +72,15 @@ def _candidate_data(candidate: Candidate) -> dict[str, Any]:
 def _why(plan: Plan) -> str:
     sms, kept = plan.machine.sms, plan.chosen.predicted.share.ls_sms
     beside = "pauses while one is" if kept >= sms else f"has {sms - kept} of {sms} while one is"
-    basis = "measured" if plan.chosen.measured is not None else "predicted"
+    measured = plan.chosen.measured
     held = f"keep {ATTAINMENT:.0%} of requests within their objectives"
-    if plan.chosen.measured is not None:
-        held += f", with p99s of at most {MARGIN:.0%} of them"
-    reason = (
-        f"of the candidates that {held}, none has more BE work"
-        if plan.accepted
-        else f"no candidate would {held}; this one comes nearest"
-    )
+    if not plan.accepted:
+        reason = f"no candidate would {held}; this one comes nearest"
+    elif measured is None or measured.strain(plan.chosen.predicted.slo_ns) <= MARGIN:
+        reason = f"of the candidates that {held}, with something to spare, none has more BE work"
+    else:
+        reason = f"of the candidates that just {held}, this one has the shortest tails"
+    basis = "predicted" if measured is None else "measured"
     apart = ", LS and BE memory in different colors" if plan.chosen.predicted.share.separated else ""
     return f"BE has all SMs while no LS request is there and {beside}{apart}: {reason} ({basis})."
 

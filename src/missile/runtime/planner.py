@@ -36,12 +36,14 @@ class Measured:
     p99_ns: Mapping[str, float]
     be_rate: float
 
-    def accepted(self, slo_ns: Mapping[str, float]) -> bool:
-        """Whether it shows that all objectives (ns, by tenant) are met, with something to spare."""
-        return all(
-            self.attainment.get(name, 0.0) >= ATTAINMENT and self.p99_ns.get(name, math.inf) <= MARGIN * slo
-            for name, slo in slo_ns.items()
-        )
+    @property
+    def accepted(self) -> bool:
+        """Whether every objective was met."""
+        return all(share >= ATTAINMENT for share in self.attainment.values())
+
+    def strain(self, slo_ns: Mapping[str, float]) -> float:
+        """The largest share of an objective (ns, by tenant) that a p99 takes up."""
+        return max((self.p99_ns.get(name, math.inf) / slo for name, slo in slo_ns.items()), default=0.0)
 
 
 Trial = Callable[[str], Measured]
@@ -146,20 +148,21 @@ def make_plan(
 
 
 def _best(tried: Sequence[tuple[Candidate, Measured]]) -> tuple[Candidate, bool]:
-    """Of those that hold the one with the most BE work (of those that differ by less than a trial can tell, the one with
-    the shortest p99s), else the one that comes nearest; and whether it holds."""
-    holding = [pair for pair in tried if pair[1].accepted(pair[0].predicted.slo_ns)]
-    if holding:
-        most = max(result.be_rate for _, result in holding)
-        alike = [pair for pair in holding if pair[1].be_rate >= most * (1.0 - _ALIKE)]
-        return min(alike, key=lambda pair: sum(pair[1].p99_ns.values()))[0], True
+    """The choice by what was measured, and whether it holds.
 
-    def nearness(pair: tuple[Candidate, Measured]) -> tuple[float, float]:
-        candidate, result = pair
-        slack = [slo / result.p99_ns.get(name, math.inf) for name, slo in candidate.predicted.slo_ns.items()]
-        return min(result.attainment.values(), default=1.0), min(slack, default=1.0)
+    Of those that hold with a margin, the one with the most BE work (of those that differ by less than a trial can tell, the
+    one with the least strain); else of those that just hold, or of all, the one with the least strain.
+    """
 
-    return max(tried, key=nearness)[0], False
+    def strain(pair: tuple[Candidate, Measured]) -> float:
+        return pair[1].strain(pair[0].predicted.slo_ns)
+
+    holding = [pair for pair in tried if pair[1].accepted]
+    safe = [pair for pair in holding if strain(pair) <= MARGIN]
+    if safe:
+        most = max(result.be_rate for _, result in safe)
+        return min((pair for pair in safe if pair[1].be_rate >= most * (1.0 - _ALIKE)), key=strain)[0], True
+    return min(holding or tried, key=strain)[0], bool(holding)
 
 
 def rates_changed(plan: Plan, rates: Mapping[str, float]) -> tuple[str, ...]:
