@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -211,6 +213,21 @@ def test_the_daemon_is_private_and_told_to_quit(control: Path) -> None:
     daemon.close()
     assert (control.parent / "said").read_text() == "quit\n"
     daemon.close()
+
+
+def test_the_daemon_ends_also_when_its_owner_is_killed(control: Path) -> None:
+    code = (
+        "import pathlib, sys, time; from missile.runtime.mps.daemon import MpsDaemon\n"
+        "daemon = MpsDaemon(pathlib.Path(sys.argv[1])); print('up', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(control)], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "up\n"
+        owner.kill()
+    give_up = time.monotonic() + 10
+    while not (control.parent / "said").exists() and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert (control.parent / "said").read_text() == "quit\n"
 
 
 def test_a_daemon_that_refuses_is_quoted(control: Path, monkeypatch: pytest.MonkeyPatch) -> None:
