@@ -224,10 +224,10 @@ def test_the_daemon_ends_also_when_its_owner_is_killed(control: Path) -> None:
         assert owner.stdout is not None
         assert owner.stdout.readline() == "up\n"
         owner.kill()
-    give_up = time.monotonic() + 10
-    while not (control.parent / "said").exists() and time.monotonic() < give_up:
+    said, give_up = control.parent / "said", time.monotonic() + 10
+    while not (said.exists() and said.read_text()) and time.monotonic() < give_up:
         time.sleep(0.05)
-    assert (control.parent / "said").read_text() == "quit\n"
+    assert said.read_text() == "quit\n"
 
 
 def test_a_daemon_that_refuses_is_quoted(control: Path, monkeypatch: pytest.MonkeyPatch) -> None:
