@@ -94,6 +94,7 @@ def _in_page(layout: PageLayout, space: TableSpace, **more: Any) -> Shape:
 
 VARIANTS = (
     Variant("pair 256", Shape(Form.PAIR, PIECE)),
+    Variant("pair 256, kept", Shape(Form.PAIR, PIECE), Placement.KEPT),
     Variant("pair 256, at definition", Shape(Form.PAIR, PIECE), Placement.DEFINITION),
     Variant("pair 256, wide", Shape(Form.PAIR, PIECE, wide=True)),
     Variant("pair 256, no lookups", Shape(Form.PAIR, PIECE), lookups=False),
@@ -107,6 +108,7 @@ VARIANTS = (
     Variant("shadow 4K", Shape(Form.SHADOW, FRAME)),
     Variant("shadow 512", Shape(Form.SHADOW, GRANULE)),
     Variant("shadow 256", Shape(Form.SHADOW, PIECE)),
+    Variant("shadow 256, kept", Shape(Form.SHADOW, PIECE), Placement.KEPT),
     Variant("shadow 256, wide", Shape(Form.SHADOW, PIECE, wide=True)),
 )
 
