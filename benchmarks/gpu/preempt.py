@@ -123,20 +123,16 @@ def main() -> None:
     with open_gpu("cuda:0") as gpu:
         assert isinstance(gpu, CudaGpu)
         results: dict[str, Any] = {"gpu": gpu.info.name, "driver": gpu.info.driver, "note": options.note}
-        parts: dict[str, Callable[[], Any]] = {
-            "flag": lambda: flag(gpu, options),
-            **{
-                f"{part}/{name}": lambda part=part, name=name: MEASUREMENTS[part](gpu, name, options)  # type: ignore[misc]
-                for part in MEASUREMENTS
-                for name in options.models
-            },
-        }
-        for label, measure in parts.items():
-            if label.partition("/")[0] not in options.parts.split(","):
-                continue
+        labels = [
+            label
+            for part in options.parts.split(",")
+            for label in (["flag"] if part == "flag" else [f"{part}/{name}" for name in options.models])
+        ]
+        for label in labels:
+            part, _, name = label.partition("/")
             begin = time.perf_counter()
             try:
-                results[label] = measure()
+                results[label] = flag(gpu, options) if part == "flag" else MEASUREMENTS[part](gpu, name, options)
             except Exception:
                 traceback.print_exc()
                 results[label] = {"error": traceback.format_exc(limit=1)}
