@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from missile.compiler.library import find_package
+from missile.files import write_whole
 from missile.gpu import open_gpu
 from missile.gpu.interface import Copy, Gpu
 from missile.pcie.engine import CopyEngine
@@ -132,54 +133,64 @@ def cold_start(gpu: Gpu, report: Report, repeats: int) -> dict[str, Any]:
 
 
 def cold_models(gpu: Gpu, report: Report, repeats: int) -> dict[str, Any]:
-    """Cold and warm starts of compiled models that displace each other, one beside two bulk tenants of the same weight.
+    """Cold and warm starts of compiled models that displace each other, alone and beside two bulk tenants of the same weight.
 
     weights: when the last of them had arrived; whole: when the end of the model was seen; against bytes over the link's rate
     (or the tenant's share of it), and whole also against the longer of that and the warm start: what overlapping can reach.
+    Each is (median, worst).
     """
     rate = report.link.raw(Direction.H2D)
     found = {name: find_package(name, batch, gpu.info) for name, batch in COLD_MODELS}
     budget = max(weight_bytes(package) for package, _ in found.values())
     out: dict[str, Any] = {}
-    for case, floods, share in (("alone", 0, 1.0), ("beside two bulk tenants", 2, 1 / 3)):
-        with CopyEngine(gpu, report.options) as engine, ExitStack() as undo:
-            swapper = Swapper(gpu, engine, budget)
-            undo.callback(swapper.close)
-            for name, (package, directory) in found.items():
-                engine.admit(name)
-                model = host_model(package, directory, gpu, swapper, gpu.create_stream(), tenant=name)
-                undo.callback(model.close)
+    with CopyEngine(gpu, report.options) as engine, ExitStack() as undo:
+        swapper = Swapper(gpu, engine, budget)
+        undo.callback(swapper.close)
+        for name, (package, directory) in found.items():
+            engine.admit(name)
+            undo.callback(host_model(package, directory, gpu, swapper, gpu.create_stream(), tenant=name).close)
+        sleeper = Sleeper(gpu)
+
+        def start(name: str) -> SwapRun:
+            return finish(gpu, engine, swapper, sleeper, swapper.start(name))
+
+        for name in found:  # the first run of a kernel loads it
+            start(name)
+        for case, floods, share in (("alone", 0, 1.0), ("beside two bulk tenants", 2, 1 / 3)):
             flood = Flood(gpu, engine, floods)
-            undo.callback(flood.close)
-            sleeper = Sleeper(gpu)
             runs: dict[str, list[tuple[SwapRun, SwapRun]]] = {name: [] for name in found}
             for _ in range(repeats):
                 for name in found:
-                    cold = finish(gpu, engine, swapper, sleeper, swapper.start(name))
-                    runs[name].append((cold, finish(gpu, engine, swapper, sleeper, swapper.start(name))))
+                    cold = start(name)
+                    runs[name].append((cold, start(name)))
             flood.on = False
             engine.run_until_idle()
+            flood.close()
             for name, pairs in runs.items():
-                pairs = pairs[1:]  # the first run of a kernel loads it
-                nbytes = pairs[0][0].copied_bytes
-                ideal = nbytes / (rate * share) * 1e9
-                warm = statistics.median(run.finished_ns - run.started_ns for _, run in pairs)
-                whole = sorted(run.finished_ns - run.started_ns for run, _ in pairs)
-                weights = sorted(run.weights_ns - run.started_ns for run, _ in pairs)
-                out.setdefault(name, {})[case] = {
-                    "bytes": nbytes,
-                    "starts": len(pairs),
-                    "ideal_ms": ideal / 1e6,
-                    "warm_ms": warm / 1e6,
-                    "weights": [statistics.median(weights) / ideal, weights[-1] / ideal],
-                    "whole": [statistics.median(whole) / ideal, whole[-1] / ideal],
-                    "whole_against_longer": [
-                        statistics.median(whole) / max(ideal, warm),
-                        whole[-1] / max(ideal, warm),
-                    ],
-                }
+                out.setdefault(name, {})[case] = _cold_summary(pairs, rate * share)
                 print(f"  {name}, {case}: {out[name][case]}", flush=True)
     return out
+
+
+def _cold_summary(pairs: list[tuple[SwapRun, SwapRun]], rate: float) -> dict[str, Any]:
+    nbytes = pairs[0][0].copied_bytes
+    ideal = nbytes / rate * 1e9
+    warm = statistics.median(run.finished_ns - run.started_ns for _, run in pairs)
+    whole = [run.finished_ns - run.started_ns for run, _ in pairs]
+    weights = [run.weights_ns - run.started_ns for run, _ in pairs]
+
+    def against(times: list[int], base: float) -> tuple[float, float]:
+        return statistics.median(times) / base, max(times) / base
+
+    return {
+        "bytes": nbytes,
+        "starts": len(pairs),
+        "ideal_ms": ideal / 1e6,
+        "warm_ms": warm / 1e6,
+        "weights": against(weights, ideal),
+        "whole": against(whole, ideal),
+        "whole_against_longer": against(whole, max(ideal, warm)),
+    }
 
 
 class Flood:
@@ -228,10 +239,16 @@ def main() -> None:
     scale = options.scale
     options.output.mkdir(parents=True, exist_ok=True)
     out: dict[str, Any] = {}
+
+    def save() -> None:
+        """After every part: what has been measured is kept whatever ends the rest."""
+        write_whole(options.output / "results.json", json.dumps(out, indent=1) + "\n")
+
     with open_gpu(options.device) as gpu:
         plan = Plan(compare_s=4.0 * scale, shares_s=max(0.25, 0.8 * scale), rate=1000.0)
         report = measure(gpu, plan, progress=lambda text: print(f"- {text}", flush=True))
         out["report"] = report.as_dict()
+        save()
         plot_report(report, options.output / "pcie.png")
         parts: dict[str, Callable[[], Any]] = {
             "throughput": lambda: throughput(gpu, report, 1.5 * scale),
@@ -247,7 +264,7 @@ def main() -> None:
             except Exception:  # one part's failure must not hide the others
                 out[name] = {"error": traceback.format_exc()}
                 traceback.print_exc()
-    (options.output / "results.json").write_text(json.dumps(out, indent=1) + "\n")
+            save()
     link = out["report"].pop("link")
     print(json.dumps({"link": {key: link[key] for key in ("both", "latency", "bypass")}, **out}, indent=1))
 

@@ -9,7 +9,7 @@ import pytest
 
 from missile.errors import GpuError
 from missile.gpu import open_gpu
-from missile.gpu.interface import Copy, Event, Gpu
+from missile.gpu.interface import Copy, Event, Gpu, Stream
 from missile.pcie.engine import CopyEngine, EngineOptions
 from missile.pcie.streamed import StreamedCopies
 from missile.pcie.ticket import CopyState
@@ -62,16 +62,45 @@ def test_a_stream_sees_its_copies_in_its_own_order_while_others_queue(gpu: Gpu) 
         copies.close()
 
 
+def test_a_short_copy_that_finds_the_link_idle_stays_in_its_stream(gpu: Gpu) -> None:
+    with CopyEngine(gpu, EngineOptions(h2d_rate=54e9, d2h_rate=54e9)) as engine:
+        copies = StreamedCopies(gpu, engine)
+        copies.admit("ls", Share(latency_sensitive=True))
+        copies.admit("be", Share())
+        stream, other, mark = gpu.create_stream(), gpu.create_stream(), gpu.create_event(timing=False)
+        short, long = gpu.allocate_host(MIB), gpu.allocate_host(64 * MIB)
+        inside, outside = gpu.allocate(short.nbytes), gpu.allocate(long.nbytes)
+        assert copies.to_device("ls", stream, inside.address, short) is None
+        stream.record(mark)
+        queued = copies.to_device("ls", stream, inside.address, short, after=mark)
+        assert queued is not None  # the stream is not ready for it yet
+        _until(copies, gpu, _recorded(gpu, stream))
+        assert copies.to_device("be", other, outside.address, long) is not None  # it would hold others up
+        assert copies.to_device("ls", stream, inside.address, short) is not None  # and does
+        _until(copies, gpu, _recorded(gpu, stream))
+        _until(copies, gpu, _recorded(gpu, other))
+        engine.run_until_idle()
+        totals = {row.tenant: row.totals.bytes for row in engine.statistics() if row.totals.bytes}
+        assert totals == {"ls": 3 * MIB, "be": 64 * MIB}
+        copies.close()
+
+
+def _recorded(gpu: Gpu, stream: Stream) -> Event:
+    event = gpu.create_event(timing=False)
+    stream.record(event)
+    return event
+
+
 def test_a_failed_copy_is_raised_with_its_tenant_and_lets_the_stream_go_on(gpu: Gpu) -> None:
     with CopyEngine(gpu, EngineOptions(h2d_rate=54e9, d2h_rate=54e9)) as engine:
         copies = StreamedCopies(gpu, engine)
         copies.admit("a", Share())
-        host = gpu.allocate_host(MIB)
+        host = gpu.allocate_host(8 * MIB)
         stream, done = gpu.create_stream(), gpu.create_event()
         original = stream.copy_to_device
         try:
             type(stream).copy_to_device = _refuse
-            copies.to_device("a", stream, gpu.allocate(MIB).address, host)
+            copies.to_device("a", stream, gpu.allocate(8 * MIB).address, host)
         finally:
             type(stream).copy_to_device = original.__func__
         stream.record(done)

@@ -346,6 +346,18 @@ class CopyEngine:
                 )
         return tuple(out)
 
+    def would_start(self, direction: Direction, nbytes: int) -> bool:
+        """Whether a copy could just as well go on a stream of its own: nobody else's is there, and it is no longer than the
+        chunk that others would wait for anyway."""
+        return nbytes <= self.options.granularity.short and not self.lanes[direction].busy
+
+    def account(self, tenant: str, direction: Direction, nbytes: int) -> None:
+        """Count a copy that its owner has made himself. MisuseError for an unknown tenant."""
+        lane = self.lanes[direction]
+        lane.fair.share(tenant)
+        lane.stats[tenant].bytes += nbytes
+        lane.stats[tenant].copies += 1
+
     def record_chunks(self) -> None:
         """Keep a record of every chunk that arrives from now on, for `recorded_chunks`."""
         for lane in self.lanes.values():

@@ -188,7 +188,7 @@ def _bypass(gpu: Gpu, end: _End) -> int:
 
 
 def choose_options(
-    profile: LinkProfile, *, latency_ns: float = 130_000, small: int = MIB, depth: int = 2
+    profile: LinkProfile, *, latency_ns: float = 110_000, small: int = MIB, depth: int = 2
 ) -> EngineOptions:
     """Chunk sizes for a measured link.
 

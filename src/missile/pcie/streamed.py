@@ -41,11 +41,18 @@ class StreamedCopies:
     ) -> CopyTicket | None:
         """Copy all of `source` to `address`; what `stream` is given from now on comes behind it.
 
-        Nothing comes back of a direction that is not scheduled. after: what a scheduled copy must wait for (None: nothing;
+        A short copy that finds the link idle stays in `stream`, like one in a direction that is not scheduled: None comes
+        back. after: what a scheduled copy must wait for (None: nothing;
         work that `stream` has already is not waited for).
         """
         if Direction.H2D not in self._scheduled:
             stream.copy_to_device(address, source)
+            return None
+        if (after is None or after.done()) and self._engine.would_start(Direction.H2D, source.nbytes):
+            stream.copy_to_device(
+                address, source
+            )  # it starts now: there is nothing to schedule, and no latch to wait for
+            self._engine.account(tenant, Direction.H2D, source.nbytes)
             return None
         raises = self._next(tenant, Direction.H2D)
         span = Span(address, source.nbytes)

@@ -449,11 +449,10 @@ static void *pump(void *argument) {
 /* What every call from outside ends with: the thread is woken when it would look too late. */
 static void leave(struct lane *lane) {
     int64_t now = monotonic();
-    if (!lane->dead && now >= lane->attended_until && pump_deadline(lane, now) + WAKING_NS < lane->looks_at) {
-        lane->looks_at = 0;
-        pthread_cond_signal(&lane->changed);
-    }
+    bool late = !lane->dead && now >= lane->attended_until && pump_deadline(lane, now) + WAKING_NS < lane->looks_at;
+    if (late) lane->looks_at = 0;
     pthread_mutex_unlock(&lane->mutex);
+    if (late) pthread_cond_signal(&lane->changed); /* with the lock free: waking somebody takes microseconds */
 }
 
 /* --- for Python, from any thread */
