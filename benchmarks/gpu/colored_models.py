@@ -11,7 +11,6 @@ the table of one page): which slices they really have makes no difference to wha
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import math
 import multiprocessing
@@ -30,7 +29,7 @@ import numpy as np
 
 from missile.coloring.halves import find_halves
 from missile.coloring.pool import ColoredPool, TenantMemory
-from missile.coloring.shape import Form, TableSpace
+from missile.coloring.shape import Form, Shape, TableSpace
 from missile.coloring.shares import Demand, Share, plan_shares
 from missile.compiler.bind import BoundModel, bind
 from missile.compiler.bind_colored import bind_colored
@@ -40,6 +39,7 @@ from missile.compiler.colored import (
     colored_kernels,
     is_colored,
     read_colored,
+    shadow_shape,
     shape_name,
 )
 from missile.compiler.mover import Mover
@@ -47,8 +47,6 @@ from missile.compiler.package import BufferKind, KernelStep, ModelPackage, read_
 from missile.compiler.placements import PlacementTable
 from missile.compiler.planning import needed_bytes, place_buffers
 from missile.compiler.profile import measure_steps
-from missile.compiler.ptx.rewrite import Placement, rewrite
-from missile.errors import MissileError
 from missile.gpu import open_gpu
 from missile.gpu.interface import Copy, Fill, Gpu, Graph, Launch, Stream
 from missile.probe import map_for
@@ -56,20 +54,22 @@ from missile.probe.channel_map import ChannelMap
 from missile.probe.map_file import read_map
 from missile.runtime.coloring import ColoredTenants, Coloring
 
-USUAL = inspect.signature(rewrite).parameters["placement"].default
 _BATCH = 10  # launches between two waits
-_ROUNDS = 6
+_ROUNDS = 5
 _TRANSFER_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Variant:
-    """all_colors: the tenant has every color; else half of them, chosen at random where the form lets one choose."""
+    """all_colors: the tenant has every color; else half of them, chosen at random where the form lets one choose.
+    mixed: kernels that are faster with a shadow page table of the same memory have one; measured first.
+    """
 
     name: str
     form: Form
     space: TableSpace = TableSpace.SHARED
     all_colors: bool = False
+    mixed: bool = False
     timed: bool = True
 
     def share(self, channel_map: ChannelMap, pages: int, nbytes: int, rng: np.random.Generator) -> Share:
@@ -96,51 +96,44 @@ def variants() -> dict[str, Variant]:
     found = []
     for all_colors, what in ((False, "half"), (True, "all")):
         found.append(Variant(f"pair-{what}", Form.PAIR, all_colors=all_colors))
+        found.append(Variant(f"pair-{what}-mixed", Form.PAIR, all_colors=all_colors, mixed=True))
         found += [Variant(f"in-page-{s}-{what}", Form.IN_PAGE, s, all_colors) for s in TableSpace]
         found.append(Variant(f"shadow-{what}", Form.SHADOW, all_colors=all_colors))
     return {variant.name: variant for variant in found}
 
 
-Codes = dict[tuple[str, str], dict[Placement, ColoredKernels]]
+class Builder:
+    """Colored code, made by all cores but one while the GPU measures what is there already. Use it in a `with`."""
 
+    def __init__(self, packages: dict[str, tuple[ModelPackage, Path]]) -> None:
+        self._packages = packages
+        self._workers = ProcessPoolExecutor(max((os.cpu_count() or 2) - 1, 1), multiprocessing.get_context("spawn"))
+        self._threads = ThreadPoolExecutor(2)  # so that code is made about in the order that it was asked for
+        self._pending: dict[tuple[str, Shape], Future[ColoredKernels]] = {}
+        self.seconds: dict[str, float] = {}
 
-def build(
-    packages: dict[str, tuple[ModelPackage, Path]], shapes: Sequence[Any], tried: Sequence[str]
-) -> tuple[dict[str, Any], Codes]:
-    """Code for every shape that is not there yet: seconds and kernels by model, or what was refused. And, of the models
-    `tried`, code with each placement, by model and shape.
-    """
-    started = time.perf_counter()
-    report: dict[str, Any] = {"models": {}}
-    context = multiprocessing.get_context("spawn")
-    cores = os.cpu_count() or 1
-    codes: Codes = {}
-    with ProcessPoolExecutor(cores, context) as workers, ThreadPoolExecutor(4 * len(packages) * len(shapes)) as threads:
-        more = {
-            (name, shape, placement): threads.submit(
-                color_kernels, *packages[name], shape, placement=placement, executor=workers, keep=False
-            )
-            for name in packages
-            if name in tried
-            for shape in shapes
-            for placement in Placement
-        }
-        pending: dict[tuple[str, str], Future[ColoredKernels]] = {}
-        for name, (package, directory) in packages.items():
-            for shape in shapes:
-                if not is_colored(directory, shape):
-                    key = (name, shape_name(shape))
-                    pending[key] = threads.submit(color_kernels, package, directory, shape, executor=workers)
-        for (name, shape), future in pending.items():
-            try:
-                future.result()
-                report["models"].setdefault(name, {})[shape] = len(packages[name][0].kernels)
-            except MissileError as error:
-                report["models"].setdefault(name, {})[shape] = str(error)
-                print(error, flush=True)
-        for (name, shape, placement), future in more.items():
-            codes.setdefault((name, shape_name(shape)), {})[placement] = future.result()
-    return report | {"seconds": time.perf_counter() - started, "processes": cores}, codes
+    def ask(self, name: str, shape: Shape) -> None:
+        if (name, shape) not in self._pending:
+            self._pending[name, shape] = self._threads.submit(self._make, name, shape)
+
+    def code(self, name: str, shape: Shape) -> ColoredKernels:
+        return self._pending[name, shape].result()
+
+    def _make(self, name: str, shape: Shape) -> ColoredKernels:
+        package, directory = self._packages[name]
+        if is_colored(directory, shape):
+            return read_colored(package, directory, shape)
+        begin = time.perf_counter()
+        made = color_kernels(package, directory, shape, executor=self._workers)
+        self.seconds[f"{name} {shape.form}"] = round(time.perf_counter() - begin, 2)
+        return made
+
+    def __enter__(self) -> Builder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        self._workers.shutdown(cancel_futures=True)
 
 
 class Timer:
@@ -263,14 +256,14 @@ class ModelRun:
         package: ModelPackage,
         directory: Path,
         by_class: bool,
-        codes: Codes,
+        builder: Builder,
         table: PlacementTable,
     ) -> None:
         self._gpu, self._pool, self._map, self._by_class = gpu, pool, channel_map, by_class
-        self._codes, self._table = codes, table
+        self._builder, self._table = builder, table
         self.name, self.package, self.directory = name, package, directory
 
-    def run(self, chosen: Sequence[Variant], rng: np.random.Generator, deadline: float) -> dict[str, Any]:
+    def run(self, chosen: Sequence[Variant], shares: dict[str, Share], deadline: float) -> dict[str, Any]:
         with ExitStack() as undo:
             stream = self._gpu.create_stream()
             undo.callback(stream.close)
@@ -295,7 +288,9 @@ class ModelRun:
                     row["variants"][variant.name] = {"error": "out of time"}
                     continue
                 try:
-                    row["variants"][variant.name] = self._variant(variant, plain, expected, contents, timer, rng)
+                    row["variants"][variant.name] = self._variant(
+                        variant, shares[variant.name], plain, expected, contents, timer
+                    )
                 except Exception as error:
                     row["variants"][variant.name] = {"error": f"{type(error).__name__}: {error}"}
                     traceback.print_exc()
@@ -306,24 +301,22 @@ class ModelRun:
     def _variant(
         self,
         variant: Variant,
+        share: Share,
         plain: BoundModel,
         expected: dict[BufferKind, Any],
         contents: Contents,
         timer: Timer,
-        rng: np.random.Generator,
     ) -> dict[str, Any]:
         with ExitStack() as undo:
             clock = time.perf_counter
+            code = self._builder.code(self.name, share.translation.shape)
             marks = [clock()]
-            share = variant.share(self._map, self._pool.page_count, needed_bytes(self.package) + _TRANSFER_BYTES, rng)
-            marks.append(clock())
             memory = self._pool.attach(share)
             undo.callback(memory.close)
             marks.append(clock())
-            code = read_colored(self.package, self.directory, share.translation.shape)
-            chosen: dict[str, Any] = {}
-            if (self.name, shape_name(share.translation.shape)) in self._codes:
-                code, chosen = self._choose(memory)
+            found: dict[str, Any] = {"classes": {}}
+            if variant.mixed:
+                code, found = self._mix(plain, memory, code)
                 marks[-1] = clock()
             model = bind_colored(self.package, self.directory, self._gpu, memory, kernels=code)
             undo.callback(model.close)
@@ -341,7 +334,7 @@ class ModelRun:
                 "table_bytes": memory.table_bytes,
                 "memory_bytes": memory.limit,
                 "pages": len(share.pages),
-                "seconds": dict(zip(("plan", "attach", "bind"), np.diff(marks).tolist(), strict=True)),
+                "seconds": dict(zip(("attach", "bind"), np.diff(marks).tolist(), strict=True)),
             }
             if not variant.timed:
                 return row
@@ -351,55 +344,67 @@ class ModelRun:
             row |= {f"{name}_ns": value for name, value in times.items()}
             row["ratio"] = times["colored"] / times["plain"]
             row["ratio_kernels"] = times["kernels"] / times["plain"]
-            row |= chosen
-            row |= transfer_speed(self._gpu, timer, mover, memory)
-            return row | {"classes": self._classes(plain, model) if self._by_class else {}}
+            row |= found
+            if self._by_class and not variant.mixed:
+                row["classes"] = self._classes(self._steps(plain), {"colored": self._steps(model)})
+            return row | transfer_speed(self._gpu, timer, mover, memory)
 
-    def _choose(self, memory: TenantMemory) -> tuple[ColoredKernels, dict[str, Any]]:
-        """For each kernel the placement that is fastest where it stands, the usual one where others gain less than 2%."""
+    def _steps(self, model: BoundModel) -> Any:
+        """Times of the package's steps where they stand, ns."""
+        _, taken = measure_steps(model, self._gpu, repeats=2, runs=5)
+        return taken[np.asarray([not _moves(operation) for operation in model.operations])]
+
+    def _mix(
+        self, plain: BoundModel, memory: TenantMemory, code: ColoredKernels
+    ) -> tuple[ColoredKernels, dict[str, Any]]:
+        """For each kernel the form that is faster where it stands; the given one where the other gains less than 2%."""
         shape = memory.translation.shape
-        codes = self._codes[self.name, shape_name(shape)]
-        times: dict[Placement, dict[str, float]] = {}
-        for placement, code in codes.items():
-            model = bind_colored(self.package, self.directory, self._gpu, memory, kernels=code)
-            _, taken = measure_steps(model, self._gpu, repeats=2, runs=5)
-            own = np.asarray([not _moves(op) for op in model.operations])
+        shadow = self._builder.code(self.name, shadow_shape(shape))
+        everything = frozenset(code.cubins)
+        times = {}
+        for name, kernels in (
+            ("colored", code),
+            ("shadow", ColoredKernels(shape, shadow.cubins, code.transfer, everything)),
+        ):
+            model = bind_colored(self.package, self.directory, self._gpu, memory, kernels=kernels)
+            times[name] = self._steps(model)
             model.close()
-            sums = times.setdefault(placement, {})
-            for step, ns in zip(self.package.steps, taken[own].tolist(), strict=True):
-                if isinstance(step, KernelStep):
-                    sums[step.kernel] = sums.get(step.kernel, 0.0) + ns
-        cubins, counts = {}, dict.fromkeys((str(p) for p in codes), 0)
+        owners = np.asarray([step.kernel if isinstance(step, KernelStep) else "" for step in self.package.steps])
+        better = set()
         for kernel in self.package.kernels:
-            usual = times[USUAL].get(kernel.id, 0.0)
-            best = min(codes, key=lambda p: times[p].get(kernel.id, 0.0))
-            if times[best].get(kernel.id, 0.0) > 0.98 * usual:
-                best = USUAL
-            counts[str(best)] += 1
-            cubins[kernel.id] = codes[best].cubins[kernel.id]
+            own = owners == kernel.id
+            faster = bool(times["shadow"][own].sum() < 0.98 * times["colored"][own].sum())
             text = (self.directory / "kernels" / f"{kernel.id}.ptx").read_text()
-            self._table.note(shape.form, text, None if best is USUAL else best)
-        total = {str(p): sum(sums.values()) for p, sums in times.items()}
-        return ColoredKernels(shape, cubins, codes[USUAL].transfer), {"chosen": counts, "placement_ns": total}
+            self._table.note_shadowed(shape.form, text, faster)
+            if faster:
+                better.add(kernel.id)
+        times["chosen"] = np.where(np.isin(owners, list(better)), times["shadow"], times["colored"])
+        cubins = {name: (shadow if name in better else code).cubins[name] for name in code.cubins}
+        mixed = ColoredKernels(shape, cubins, code.transfer, frozenset(better))
+        found = {
+            "shadowed": len(better),
+            "kernels": len(cubins),
+            "sums_ns": {k: float(v.sum()) for k, v in times.items()},
+        }
+        return mixed, found | {"classes": self._classes(self._steps(plain), times)}
 
-    def _classes(self, plain: BoundModel, model: BoundModel) -> dict[str, Any]:
-        """Time by class of kernel, plain and colored, ns; and the ten steps that lose most."""
-        _, before = measure_steps(plain, self._gpu, repeats=2, runs=5)
-        _, after = measure_steps(model, self._gpu, repeats=2, runs=5)
-        own = [not _moves(op) for op in model.operations]
-        after = after[np.asarray(own)]
-        classes: dict[str, list[float]] = {}
-        lost = []
-        for step, was, now in zip(self.package.steps, before.tolist(), after.tolist(), strict=True):
-            kernel = step.kernel if isinstance(step, KernelStep) else "fill"
-            sums = classes.setdefault(kind_of(kernel), [0.0, 0.0])
-            sums[0] += was
-            sums[1] += now
-            lost.append((now - was, kernel, was, now))
-        lost.sort(reverse=True)
+    def _classes(self, plain: Any, colored: dict[str, Any]) -> dict[str, Any]:
+        """Time by class of kernel, plain and by way of coloring, ns; and the ten steps that lose most by the last way."""
+        names = [step.kernel if isinstance(step, KernelStep) else "fill" for step in self.package.steps]
+        kinds = np.asarray([kind_of(name) for name in names])
+        ways = {"plain": plain} | colored
+        last = list(colored)[-1]
+        found = {}
+        for kind in np.unique(kinds).tolist():
+            sums = {way: float(taken[kinds == kind].sum()) for way, taken in ways.items()}
+            found[kind] = sums | {"ratio": sums[last] / sums["plain"]}
+        worst = np.argsort(plain - colored[last])[:10].tolist()
         return {
-            "ns": {kind: {"plain": a, "colored": b, "ratio": b / a} for kind, (a, b) in classes.items()},
-            "worst": [{"kernel": k, "plain_ns": round(a), "colored_ns": round(b)} for _, k, a, b in lost[:10]],
+            "ns": found,
+            "worst": [
+                {"kernel": names[i]} | {f"{way}_ns": round(float(taken[i])) for way, taken in ways.items()}
+                for i in worst
+            ],
         }
 
 
@@ -449,8 +454,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--no-classes", dest="classes", action="store_false", help="leave the times of kernels out")
     parser.add_argument("--startup", action="store_true")
-    parser.add_argument("--choose", default="", help="models to choose placements for; OUT gets the table")
-    parser.add_argument("--build-only", action="store_true", help="compile the colored kernels and stop: needs no GPU")
     arguments = parser.parse_args()
     started = time.monotonic()
     channel_map = read_map(arguments.map)
@@ -463,53 +466,61 @@ def main() -> None:
     )
     packages = {name: (read_package(arguments.packages / name), arguments.packages / name) for name in names}
     rng = np.random.default_rng(11)
-    shapes = list(dict.fromkeys(v.share(channel_map, 8, 1 << 20, rng).translation.shape for v in chosen))
-    built, codes = build(packages, shapes, [name for name in arguments.choose.split(",") if name])
     table = PlacementTable.load(channel_map.gpu)
-    result: dict[str, Any] = {
-        "stand_in_weights": True,
-        "map": channel_map.gpu,
-        "build": built,
-        "rows": [],
-    }
-    print(f"built in {result['build']['seconds']:.1f} s", flush=True)
-    if arguments.build_only:
-        return
-    part = 1.0 if all(v.all_colors for v in chosen) else 0.45  # colors have not quite the same number of slices
     largest = max(needed_bytes(package) for package, _ in packages.values()) + _TRANSFER_BYTES
-    with open_gpu(arguments.device) as gpu:
-        result |= {"gpu": gpu.info.name, "driver": gpu.info.driver}
-        if arguments.startup:
-            try:
-                result["startup"] = startup(gpu, channel_map, packages)
-            except Exception as error:
-                result["startup"] = {"error": f"{type(error).__name__}: {error}"}
-                traceback.print_exc()
-            print(result["startup"], flush=True)
-        begin = time.perf_counter()
-        with ColoredPool(gpu, math.ceil(largest / part / channel_map.page_bytes) + 8) as pool:
-            result["pool"] = {"pages": pool.page_count, "seconds": time.perf_counter() - begin}
-            for name, (package, directory) in packages.items():
-                row = {"model": name, "error": "out of time"}
-                if time.monotonic() < started + arguments.seconds:
-                    try:
-                        run = ModelRun(
-                            gpu, pool, channel_map, name, package, directory, arguments.classes, codes, table
-                        )
-                        row = run.run(chosen, rng, started + arguments.seconds)
-                    except Exception as error:
-                        row = {"model": name, "error": f"{type(error).__name__}: {error}"}
-                        traceback.print_exc()
-                result["rows"].append(row)
-                result["seconds"] = time.monotonic() - started
-                arguments.output.mkdir(parents=True, exist_ok=True)
-                (arguments.output / "models.json").write_text(json.dumps(result, indent=1) + "\n")
-                print(_line(row), flush=True)
-                if "usable" in row.get("error", "") or "context is lost" in row.get("error", ""):
-                    break
-    if codes:
-        table.save(arguments.output)
-    report(result, [variant.name for variant in chosen], arguments.output)
+    part = (
+        1.0 if all(v.all_colors and v.form is not Form.PAIR for v in chosen) else 0.45
+    )  # some colors have fewer slices
+    pages = math.ceil(largest / part / channel_map.page_bytes) + 8
+    result: dict[str, Any] = {"stand_in_weights": True, "map": channel_map.gpu, "rows": []}
+    with Builder(packages) as builder:
+        shares = {name: plan(package, chosen, channel_map, pages, rng) for name, (package, _) in packages.items()}
+        for name in packages:
+            for variant in chosen:
+                shape = shares[name][variant.name].translation.shape
+                builder.ask(name, shape)
+                if variant.mixed:
+                    builder.ask(name, shadow_shape(shape))
+        print(f"planned after {time.monotonic() - started:.1f} s", flush=True)
+        with open_gpu(arguments.device) as gpu:
+            result |= {"gpu": gpu.info.name, "driver": gpu.info.driver}
+            if arguments.startup:
+                try:
+                    result["startup"] = startup(gpu, channel_map, packages)
+                except Exception as error:
+                    result["startup"] = {"error": f"{type(error).__name__}: {error}"}
+                    traceback.print_exc()
+                print(result["startup"], flush=True)
+            begin = time.perf_counter()
+            with ColoredPool(gpu, pages) as pool:
+                result["pool"] = {"pages": pool.page_count, "seconds": time.perf_counter() - begin}
+                for name, (package, directory) in packages.items():
+                    row = {"model": name, "error": "out of time"}
+                    if time.monotonic() < started + arguments.seconds:
+                        try:
+                            run = ModelRun(
+                                gpu, pool, channel_map, name, package, directory, arguments.classes, builder, table
+                            )
+                            row = run.run(chosen, shares[name], started + arguments.seconds)
+                        except Exception as error:
+                            row = {"model": name, "error": f"{type(error).__name__}: {error}"}
+                            traceback.print_exc()
+                    result["rows"].append(row)
+                    result |= {"seconds": time.monotonic() - started, "build_seconds": dict(builder.seconds)}
+                    arguments.output.mkdir(parents=True, exist_ok=True)
+                    (arguments.output / "models.json").write_text(json.dumps(result, indent=1) + "\n")
+                    table.save(arguments.output)
+                    print(f"{time.monotonic() - started:5.1f} s", _line(row), flush=True)
+                    if "context is lost" in row.get("error", ""):
+                        break
+                report(result, [variant.name for variant in chosen], arguments.output)
+
+
+def plan(
+    package: ModelPackage, chosen: Sequence[Variant], channel_map: ChannelMap, pages: int, rng: np.random.Generator
+) -> dict[str, Share]:
+    """A share for each variant, in pages of the pool."""
+    return {v.name: v.share(channel_map, pages, needed_bytes(package) + _TRANSFER_BYTES, rng) for v in chosen}
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -83,6 +83,27 @@ def test_everything_is_given_back(gpu: Gpu) -> None:
     assert gpu.memory_free() == before
 
 
+def test_a_shadow_page_table_of_the_same_memory_is_made_once(gpu: Gpu) -> None:
+    before = gpu.memory_free()
+    with ColoredPool(gpu, 2) as pool:
+        memory = pool.attach(share("a", range(4, 9), (0, 1)))
+        plain = memory.table_bytes
+        same = ShadowTranslation.of(memory.translation)
+        assert memory.shadow() == memory.shadow()
+        assert memory.table_bytes == plain + same.table().nbytes
+        table = int.from_bytes(memory.shadow()[Field.TABLE : Field.TABLE + 8], "little")
+        assert memory.shadow() == same.constants(memory.base, table=table)
+        stream, got = gpu.create_stream(), gpu.allocate_host(same.table().nbytes)
+        stream.copy_to_host(got, table)
+        stream.synchronize()
+        assert got.array.tobytes() == same.table().tobytes()
+        stream.close()
+        memory.close()
+        with pytest.raises(MisuseError, match="was given back"):
+            memory.shadow()
+    assert gpu.memory_free() == before
+
+
 def test_a_share_that_can_not_be_attached_leaves_nothing(gpu: Gpu) -> None:
     with ColoredPool(gpu, 2) as pool:
         pool.attach(share("a", range(4), (0,)))

@@ -34,11 +34,16 @@ def test_a_table_comes_back_from_its_file(tmp_path: Path) -> None:
     table.note(Form.PAIR, _code(), Placement.ACCESS)
     table.note(Form.SHADOW, _code(), Placement.DEFINITION)
     table.note(Form.SHADOW, _code(), None)
+    table.note_shadowed(Form.PAIR, _code(), True)
+    table.note_shadowed(Form.IN_PAGE, _code(), True)
+    table.note_shadowed(Form.IN_PAGE, _code(), False)
     table.save(tmp_path)
     again = PlacementTable.load("NVIDIA H200", tmp_path)
     assert again.find(Form.PAIR, _code()) is Placement.ACCESS
     assert again.find(Form.SHADOW, _code()) is None
     assert again.find(Form.PAIR, _code().replace("ret", "exit")) is None
+    assert again.is_shadowed(Form.PAIR, _code())
+    assert not again.is_shadowed(Form.IN_PAGE, _code())
 
 
 def test_files_and_lines_make_no_difference() -> None:

@@ -10,7 +10,7 @@ from ptx_cases import SHAPES, source
 
 from missile.compiler import color_worker
 from missile.compiler.color_worker import Task, color, color_all
-from missile.compiler.colored import color_kernels, read_colored, shape_name
+from missile.compiler.colored import color_kernels, colored_kernels, read_colored, shadow_shape, shape_name
 from missile.compiler.package import (
     Buffer,
     BufferKind,
@@ -20,6 +20,7 @@ from missile.compiler.package import (
     PointerArgument,
     TensorSpec,
 )
+from missile.compiler.placements import PlacementTable
 from missile.errors import MisuseError, UnsupportedError
 
 pytest.importorskip("triton", reason="its wheel has the assembler")
@@ -89,3 +90,24 @@ def test_processes_of_their_own_give_the_same_code_and_the_first_refusal(monkeyp
     broken = [replace(task, ptx=task.ptx.replace("ld.global", "ld")) for task in tasks[1:]]
     with pytest.raises(UnsupportedError, match="'gather' can't be colored"):
         color_all([tasks[0], *broken])
+
+
+def test_kernels_that_are_faster_with_a_shadow_page_table_get_one(
+    package: ModelPackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = SHAPES["pair"]
+    table = PlacementTable(package.gpu)
+    table.note_shadowed(shape.form, source("gather"), True)
+    monkeypatch.setattr(PlacementTable, "load", lambda gpu: table)
+    mixed = colored_kernels(package, tmp_path, shape, mixed=True)
+    assert mixed.shadowed == {"gather"}
+    assert (
+        mixed
+        == colored_kernels(package, tmp_path, shape, mixed=True)
+        == read_colored(package, tmp_path, shape, mixed=True)
+    )
+    usual = colored_kernels(package, tmp_path, shape)
+    assert not usual.shadowed
+    assert usual.cubins["add_relu"] == mixed.cubins["add_relu"]
+    shadow = color(Task("gather", source("gather"), shadow_shape(shape), None, "sm_90a"))
+    assert mixed.cubins["gather"] == shadow != usual.cubins["gather"]

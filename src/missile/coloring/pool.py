@@ -12,7 +12,7 @@ import numpy as np
 
 from missile.coloring.shape import LOGICAL_BASE, WINDOW, Escape, Form
 from missile.coloring.shares import Share
-from missile.coloring.translation import Translation
+from missile.coloring.translation import ShadowTranslation, Translation
 from missile.errors import MisuseError, OutOfMemoryError
 from missile.gpu.interface import AddressRange, DeviceBuffer, Fill, Gpu, PhysicalPage
 
@@ -191,6 +191,7 @@ class TenantMemory:
         self.base = span.address + start
         self.escapes = escapes
         self.constants = share.translation.constants(self.base, table=table, escapes=escapes)
+        self._shadow: bytes | None = None
         self.in_use = 0
 
     @property
@@ -215,6 +216,23 @@ class TenantMemory:
     def table_bytes(self) -> int:
         """What the translation takes beside the tenant's own memory: its table in global memory."""
         return sum(buffer.nbytes for buffer in self._owned)
+
+    def shadow(self) -> bytes:
+        """`constants` for kernels of the shadow form that translate as this memory does: they have an entry for every frame.
+
+        The table is made, and brought to the GPU, when it is first asked for; it stays until `close`.
+        """
+        if self._span is None:
+            raise MisuseError(f"The colored memory of tenant {self.tenant!r} was given back.")
+        if self._shadow is None:
+            same = ShadowTranslation.of(self.translation)
+            owned: list[DeviceBuffer] = []
+            with ExitStack() as undo:
+                table = self._pool._upload(same, self.tenant, owned, undo)
+                undo.pop_all()
+            self._owned = (*self._owned, *owned)
+            self._shadow = same.constants(self.base, table=table, escapes=self.escapes)
+        return self._shadow
 
     def check_apart(self, other: Share) -> None:
         """MisuseError when `other` takes memory of this tenant: shares that were not planned together may."""

@@ -33,7 +33,7 @@ class BoundModel:
     Output likewise. weights_address, weights_bytes: the same of the weights, in order of first use (`place_buffers`).
     addresses: of every buffer by id, logical ones in colored memory. nbytes: device memory held.
     operations_at: the plan for weights that lie at another address, all of it. shape: of the translation that the kernels
-    do, None in plain memory.
+    do, None in plain memory; shadowed: those that use a shadow page table instead.
     """
 
     package: ModelPackage
@@ -51,6 +51,7 @@ class BoundModel:
     operations_at: Callable[[int], tuple[Operation, ...]] = field(repr=False)
     _resources: ExitStack = field(repr=False)
     shape: Shape | None = None
+    shadowed: frozenset[str] = frozenset()
 
     def close(self) -> None:
         """Give everything back. Idempotent. The caller has made sure that no work of this model runs."""

@@ -18,7 +18,7 @@ from missile.compiler.mover import STAND_IN, Mover
 from missile.compiler.package import BufferKind, FillStep, ModelPackage
 from missile.compiler.planning import Placement, place_buffers
 from missile.compiler.steps import check_package, launch_of, load_images, load_profiles, works_of
-from missile.errors import OutOfMemoryError
+from missile.errors import MisuseError, OutOfMemoryError
 from missile.gpu.interface import Gpu, HostBuffer, Kernel, Stream
 from missile.gpu.work import KernelWork
 
@@ -32,11 +32,14 @@ def bind_colored(
     memory: TenantMemory,
     *,
     kernels: ColoredKernels | None = None,
+    mixed: bool = False,
 ) -> BoundModel:
     """Load `package` for `memory`'s tenant into its colors. As `bind`, but for what is said here.
 
     kernels: the package's code for the shape of `memory`; None takes what is kept in `directory`, or makes it now. Simulated
-    GPUs need none. The model's operations begin with the inputs' scattering and end with the outputs' gathering.
+    GPUs need none. mixed: kernels that were measured to be faster with a shadow page table use one, which takes up to 1/64
+    of the memory; a model with such kernels can't be made preemptible. The model's operations begin with the inputs'
+    scattering and end with the outputs' gathering.
     OutOfMemoryError saying how much is missing. `memory` stays the caller's.
     """
     check_package(package, directory, gpu)
@@ -49,12 +52,16 @@ def bind_colored(
             buffer = memory.allocate(place.nbytes)
             undo.callback(buffer.free)
             regions[kind] = buffer.address
+        shadowed: frozenset[str] = frozenset()
         if gpu.info.simulated:
             loaded = load_profiles(package, gpu, tenant, undo)
             module = gpu.load_module(STAND_IN, name=tenant)
         else:
             assert directory is not None  # check_package
-            code = colored_kernels(package, directory, memory.translation.shape) if kernels is None else kernels
+            code = kernels or colored_kernels(package, directory, memory.translation.shape, mixed=mixed)
+            if code.shape != memory.translation.shape:
+                raise MisuseError(f"The code of package {package.name!r} is for another shape of translation.")
+            shadowed = code.shadowed
             loaded = load_images(package, code.cubins, gpu, tenant, undo)
             module = gpu.load_module(code.transfer, name=f"{tenant}/transfer")
         undo.callback(module.close)
@@ -75,10 +82,11 @@ def bind_colored(
                 undo.callback(plain.free)
                 ports[kind] = (plain.address, nbytes)
         works = works_of(package, gpu, memory.colors)
+        constants = {k.id: memory.shadow() if k.id in shadowed else memory.constants for k in package.kernels}
 
         def operations_at(weights: int) -> tuple[Operation, ...]:
             addresses = _addresses(places, regions | {BufferKind.WEIGHT: weights})
-            return _operations(package, works, loaded, mover, addresses, regions, ports)
+            return _operations(package, works, loaded, constants, mover, addresses, regions, ports)
 
         operations = operations_at(regions.get(BufferKind.WEIGHT, 0))
         graph = gpu.create_graph(operations)
@@ -100,6 +108,7 @@ def bind_colored(
             operations_at=operations_at,
             _resources=undo.pop_all(),
             shape=memory.translation.shape,
+            shadowed=shadowed,
         )
 
 
@@ -123,12 +132,12 @@ def _operations(
     package: ModelPackage,
     works: tuple[KernelWork | None, ...],
     kernels: Mapping[str, Kernel],
+    constants: Mapping[str, bytes],
     mover: Mover,
     addresses: Mapping[str, int],
     regions: Mapping[BufferKind, int],
     ports: Mapping[BufferKind, tuple[int, int]],
 ) -> tuple[Operation, ...]:
-    trailing = (mover.memory.constants,)
     operations: list[Operation] = []
     if BufferKind.INPUT in ports:
         plain, nbytes = ports[BufferKind.INPUT]
@@ -137,6 +146,7 @@ def _operations(
         if isinstance(step, FillStep):
             operations.append(mover.fill(addresses[step.buffer] + step.offset, step.nbytes, step.value))
         else:
+            trailing = (constants[step.kernel],)
             operations.append(launch_of(step, work, kernels[step.kernel], addresses, trailing))
     if BufferKind.OUTPUT in ports:
         plain, nbytes = ports[BufferKind.OUTPUT]

@@ -11,13 +11,13 @@ import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
 import missile.coloring.shape
-from missile.coloring.shape import Shape
+from missile.coloring.shape import Form, Shape
 from missile.compiler import ptx
 from missile.compiler.color_worker import Task, color, color_all
 from missile.compiler.package import ModelPackage
@@ -35,20 +35,31 @@ __all__ = [
     "colored_kernels",
     "is_colored",
     "read_colored",
+    "shadow_shape",
     "shape_name",
 ]
 
 _TRANSFER = "transfer"
 _VERSION = "version"
+_SHADOWED = "shadowed"
 
 
 @dataclass(frozen=True, slots=True)
 class ColoredKernels:
-    """Code of one package for one shape of translation, of any tenant. cubins: by kernel id."""
+    """Code of one package for one shape of translation, of any tenant. cubins: by kernel id.
+
+    shadowed: kernels whose code is of `shadow_shape(shape)` instead, and takes `TenantMemory.shadow` for constants.
+    """
 
     shape: Shape
     cubins: Mapping[str, bytes]
     transfer: bytes
+    shadowed: frozenset[str] = frozenset()
+
+
+def shadow_shape(shape: Shape) -> Shape:
+    """The shape with a shadow page table that translates as one of `shape` does."""
+    return replace(shape, form=Form.SHADOW, masks=0, page_xors=False)
 
 
 def shape_name(shape: Shape) -> str:
@@ -72,13 +83,15 @@ def color_kernels(
     directory: Path,
     shape: Shape,
     *,
+    mixed: bool = False,
     placement: Placement | None = None,
     executor: Executor | None = None,
     keep: bool = True,
 ) -> ColoredKernels:
     """Rewrite and assemble every kernel of `package`, which lies in `directory`, for `shape`, and keep the code there.
 
-    placement: of translations in all kernels; None takes for each what was measured to be best (`PlacementTable`).
+    mixed: kernels that were measured to be faster with a shadow page table get one. placement: of translations in all
+    kernels; None takes for each what was measured to be best (`PlacementTable` has both).
     executor: who does the work; None for processes on all cores. keep: False leaves the package as it is.
     UnsupportedError naming the kernel that can't be colored; then nothing is kept. Replaces what was kept for the shape.
     """
@@ -101,12 +114,17 @@ def color_kernels(
     (arch,) = targets
     transfer = assemble(transfer_ptx(shape, arch) + fill_entry(shape), arch=arch, name=_TRANSFER)
     best = PlacementTable.load(package.gpu)
-    tasks = [Task(name, text, shape, placement or best.find(shape.form, text), arch) for name, text in sources.items()]
+    shadowed = frozenset(name for name, text in sources.items() if mixed and best.is_shadowed(shape.form, text))
+    tasks = []
+    for name, text in sources.items():
+        own = shadow_shape(shape) if name in shadowed else shape
+        tasks.append(Task(name, text, own, placement or best.find(own.form, text), arch))
     done = color_all(tasks) if executor is None else executor.map(color, tasks)
     cubins = dict(zip(sources, done, strict=True))
+    made = ColoredKernels(shape, cubins, transfer, shadowed)
     if keep:
-        _keep(cubins | {_TRANSFER: transfer}, directory / "colored" / shape_name(shape))
-    return ColoredKernels(shape, cubins, transfer)
+        _keep(made, _folder(directory, shape, mixed))
+    return made
 
 
 def _target(text: str, name: str) -> str:
@@ -117,17 +135,18 @@ def _target(text: str, name: str) -> str:
     return found[1]
 
 
-def colored_kernels(package: ModelPackage, directory: Path, shape: Shape) -> ColoredKernels:
+def colored_kernels(package: ModelPackage, directory: Path, shape: Shape, *, mixed: bool = False) -> ColoredKernels:
     """What is kept for `shape`, made now where there is nothing. Raises what `color_kernels` raises."""
-    if is_colored(directory, shape):
-        return read_colored(package, directory, shape)
-    return color_kernels(package, directory, shape)
+    mixed = mixed and bool(PlacementTable.load(package.gpu).shadowed.get(shape.form))
+    if is_colored(directory, shape, mixed=mixed):
+        return read_colored(package, directory, shape, mixed=mixed)
+    return color_kernels(package, directory, shape, mixed=mixed)
 
 
-def is_colored(directory: Path, shape: Shape) -> bool:
+def is_colored(directory: Path, shape: Shape, *, mixed: bool = False) -> bool:
     """Whether the package in `directory` has code for `shape`, by this version of the translation."""
     try:
-        return (directory / "colored" / shape_name(shape) / _VERSION).read_text() == code_version()
+        return (_folder(directory, shape, mixed) / _VERSION).read_text() == code_version()
     except OSError:
         return False
 
@@ -142,10 +161,10 @@ def code_version() -> str:
     return digest.hexdigest()[:16]
 
 
-def read_colored(package: ModelPackage, directory: Path, shape: Shape) -> ColoredKernels:
+def read_colored(package: ModelPackage, directory: Path, shape: Shape, *, mixed: bool = False) -> ColoredKernels:
     """What `color_kernels` kept. MisuseError when there is none for `shape` or a kernel is missing."""
-    folder = directory / "colored" / shape_name(shape)
-    if not is_colored(directory, shape):
+    folder = _folder(directory, shape, mixed)
+    if not is_colored(directory, shape, mixed=mixed):
         raise MisuseError(
             f"Package {package.name!r} in {directory} was not compiled for colors in the form {folder.name}."
         )
@@ -153,20 +172,26 @@ def read_colored(package: ModelPackage, directory: Path, shape: Shape) -> Colore
         cubins = {
             name: (folder / f"{name}.cubin").read_bytes() for name in (*(k.id for k in package.kernels), _TRANSFER)
         }
+        shadowed = frozenset((folder / _SHADOWED).read_text().split())
     except OSError as error:
         raise MisuseError(f"{error.filename} can't be read: {error.strerror}.") from None
     transfer = cubins.pop(_TRANSFER)
-    return ColoredKernels(shape, cubins, transfer)
+    return ColoredKernels(shape, cubins, transfer, shadowed)
 
 
-def _keep(cubins: Mapping[str, bytes], folder: Path) -> None:
+def _folder(directory: Path, shape: Shape, mixed: bool) -> Path:
+    return directory / "colored" / (shape_name(shape) + ("-mixed" if mixed else ""))
+
+
+def _keep(kernels: ColoredKernels, folder: Path) -> None:
     """Write all files or none."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        for name, cubin in cubins.items():
+        for name, cubin in (*kernels.cubins.items(), (_TRANSFER, kernels.transfer)):
             (part / f"{name}.cubin").write_bytes(cubin)
+        (part / _SHADOWED).write_text("".join(f"{name}\n" for name in sorted(kernels.shadowed)))
         (part / _VERSION).write_text(code_version())
         shutil.rmtree(folder, ignore_errors=True)
         part.replace(folder)

@@ -1,7 +1,7 @@
-"""Which placement of translations each kernel is fastest with, as it was measured: data for `color_kernels`.
+"""Which translations each kernel is fastest with, as it was measured: data for `color_kernels`.
 
 `autotune/colored/GPU.json` has, for each form of translation, the kernels that another placement than the usual one makes
-faster, by a digest of their code.
+faster, and those that a shadow page table of the same memory does, by a digest of their code.
 """
 
 from __future__ import annotations
@@ -34,10 +34,13 @@ def digest(ptx: str) -> str:
 
 @dataclass(slots=True)
 class PlacementTable:
-    """best: placement by form and digest; kernels that are not in it take the usual one."""
+    """best: placement by form and digest; kernels that are not in it take the usual one. shadowed: digests of kernels that
+    are faster with a shadow page table than with the form given.
+    """
 
     gpu: str
     best: dict[Form, dict[str, Placement]] = field(default_factory=dict)
+    shadowed: dict[Form, set[str]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, gpu: str, folder: Path = PLACEMENTS) -> PlacementTable:
@@ -51,7 +54,8 @@ class PlacementTable:
                 Form(form): {key: Placement(value) for key, value in entries.items()}
                 for form, entries in raw["placements"].items()
             }
-            return cls(str(raw["gpu"]), best)
+            shadowed = {Form(form): set(digests) for form, digests in raw["shadowed"].items()}
+            return cls(str(raw["gpu"]), best, shadowed)
         except FileNotFoundError:
             return cls(gpu)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -69,11 +73,21 @@ class PlacementTable:
         else:
             entries[digest(ptx)] = placement
 
+    def is_shadowed(self, form: Form, ptx: str) -> bool:
+        """Whether a kernel of `form` is faster with a shadow page table."""
+        return digest(ptx) in self.shadowed.get(form, ())
+
+    def note_shadowed(self, form: Form, ptx: str, faster: bool) -> None:
+        """Keep what was measured."""
+        digests = self.shadowed.setdefault(form, set())
+        (digests.add if faster else digests.discard)(digest(ptx))
+
     def save(self, folder: Path = PLACEMENTS) -> None:
         """Write the table, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         placements = {str(form): dict(sorted(entries.items())) for form, entries in sorted(self.best.items())}
-        content = {"format": _FORMAT, "gpu": self.gpu, "placements": placements}
+        shadowed = {str(form): sorted(digests) for form, digests in sorted(self.shadowed.items())}
+        content = {"format": _FORMAT, "gpu": self.gpu, "placements": placements, "shadowed": shadowed}
         write_whole(_path(self.gpu, folder), json.dumps(content, indent=1) + "\n")
 
 

@@ -54,6 +54,8 @@ def preempt_model(model: BoundModel, gpu: Gpu, kernels: PreemptibleKernels | Non
     name = model.package.name
     if len(model.operations) > STEPS:
         raise UnsupportedError(f"Package {name!r} has {len(model.operations)} steps; {STEPS} can be preempted.")
+    if model.shadowed:
+        raise UnsupportedError(f"Package {name!r} has kernels of two forms of translation; it can't be preempted.")
     with ExitStack() as undo:
         loaded = _load(model, gpu, kernels, undo)
         control = gpu.create_preempt_control()

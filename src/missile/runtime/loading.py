@@ -186,7 +186,8 @@ def _bind(gpu: Gpu, tenant: Tenant, found: Found, memory: TenantMemory | None) -
         return bind_synthetic(tenant.model, gpu, tenant=tenant.name, memory=memory)
     if memory is None:
         return bind(package, directory, gpu, tenant=tenant.name)
-    return bind_colored(package, directory, gpu, memory)
+    # LS models are not preempted, so that their kernels need not be of one form.
+    return bind_colored(package, directory, gpu, memory, mixed=tenant.latency_sensitive)
 
 
 def _check_limit(tenant: Tenant, package: ModelPackage) -> None:
