@@ -133,7 +133,7 @@ def cold_start(gpu: Gpu, report: Report, repeats: int) -> dict[str, Any]:
 
 
 def cold_models(gpu: Gpu, report: Report, repeats: int) -> dict[str, Any]:
-    """Cold and warm starts of compiled models that displace each other, alone and beside two bulk tenants of the same weight.
+    """Cold and warm starts of compiled models that displace each other, alone and beside two bulk tenants of equal weight.
 
     weights: when the last of them had arrived; whole: when the end of the model was seen; against bytes over the link's rate
     (or the tenant's share of it), and whole also against the longer of that and the warm start: what overlapping can reach.
