@@ -15,7 +15,7 @@ from enum import StrEnum
 
 from missile.compiler.ptx.flow import destinations, registers
 from missile.compiler.ptx.parser import parse
-from missile.compiler.ptx.syntax import Declaration, Function, Instruction, Label, Name, Scope, Vector
+from missile.compiler.ptx.syntax import Function, Instruction, Label, Name, Scope, Vector
 from missile.compiler.ptx.tokens import tokenize
 from missile.errors import InternalError, MisuseError, UnsupportedError
 
@@ -74,7 +74,7 @@ def make_preemptible(
             inserts.append(_parameters(function, head))
             if blocks_per_sm and ".reqntid" in head and ".minnctapersm" not in head:
                 inserts.append((function.body_start - 1, f".minnctapersm {blocks_per_sm}\n"))
-            inserts.append((_behind_declarations(function), _look(_is_line_of_threads(head), look)))
+            inserts.append((function.behind_declarations, _look(_is_line_of_threads(head), look)))
             where, copies = _decision(function, place)
             inserts.append((where, _decide(copies)))
             inserts.append((function.end - 1, _look_closer()))
@@ -261,16 +261,6 @@ def _watched(loop: Iterable[Instruction]) -> frozenset[str]:
 
 def _refusal(function: Function, why: str) -> UnsupportedError:
     return UnsupportedError(f"Kernel {function.name!r} can't be preempted: {why}.")
-
-
-def _behind_declarations(function: Function) -> int:
-    """Behind the declarations that a body starts with."""
-    where = function.body_start
-    for statement in function.body or ():
-        if not isinstance(statement, Declaration):
-            break
-        where = statement.end
-    return where
 
 
 _MOST_HELD = 32  # registers: with more, ptxas was seen to spill or to need so many that fewer blocks fit

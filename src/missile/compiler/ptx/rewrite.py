@@ -15,7 +15,7 @@ from missile.compiler.ptx.edits import Edit, apply, lines
 from missile.compiler.ptx.flow import Flow
 from missile.compiler.ptx.parser import parse
 from missile.compiler.ptx.placing import place_early
-from missile.compiler.ptx.syntax import Declaration, Function, Module, Name
+from missile.compiler.ptx.syntax import Function, Module, Name
 from missile.compiler.ptx.translate import PARAMETER, Emitter, module_declarations, prologue
 from missile.errors import MisuseError, UnsupportedError
 
@@ -121,7 +121,7 @@ def _function(
     edits += made
     head = [*emitter.declarations(), *start, *(prologue(shape) if function.entry and accesses else [])]
     if head:
-        where = _behind_declarations(function)
+        where = function.behind_declarations
         edits.append(Edit(where, where, "\n\t" + "\n\t".join(head)))
     return edits, written
 
@@ -147,13 +147,3 @@ def _condition(access: Access, flow: Flow) -> tuple[str, str]:
     last = instruction.operands[3]
     is_size = isinstance(last, Name) and flow.type_of(last.text)[1:] == "32"
     return guard, last.text if is_size and isinstance(last, Name) else ""
-
-
-def _behind_declarations(function: Function) -> int:
-    """Behind the declarations that a body starts with."""
-    where = function.body_start
-    for statement in function.body or ():
-        if not isinstance(statement, Declaration):
-            break
-        where = statement.end
-    return where

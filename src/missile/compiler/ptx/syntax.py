@@ -175,6 +175,16 @@ class Function:
     parameters_end: int = 0
     listed: bool = False
 
+    @property
+    def behind_declarations(self) -> int:
+        """The place behind the declarations that the body starts with, where more may be added."""
+        where = self.body_start
+        for statement in self.body or ():
+            if not isinstance(statement, Declaration):
+                break
+            where = statement.end
+        return where
+
     def instructions(self) -> tuple[Instruction, ...]:
         """All instructions in the order of the text, those of inner scopes among them."""
         return tuple(s for s in self.flat() if isinstance(s, Instruction))
