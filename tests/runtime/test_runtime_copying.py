@@ -53,6 +53,11 @@ def test_long_copies_go_by_weight_and_class_and_short_ones_stay_in_their_streams
         assert len(plain.tenants[0].arrival) == len(record.tenants[0].arrival)
 
 
+def test_nothing_is_set_up_where_nobody_copies_much_at_once(gpu: Gpu, tenant: Any) -> None:
+    with load_tenants(gpu, [tenant("ls", "LS", "resnet34", rate=1), tenant("be")]) as roster:
+        assert ScheduledCopies.where_needed(gpu, roster.ready) is None
+
+
 def test_an_ls_input_does_not_wait_for_a_long_one(gpu: Gpu, tenant: Any) -> None:
     """The same two copies on streams of their own, where the link is first come first served, and scheduled."""
     long, short = gpu.allocate_host(256 * MIB), gpu.allocate_host(MIB)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Final
 from weakref import WeakKeyDictionary
 
@@ -17,10 +18,13 @@ from missile.pcie.weights import MIB, Share
 from missile.runtime.loading import LoadedTenant
 from missile.runtime.tenant import Tenant
 
-__all__ = ["ScheduledCopies", "link_options", "share_of"]
+__all__ = ["LONG", "ScheduledCopies", "link_options", "share_of"]
 
 _CHUNKS: Final = (MIB, 2 * MIB, 4 * MIB, 16 * MIB)
 _REPEATS: Final = 2
+
+LONG: Final = MIB
+"""A copy of so many bytes holds others up for about 20 us, and may."""
 
 _measured: WeakKeyDictionary[Gpu, EngineOptions] = WeakKeyDictionary()
 
@@ -38,22 +42,18 @@ def share_of(tenant: Tenant) -> Share:
 
 
 class ScheduledCopies(StreamedCopies):
-    """The copies of one run's tenants, with an engine of their own.
+    """The copies of one run's tenants, with an engine of their own; in directions in which somebody's copies are long.
 
-    A direction in which no tenant copies more at once than a chunk beside latency-sensitive tenants is left to the streams:
-    scheduling could not make anybody's wait shorter, and its way through the host costs an output tens of microseconds.
+    Where nobody copies more at once than others would wait for anyway, scheduling could not make a wait shorter, and its way
+    through the host costs an output tens of microseconds: such a direction is left to the streams.
     """
 
     def __init__(self, gpu: Gpu, tenants: Sequence[LoadedTenant]) -> None:
         """After an error nothing is held."""
-        options = link_options(gpu)
-        longest = {
-            Direction.H2D: max((b.nbytes for t in tenants for b in t.inputs), default=0),
-            Direction.D2H: max((b.nbytes for t in tenants for b in t.outputs), default=0),
-        }
-        scheduled = [direction for direction, nbytes in longest.items() if nbytes > options.granularity.short]
+        scheduled = [direction for direction in Direction if _longest(tenants, direction) > LONG]
         with ExitStack() as undo:
-            engine = CopyEngine(gpu, options)
+            # Requests' memory is pinned: no staging.
+            engine = CopyEngine(gpu, replace(link_options(gpu), staging_slots=0))
             undo.callback(engine.close)
             super().__init__(gpu, engine, scheduled)
             undo.callback(super().close)
@@ -61,7 +61,19 @@ class ScheduledCopies(StreamedCopies):
                 self.admit(loaded.tenant.name, share_of(loaded.tenant))
             self._resources = undo.pop_all()
 
+    @classmethod
+    def where_needed(cls, gpu: Gpu, tenants: Sequence[LoadedTenant]) -> ScheduledCopies | None:
+        """None where every direction would be left to the streams."""
+        needed = any(_longest(tenants, direction) > LONG for direction in Direction)
+        return cls(gpu, tenants) if needed else None
+
     def close(self) -> None:
         """Idempotent. Ends the copies that are left; a lost GPU has lost them already."""
         with suppress(GpuError):
             self._resources.close()
+
+
+def _longest(tenants: Sequence[LoadedTenant], direction: Direction) -> int:
+    """Bytes of the longest copy of any request."""
+    sides = (t.inputs if direction is Direction.H2D else t.outputs for t in tenants)
+    return max((buffer.nbytes for side in sides for buffer in side), default=0)

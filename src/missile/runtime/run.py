@@ -98,7 +98,7 @@ def _run(
     if not ready:
         return _nothing_ran(gpu, roster, name or policy.name, seed, span)
     layout = policy.setup([loaded.tenant for loaded in ready], gpu.info)
-    copies = ScheduledCopies(gpu, ready) if getattr(policy, "copies", False) else None
+    copies = ScheduledCopies.where_needed(gpu, ready) if getattr(policy, "copies", False) else None
     stage = Stage(gpu, ready, layout, copies)
     fault: GpuError | None = None
     try:
