@@ -18,6 +18,7 @@ from missile.compiler.ptx.translate import Emitter, Parts
 
 __all__ = ["place_early"]
 
+_SUMS = 4
 _KINDS = {"b16": "h", "b32": "w", "b64": "d", "pred": "q"}
 
 
@@ -145,10 +146,17 @@ class _Placing:
         last = [self._emitter.take("w") for _ in lookups]
         # No table is so long that it has an entry -1.
         self._head += [f"mov.b32 {register}, -1;" for register in last]
-        code = [f"setp.ne.u32 {other}, {lookups[0].key}, {last[0]};"]
-        for parts, before in zip(lookups[1:], last[1:], strict=True):
-            code.append(f"setp.ne.or.u32 {other}, {parts.key}, {before}, {other};")
-        code.append(f"@!{other} bra {skip};")
+        code: list[str] = []
+        sums: list[str] = []  # several, so that they don't wait for each other
+        for index, (parts, before) in enumerate(zip(lookups, last, strict=True)):
+            change = self._emitter.take("w")
+            code.append(f"xor.b32 {change}, {parts.key}, {before};")
+            if index < _SUMS:
+                sums.append(change)
+            else:
+                code.append(f"or.b32 {sums[index % _SUMS]}, {sums[index % _SUMS]}, {change};")
+        code += [f"or.b32 {sums[0]}, {sums[0]}, {change};" for change in sums[1:]]
+        code += [f"setp.ne.u32 {other}, {sums[0]}, 0;", f"@!{other} bra {skip};"]
         for parts, before in zip(lookups, last, strict=True):
             code += [*parts.lookup, f"mov.b32 {before}, {parts.key};"]
         return [*code, f"{skip}:"]
