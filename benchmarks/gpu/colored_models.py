@@ -513,8 +513,9 @@ def main() -> None:
     table = PlacementTable.load(channel_map.gpu)
     result: dict[str, Any] = {"stand_in_weights": True, "map": channel_map.gpu, "rows": []}
     with Builder(packages) as builder:
-        shares = {name: plan(package, chosen, channel_map, rng) for name, (package, _) in packages.items()}
-        for name in packages:
+        shares = {}
+        for name, (package, _) in packages.items():
+            shares[name] = plan(package, chosen, channel_map, rng)
             for variant in chosen:
                 shape = shares[name][variant.name].translation.shape
                 builder.ask(name, shape)
