@@ -515,7 +515,9 @@ def main() -> None:
     with Builder(packages) as builder:
         shares = {}
         for name, (package, _) in packages.items():
+            begin = time.perf_counter()
             shares[name] = plan(package, chosen, channel_map, rng)
+            result.setdefault("plan_seconds", {})[name] = time.perf_counter() - begin
             for variant in chosen:
                 shape = shares[name][variant.name].translation.shape
                 builder.ask(name, shape)
