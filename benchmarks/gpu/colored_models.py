@@ -12,255 +12,38 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import multiprocessing
-import os
-import re
-import statistics
 import time
 import traceback
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from colored_models_code import Builder, Variant, plan, variants
+from colored_models_measure import Contents, Timer, startup, transfer_speed
+from colored_models_report import line, report
 
-from missile.coloring.halves import find_halves
 from missile.coloring.pool import ColoredPool, TenantMemory
-from missile.coloring.shape import Form, Shape, TableSpace
-from missile.coloring.shares import Demand, Share, plan_shares
+from missile.coloring.shares import Share
 from missile.compiler.bind import BoundModel, bind
 from missile.compiler.bind_colored import bind_colored
 from missile.compiler.colored import (
     ColoredKernels,
-    color_kernels,
-    colored_kernels,
-    is_colored,
-    read_colored,
     shadow_shape,
     shape_name,
 )
 from missile.compiler.mover import Mover
 from missile.compiler.package import BufferKind, KernelStep, ModelPackage, read_package
 from missile.compiler.placements import PlacementTable
-from missile.compiler.planning import needed_bytes, place_buffers
+from missile.compiler.planning import needed_bytes
 from missile.compiler.profile import measure_steps
-from missile.compiler.ptx.assemble import assemble
-from missile.compiler.ptx.rewrite import Placement, rewrite
+from missile.compiler.ptx.rewrite import Placement
 from missile.gpu import open_gpu
-from missile.gpu.interface import Copy, Fill, Gpu, Graph, Launch, Stream
-from missile.probe import map_for
+from missile.gpu.interface import Gpu, Launch
 from missile.probe.channel_map import ChannelMap
 from missile.probe.map_file import read_map
-from missile.runtime.coloring import ColoredTenants, Coloring
-
-_BATCH = 10  # launches between two waits
-_ROUNDS = 5
-_TRANSFER_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class Variant:
-    """all_colors: the tenant has every color; else half of them, chosen at random where the form lets one choose.
-    mixed: each kernel has what is fastest with it, of the usual code, lookups kept in loops, and a shadow page table of the
-    same memory; measured first.
-    """
-
-    name: str
-    form: Form
-    space: TableSpace = TableSpace.SHARED
-    all_colors: bool = False
-    mixed: bool = False
-    timed: bool = True
-
-    def share(self, channel_map: ChannelMap, pages: int, nbytes: int, rng: np.random.Generator) -> Share:
-        colors = tuple(range(len(channel_map.colors)))
-        if not self.all_colors:
-            halves = find_halves(channel_map)
-            if self.form is Form.PAIR and halves is not None:
-                colors = halves.sets[int(rng.integers(2))]
-            else:
-                colors = tuple(rng.permutation(len(colors))[: len(colors) // 2].tolist())
-        demand = Demand("tenant", colors, nbytes)
-        return plan_shares(
-            channel_map, self._pages(channel_map, pages, rng), [demand], form=self.form, space=self.space
-        )[0]
-
-    def _pages(self, channel_map: ChannelMap, pages: int, rng: np.random.Generator) -> Any:
-        """Constants of made-up pages: all alike for a table of one page, else of every kind that the map knows."""
-        model = channel_map.model
-        limits = (1, 1, 1) if self.form is Form.IN_PAGE else (len(model.patterns), 64, len(model.permutations))
-        return np.stack([rng.integers(0, limit, pages) for limit in limits], axis=1)
-
-
-def variants() -> dict[str, Variant]:
-    found = []
-    for all_colors, what in ((False, "half"), (True, "all")):
-        found.append(Variant(f"pair-{what}", Form.PAIR, all_colors=all_colors))
-        found.append(Variant(f"pair-{what}-mixed", Form.PAIR, all_colors=all_colors, mixed=True))
-        found += [Variant(f"in-page-{s}-{what}", Form.IN_PAGE, s, all_colors) for s in TableSpace]
-        found.append(Variant(f"shadow-{what}", Form.SHADOW, all_colors=all_colors))
-    return {variant.name: variant for variant in found}
-
-
-class Builder:
-    """Colored code, made by all cores but one while the GPU measures what is there already. Use it in a `with`."""
-
-    def __init__(self, packages: dict[str, tuple[ModelPackage, Path]]) -> None:
-        self._packages = packages
-        self._workers = ProcessPoolExecutor(max((os.cpu_count() or 2) - 1, 1), multiprocessing.get_context("spawn"))
-        self._threads = ThreadPoolExecutor(2)  # so that code is made about in the order that it was asked for
-        self._pending: dict[tuple[str, Shape], Future[ColoredKernels]] = {}
-        self._kept: dict[tuple[str, Shape], list[Future[bytes]]] = {}
-        self.seconds: dict[str, float] = {}
-
-    def ask(self, name: str, shape: Shape) -> None:
-        if (name, shape) not in self._pending:
-            self._pending[name, shape] = self._threads.submit(self._make, name, shape)
-
-    def ask_kept(self, name: str, shape: Shape) -> None:
-        """Also code that keeps lookups in loops."""
-        package, directory = self._packages[name]
-        sources = ((k.id, (directory / "kernels" / f"{k.id}.ptx").read_text()) for k in package.kernels)
-        self._kept[name, shape] = [self._workers.submit(kept, text, shape, key) for key, text in sources]
-
-    def code(self, name: str, shape: Shape) -> ColoredKernels:
-        return self._pending[name, shape].result()
-
-    def kept(self, name: str, shape: Shape) -> dict[str, bytes]:
-        """By kernel, for those that it makes a difference to."""
-        kernels = self._packages[name][0].kernels
-        made = (future.result() for future in self._kept[name, shape])
-        return {kernel.id: cubin for kernel, cubin in zip(kernels, made, strict=True) if cubin}
-
-    def _make(self, name: str, shape: Shape) -> ColoredKernels:
-        package, directory = self._packages[name]
-        if is_colored(directory, shape):
-            return read_colored(package, directory, shape)
-        begin = time.perf_counter()
-        made = color_kernels(package, directory, shape, executor=self._workers)
-        self.seconds[f"{name} {shape.form}"] = round(time.perf_counter() - begin, 2)
-        return made
-
-    def __enter__(self) -> Builder:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._threads.shutdown(cancel_futures=True)
-        self._workers.shutdown(cancel_futures=True)
-
-
-def kept(ptx: str, shape: Shape, name: str) -> bytes:
-    """The cubin of a kernel that keeps lookups in loops; nothing where that is the usual code. For other processes."""
-    text = rewrite(ptx, shape, name=name, placement=Placement.KEPT).ptx
-    if text == rewrite(ptx, shape, name=name).ptx:
-        return b""
-    found = re.search(r"\.target\s+(\w+)", ptx)
-    return assemble(text, arch=found[1] if found else "", name=name)
-
-
-class Timer:
-    """Durations of one graph's launches, ns."""
-
-    def __init__(self, gpu: Gpu, stream: Stream) -> None:
-        self._stream = stream
-        self._events = [(gpu.create_event(), gpu.create_event()) for _ in range(_BATCH)]
-
-    def batch(self, graph: Graph) -> list[int]:
-        for start, end in self._events:
-            self._stream.record(start)
-            self._stream.launch_graph(graph)
-            self._stream.record(end)
-        self._stream.synchronize()
-        return [end.time_ns() - start.time_ns() for start, end in self._events]
-
-    def by_turns(self, graphs: dict[str, Graph]) -> dict[str, float]:
-        """Median duration of each."""
-        taken: dict[str, list[int]] = {name: [] for name in graphs}
-        for graph in graphs.values():
-            self.batch(graph)
-        for _ in range(_ROUNDS):
-            for name, graph in graphs.items():
-                taken[name] += self.batch(graph)
-        return {name: statistics.median(times) for name, times in taken.items()}
-
-
-class Contents:
-    """What a run left in a model's memory: scratch, state and output, by kind."""
-
-    def __init__(self, gpu: Gpu, stream: Stream, package: ModelPackage) -> None:
-        self._gpu, self._stream, self._package = gpu, stream, package
-        self._places = place_buffers(package)
-        kinds = (BufferKind.SCRATCH, BufferKind.STATE, BufferKind.OUTPUT)
-        self.regions = {kind: self._places[kind].nbytes for kind in kinds if kind in self._places}
-        self._host = gpu.allocate_host(max(self.regions.values()), tenant="check")
-        self._input = gpu.allocate_host(max(package.input_bytes * 2, 1 << 20), tenant="check")
-        view = self._input.array
-        view[:] = 0
-        if all(spec.dtype in ("float16", "torch.float16") for spec in package.inputs):
-            noise = np.random.default_rng(0).standard_normal(view.nbytes // 2, dtype=np.float32).astype(np.float16)
-            view[:] = noise.view(np.uint8)
-
-    def base(self, model: BoundModel, kind: BufferKind) -> int:
-        name, offset = next(iter(self._places[kind].offsets.items()))
-        return model.addresses[name] - offset
-
-    def run(self, model: BoundModel, mover: Mover | None) -> dict[BufferKind, Any]:
-        """The same input on cleared scratch; call it on a model that has not run yet."""
-        stream = self._stream
-        if BufferKind.SCRATCH in self.regions:
-            base, nbytes = self.base(model, BufferKind.SCRATCH), self.regions[BufferKind.SCRATCH]
-            stream.launch(Fill(base, nbytes) if mover is None else mover.fill(base, nbytes, 0))
-        if model.input_bytes:
-            stream.copy_to_device(model.input_address, self._input, nbytes=model.input_bytes)
-        stream.launch_graph(model.graph)
-        stream.synchronize()
-        found = {}
-        for kind, nbytes in self.regions.items():
-            if kind is BufferKind.OUTPUT:  # as it leaves
-                stream.copy_to_host(self._host, model.output_address, nbytes=model.output_bytes)
-                nbytes = model.output_bytes
-            elif mover is None:
-                stream.copy_to_host(self._host, self.base(model, kind), nbytes=nbytes)
-            else:
-                plain = self._gpu.allocate(nbytes, tenant="check")
-                stream.launch(mover.gather(plain.address, self.base(model, kind), nbytes))
-                stream.copy_to_host(self._host, plain.address, nbytes=nbytes)
-                stream.synchronize()
-                plain.free()
-            stream.synchronize()
-            found[kind] = self._host.array[:nbytes].copy()
-        return found
-
-    def close(self) -> None:
-        self._host.free()
-        self._input.free()
-
-
-def transfer_speed(gpu: Gpu, timer: Timer, mover: Mover, memory: TenantMemory) -> dict[str, float]:
-    """Bytes moved per second by the scatter and the gather kernel, and by the driver's copy in plain memory."""
-    nbytes = min(_TRANSFER_BYTES, memory.limit - memory.in_use)
-    if nbytes < 1 << 20:
-        return {}
-    logical, plain = memory.allocate(nbytes), gpu.allocate(nbytes, tenant="check")
-    out = {}
-    other = gpu.allocate(nbytes, tenant="check")
-    for name, operation in (
-        ("scatter", mover.scatter(plain.address, logical.address, nbytes)),
-        ("gather", mover.gather(plain.address, logical.address, nbytes)),
-        ("copy", Copy(other.address, plain.address, nbytes)),
-    ):
-        graph = gpu.create_graph([operation])
-        timer.batch(graph)
-        out[f"{name}_bytes_per_s"] = nbytes / statistics.median(timer.batch(graph)) * 1e9
-        graph.close()
-    logical.free()
-    plain.free()
-    other.free()
-    return out
 
 
 def kind_of(kernel: str) -> str:
@@ -448,36 +231,6 @@ class ModelRun:
         }
 
 
-def startup(gpu: Gpu, channel_map: ChannelMap, packages: dict[str, tuple[ModelPackage, Path]]) -> dict[str, Any]:
-    """Seconds until the largest of the models runs in one half of the colors: map verified, pages classified, weights in."""
-    package, directory = max(packages.values(), key=lambda entry: needed_bytes(entry[0]))
-    clock = time.perf_counter
-    marks = [clock()]
-    verified = map_for(gpu, known=channel_map)
-    marks.append(clock())
-    halves = find_halves(verified)
-    assert halves is not None
-    coloring = Coloring(verified, {"tenant": halves.sets[0]})
-    with ColoredTenants(gpu, coloring, [Demand("tenant", halves.sets[0], needed_bytes(package))]) as tenants:
-        marks.append(clock())
-        memory = tenants.memories["tenant"]
-        code = colored_kernels(package, directory, memory.translation.shape)
-        marks.append(clock())
-        bind_colored(package, directory, gpu, memory, kernels=code).close()
-        marks.append(clock())
-        names = ("map", "memory", "code", "bind")
-        return {
-            "model": package.name,
-            "bytes": needed_bytes(package),
-            "weight_bytes": package.weight_bytes,
-            "pages": tenants.pages,
-            "form": str(memory.translation.shape.form),
-            "table_bytes": memory.table_bytes,
-            "same_chip": verified.uuid == channel_map.uuid,
-            "seconds": dict(zip(names, np.diff(marks).tolist(), strict=True)),
-        }
-
-
 def _compare(got: dict[BufferKind, Any], expected: dict[BufferKind, Any]) -> dict[BufferKind, bool]:
     return {kind: bool(np.array_equal(got[kind], expected[kind])) for kind in expected}
 
@@ -553,92 +306,12 @@ def main() -> None:
                     result |= {"seconds": time.monotonic() - started, "build_seconds": dict(builder.seconds)}
                     arguments.output.mkdir(parents=True, exist_ok=True)
                     table.save(arguments.output)
-                    print(f"{time.monotonic() - started:5.1f} s", _line(row), flush=True)
+                    print(f"{time.monotonic() - started:5.1f} s", line(row), flush=True)
                     report(result, [variant.name for variant in chosen], arguments.output)
                     if "context is lost" in row.get("error", ""):
                         break
             for name, found in result["mean"].items():
                 print(f"{name:24s}", json.dumps(found), flush=True)
-
-
-def plan(
-    package: ModelPackage, chosen: Sequence[Variant], channel_map: ChannelMap, rng: np.random.Generator
-) -> dict[str, Share]:
-    """A share for each variant, in the first pages of the pool."""
-    shares = {}
-    for variant in chosen:
-        nbytes = needed_bytes(package) * (2 if variant.mixed else 1) + _TRANSFER_BYTES
-        shares[variant.name] = variant.share(channel_map, pages_for(nbytes, channel_map), nbytes, rng)
-    return shares
-
-
-def pages_for(nbytes: int, channel_map: ChannelMap) -> int:
-    """Enough of them, with half of the colors; some colors have fewer slices."""
-    return math.ceil(nbytes / 0.45 / channel_map.page_bytes) + 8
-
-
-def _line(row: dict[str, Any]) -> str:
-    cells = [
-        f"{name} {v['ratio']:.3f} ({v['ratio_kernels']:.3f}){'' if v['same_bits'] else ' WRONG'}"
-        if "ratio" in v
-        else f"{name} {'same' if v.get('same_bits') else v.get('error', 'WRONG')}"
-        for name, v in row.get("variants", {}).items()
-    ]
-    return f"{row['model']:20s} {row.get('error', '')}" + "; ".join(cells)
-
-
-def table(result: dict[str, Any], names: Sequence[str]) -> str:
-    """The result in Markdown: ratios by model, and by class of kernel."""
-    lines = [f"| model | batch | plain, us | {' | '.join(names)} |", "| --- | ---: | ---: |" + " ---: |" * len(names)]
-    for row in result["rows"]:
-        found = row.get("variants", {})
-        plain = next((v["plain_ns"] for v in found.values() if "plain_ns" in v), math.nan)
-        cells = [_cell(found.get(name, {})) for name in names]
-        lines.append(f"| {row['model']} | {row.get('batch', '')} | {plain / 1e3:.0f} | {' | '.join(cells)} |")
-    means = [f"{result['mean'][name]['ratio']:.3f}" for name in names]
-    lines += [f"| geometric mean | | | {' | '.join(means)} |", ""]
-    kinds = sorted({kind for name in names for kind in result["mean"][name]["classes"]})
-    if kinds:
-        lines += [f"| class of kernel | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
-        for kind in kinds:
-            values = [result["mean"][name]["classes"].get(kind, math.nan) for name in names]
-            lines.append(f"| {kind} | {' | '.join(f'{value:.3f}' for value in values)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(found: dict[str, Any]) -> str:
-    if "ratio" not in found:
-        return "-"
-    return f"{found['ratio']:.3f}" + ("" if found["same_bits"] else " WRONG")
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
-
-
-def report(result: dict[str, Any], names: Sequence[str], output: Path) -> None:
-    """Geometric means over the models, as a whole and by class of kernel; written to `output` with the rest."""
-    result["mean"] = {}
-    for name in names:
-        rows = [row["variants"][name] for row in result["rows"] if "ratio" in row.get("variants", {}).get(name, {})]
-        classes = sorted({kind for row in rows for kind in row["classes"].get("ns", {})})
-        by_class = {
-            kind: _mean([r["classes"]["ns"][kind]["ratio"] for r in rows if kind in r["classes"].get("ns", {})])
-            for kind in classes
-        }
-        same = [bool(row.get("variants", {}).get(name, {}).get("same_bits")) for row in result["rows"]]
-        result["mean"][name] = {"models": len(same), "same_bits": sum(same)}
-        if rows:
-            result["mean"][name] |= {
-                "timed": len(rows),
-                "ratio": _mean([row["ratio"] for row in rows]),
-                "ratio_kernels": _mean([row["ratio_kernels"] for row in rows]),
-                "ratio_usual": _mean([row.get("ratio_usual", row["ratio"]) for row in rows]),
-                "worst": max(row["ratio"] for row in rows),
-                "classes": by_class,
-            }
-    (output / "models.json").write_text(json.dumps(result, indent=1) + "\n")
-    (output / "models.md").write_text(table(result, [name for name in names if "ratio" in result["mean"][name]]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,149 @@
+"""Which colored code the benchmark of whole models runs, and who makes it while the GPU is busy."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import re
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from missile.coloring.halves import find_halves
+from missile.coloring.shape import Form, Shape, TableSpace
+from missile.coloring.shares import Demand, Share, plan_shares
+from missile.compiler.colored import (
+    ColoredKernels,
+    color_kernels,
+    is_colored,
+    read_colored,
+)
+from missile.compiler.package import ModelPackage
+from missile.compiler.planning import needed_bytes
+from missile.compiler.ptx.assemble import assemble
+from missile.compiler.ptx.rewrite import Placement, rewrite
+from missile.probe.channel_map import ChannelMap
+
+TRANSFER_BYTES = 64 << 20  # that speed is measured with
+
+
+@dataclass(frozen=True)
+class Variant:
+    """all_colors: the tenant has every color; else half of them, chosen at random where the form lets one choose.
+    mixed: each kernel has what is fastest with it, of the usual code, lookups kept in loops, and a shadow page table of the
+    same memory; measured first.
+    """
+
+    name: str
+    form: Form
+    space: TableSpace = TableSpace.SHARED
+    all_colors: bool = False
+    mixed: bool = False
+    timed: bool = True
+
+    def share(self, channel_map: ChannelMap, pages: int, nbytes: int, rng: np.random.Generator) -> Share:
+        colors = tuple(range(len(channel_map.colors)))
+        if not self.all_colors:
+            halves = find_halves(channel_map)
+            if self.form is Form.PAIR and halves is not None:
+                colors = halves.sets[int(rng.integers(2))]
+            else:
+                colors = tuple(rng.permutation(len(colors))[: len(colors) // 2].tolist())
+        demand = Demand("tenant", colors, nbytes)
+        return plan_shares(
+            channel_map, self._pages(channel_map, pages, rng), [demand], form=self.form, space=self.space
+        )[0]
+
+    def _pages(self, channel_map: ChannelMap, pages: int, rng: np.random.Generator) -> Any:
+        """Constants of made-up pages: all alike for a table of one page, else of every kind that the map knows."""
+        model = channel_map.model
+        limits = (1, 1, 1) if self.form is Form.IN_PAGE else (len(model.patterns), 64, len(model.permutations))
+        return np.stack([rng.integers(0, limit, pages) for limit in limits], axis=1)
+
+
+def variants() -> dict[str, Variant]:
+    found = []
+    for all_colors, what in ((False, "half"), (True, "all")):
+        found.append(Variant(f"pair-{what}", Form.PAIR, all_colors=all_colors))
+        found.append(Variant(f"pair-{what}-mixed", Form.PAIR, all_colors=all_colors, mixed=True))
+        found += [Variant(f"in-page-{s}-{what}", Form.IN_PAGE, s, all_colors) for s in TableSpace]
+        found.append(Variant(f"shadow-{what}", Form.SHADOW, all_colors=all_colors))
+    return {variant.name: variant for variant in found}
+
+
+class Builder:
+    """Colored code, made by all cores but one while the GPU measures what is there already. Use it in a `with`."""
+
+    def __init__(self, packages: dict[str, tuple[ModelPackage, Path]]) -> None:
+        self._packages = packages
+        self._workers = ProcessPoolExecutor(max((os.cpu_count() or 2) - 1, 1), multiprocessing.get_context("spawn"))
+        self._threads = ThreadPoolExecutor(2)  # so that code is made about in the order that it was asked for
+        self._pending: dict[tuple[str, Shape], Future[ColoredKernels]] = {}
+        self._kept: dict[tuple[str, Shape], list[Future[bytes]]] = {}
+        self.seconds: dict[str, float] = {}
+
+    def ask(self, name: str, shape: Shape) -> None:
+        if (name, shape) not in self._pending:
+            self._pending[name, shape] = self._threads.submit(self._make, name, shape)
+
+    def ask_kept(self, name: str, shape: Shape) -> None:
+        """Also code that keeps lookups in loops."""
+        package, directory = self._packages[name]
+        sources = ((k.id, (directory / "kernels" / f"{k.id}.ptx").read_text()) for k in package.kernels)
+        self._kept[name, shape] = [self._workers.submit(kept, text, shape, key) for key, text in sources]
+
+    def code(self, name: str, shape: Shape) -> ColoredKernels:
+        return self._pending[name, shape].result()
+
+    def kept(self, name: str, shape: Shape) -> dict[str, bytes]:
+        """By kernel, for those that it makes a difference to."""
+        kernels = self._packages[name][0].kernels
+        made = (future.result() for future in self._kept[name, shape])
+        return {kernel.id: cubin for kernel, cubin in zip(kernels, made, strict=True) if cubin}
+
+    def _make(self, name: str, shape: Shape) -> ColoredKernels:
+        package, directory = self._packages[name]
+        if is_colored(directory, shape):
+            return read_colored(package, directory, shape)
+        begin = time.perf_counter()
+        made = color_kernels(package, directory, shape, executor=self._workers)
+        self.seconds[f"{name} {shape.form}"] = round(time.perf_counter() - begin, 2)
+        return made
+
+    def __enter__(self) -> Builder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        self._workers.shutdown(cancel_futures=True)
+
+
+def kept(ptx: str, shape: Shape, name: str) -> bytes:
+    """The cubin of a kernel that keeps lookups in loops; nothing where that is the usual code. For other processes."""
+    text = rewrite(ptx, shape, name=name, placement=Placement.KEPT).ptx
+    if text == rewrite(ptx, shape, name=name).ptx:
+        return b""
+    found = re.search(r"\.target\s+(\w+)", ptx)
+    return assemble(text, arch=found[1] if found else "", name=name)
+
+
+def plan(
+    package: ModelPackage, chosen: Sequence[Variant], channel_map: ChannelMap, rng: np.random.Generator
+) -> dict[str, Share]:
+    """A share for each variant, in the first pages of the pool."""
+    shares = {}
+    for variant in chosen:
+        nbytes = needed_bytes(package) * (2 if variant.mixed else 1) + TRANSFER_BYTES
+        shares[variant.name] = variant.share(channel_map, pages_for(nbytes, channel_map), nbytes, rng)
+    return shares
+
+
+def pages_for(nbytes: int, channel_map: ChannelMap) -> int:
+    """Enough of them, with half of the colors; some colors have fewer slices."""
+    return math.ceil(nbytes / 0.45 / channel_map.page_bytes) + 8
