@@ -90,25 +90,6 @@ def test_a_late_decision_comes_behind_loads_but_not_behind_those_that_other_data
     assert "wait_all" not in make_preemptible(copying)
 
 
-def test_many_loads_are_not_held_for_a_late_decision() -> None:
-    def loading(count: int) -> str:
-        return (
-            "\n".join(f"ld.global.v4.b32 {{%r1,%r2,%r3,%r4}}, [%rd1+{16 * n}];" for n in range(count)) + "\nbar.sync 0;"
-        )
-
-    for count, early in ((8, False), (9, True)):
-        text = make_preemptible(entry(loading(count)), place=Place.LATE)
-        assert (text.index("bar.red") < text.index("[%rd1+0]")) is early
-
-
-def test_as_many_blocks_fit_as_before() -> None:
-    text = make_preemptible(entry("", tuning=".reqntid 128"), blocks_per_sm=9)
-    assert ".minnctapersm 9" in text
-    assert parse(text).functions[-1].name == "k"
-    for tuning in ("", ".reqntid 128 .minnctapersm 2"):
-        assert ".minnctapersm 9" not in make_preemptible(entry("", tuning=tuning), blocks_per_sm=9)
-
-
 def test_entries_without_parameters_get_a_list() -> None:
     for text in (entry("", parameters=""), entry("").replace("(.param .u64 p)", "")):
         function = parse(make_preemptible(text)).functions[-1]

@@ -30,8 +30,7 @@ _FEWEST = 4  # kernels: a process takes longer to start than fewer take to compi
 class Task:
     """A kernel's PTX to be colored and made preemptible, or one of the two. arch: the GPU that it is for.
 
-    shape: None for plain memory; placement: None for the usual one; preempt: how, None where not; blocks_per_sm: how many
-    preemptible ones have to fit, 0 for no matter.
+    shape: None for plain memory; placement: None for the usual one; preempt: how, None where not.
     """
 
     name: str
@@ -40,7 +39,6 @@ class Task:
     placement: Placement | None
     arch: str
     preempt: tuple[Look, Place] | None = None
-    blocks_per_sm: int = 0
 
 
 def color(task: Task) -> bytes:
@@ -51,7 +49,7 @@ def color(task: Task) -> bytes:
         text = rewrite(text, task.shape, name=task.name, **options).ptx
     if task.preempt is not None:
         look, place = task.preempt
-        text = make_preemptible(text, name=task.name, look=look, place=place, blocks_per_sm=task.blocks_per_sm)
+        text = make_preemptible(text, name=task.name, look=look, place=place)
     return assemble(text, arch=task.arch, name=task.name)
 
 

@@ -80,12 +80,6 @@ def build_preemptible(
     """
     chosen = decision_places(package) if places is None else places
     best = PlacementTable.load(package.gpu)
-    # A register more can mean a block less. Colored kernels are others than those that were profiled.
-    occupancy = {
-        step.kernel: step.profile.blocks_per_sm
-        for step in package.steps
-        if isinstance(step, KernelStep) and step.profile is not None
-    }
     tasks = []
     for image in package.kernels:
         path = directory / "kernels" / f"{image.id}.ptx"
@@ -97,8 +91,7 @@ def build_preemptible(
             ) from None
         placement = None if shape is None else best.find(shape.form, text)
         preempt = look, chosen.get(image.id, Place.EARLY)
-        fitting = occupancy.get(image.id, 0) if shape is None else 0
-        tasks.append(Task(image.id, text, shape, placement, _target(text), preempt, fitting))
+        tasks.append(Task(image.id, text, shape, placement, _target(text), preempt))
     done = color_all(tasks) if executor is None else executor.map(color, tasks)
     cubins = dict(zip((task.name for task in tasks), done, strict=True))
     transfer = b""

@@ -43,7 +43,7 @@ class Place(StrEnum):
     """Where in a kernel a block decides."""
 
     EARLY = "early"  # before its first access to memory: a block that leaves has cost nothing
-    LATE = "late"  # behind its first loads, whose latency hides that of the look; early where they fill many registers
+    LATE = "late"  # behind its first loads, whose latency hides that of the look: for kernels that load little
 
 
 def arguments(control: int, marks: int, step: int) -> tuple[bytes, bytes, bytes]:
@@ -51,12 +51,9 @@ def arguments(control: int, marks: int, step: int) -> tuple[bytes, bytes, bytes]
     return struct.pack("<Q", control), struct.pack("<Q", marks), struct.pack("<I", step + 1)
 
 
-def make_preemptible(
-    source: str, *, name: str = "", look: Look = Look.FRESH, place: Place = Place.EARLY, blocks_per_sm: int = 0
-) -> str:
+def make_preemptible(source: str, *, name: str = "", look: Look = Look.FRESH, place: Place = Place.EARLY) -> str:
     """The PTX text `source` with every entry made preemptible. What is not added stays as it was, byte for byte.
 
-    blocks_per_sm: how many blocks have to fit on an SM all the same, whatever registers the check takes; 0: no matter.
     UnsupportedError naming the kernel where a block may wait for others (clusters, spinning on memory, dependent
     launches): some of them might have left. MisuseError for PTX that was made preemptible already.
     """
@@ -72,8 +69,6 @@ def make_preemptible(
             head = source[function.start : function.body_start]
             _refuse_clusters(function, head)
             inserts.append(_parameters(function, head))
-            if blocks_per_sm and ".reqntid" in head and ".minnctapersm" not in head:
-                inserts.append((function.body_start - 1, f".minnctapersm {blocks_per_sm}\n"))
             inserts.append((function.behind_declarations, _look(_is_line_of_threads(head), look)))
             where, copies = _decision(function, place)
             inserts.append((where, _decide(copies)))
@@ -263,14 +258,11 @@ def _refusal(function: Function, why: str) -> UnsupportedError:
     return UnsupportedError(f"Kernel {function.name!r} can't be preempted: {why}.")
 
 
-_MOST_HELD = 32  # registers: with more, ptxas was seen to spill or to need so many that fewer blocks fit
-
-
 def _decision(function: Function, place: Place) -> tuple[int, bool]:
     """Where in the text's straight beginning to decide, and whether asynchronous copies have been started there.
 
     The beginning ends where anything happens but arithmetic and loads. What comes before the decision overlaps with the
-    load of the control; but what has been loaded must stay in registers, where few blocks' worth may fit.
+    load of the control.
     """
     targets = {
         operand.text
@@ -279,7 +271,7 @@ def _decision(function: Function, place: Place) -> tuple[int, bool]:
         if instruction.root == "bra" and isinstance(operand, Name)
     }
     behind_loads = 0
-    copies, held = False, 0
+    copies = False
     loaded: set[str] = set()
     for statement in function.body or ():
         ends = isinstance(statement, Scope) or (isinstance(statement, Label) and statement.name in targets)
@@ -290,13 +282,10 @@ def _decision(function: Function, place: Place) -> tuple[int, bool]:
                 if not ends:
                     behind_loads = statement.end
                     copies = copies or statement.root == "cp"
-                    held += len(destinations(statement)) if statement.root == "ld" else 0
                     loaded.update(destinations(statement))
             elif loaded & _read(statement):
                 loaded.update(destinations(statement))
         if ends:
-            if place is Place.LATE and held > _MOST_HELD:
-                return _decision(function, Place.EARLY)
             return behind_loads or statement.start, copies
     raise InternalError(f"Kernel {function.name!r} never ends.")
 
