@@ -79,6 +79,12 @@ def test_chosen_chunks_reach_the_rate_and_keep_the_latency(raw: float, overhead_
     assert beside <= 110e-6 + 1e-9 or g.short in (min(rates), 256 << 10)
 
 
+def test_a_link_that_is_slower_with_long_copies_does_not_get_longer_chunks() -> None:
+    """As one H200 was in one run: 54.0 GB/s with 8 MiB, 52.9 from 16 MiB on."""
+    rates = {MIB: 47.9e9, 4 * MIB: 53.3e9, 8 * MIB: 54.0e9, 16 * MIB: 52.9e9, 32 * MIB: 52.9e9, 64 * MIB: 52.9e9}
+    assert choose_options(_profile(rates)).granularity.solo == 16 * MIB
+
+
 def test_the_link_of_the_simulated_gpu_is_measured_as_specified() -> None:
     with open_gpu("sim:h100") as gpu:
         profile = measure_link(gpu, chunks=(MIB, 16 * MIB), repeats=2)

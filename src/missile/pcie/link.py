@@ -222,8 +222,9 @@ def _overhead(profile: LinkProfile, direction: Direction) -> float:
 def _smallest(profile: LinkProfile, direction: Direction, part: float, at_least_ns: float) -> int:
     rates = profile.chunk_rates[direction]
     raw = profile.raw(direction)
-    fit = [chunk for chunk, rate in rates.items() if rate >= part * raw and chunk / raw * 1e9 >= at_least_ns]
-    return min(fit, default=max(rates))
+    long = [chunk for chunk in rates if chunk / raw * 1e9 >= at_least_ns]
+    # Where the largest are not the fastest, none may reach that part: what is longer than needed is only paid back longer.
+    return min((chunk for chunk in long if rates[chunk] >= part * raw), default=min(long, default=max(rates)))
 
 
 def _largest(profile: LinkProfile, direction: Direction, latency_ns: float, small: int, depth: int) -> int:
