@@ -17,7 +17,8 @@ class DriverCalls:
     """Addresses of C functions that return 0 for success, 600 from `query` while the event has not been reached.
 
     set_context(context); to_device(target, source, bytes, stream); to_host(target, source, bytes, stream);
-    record(event, stream); query(event); write(stream, address, value, 0) of 32 bits on the device, in order. context: what set_context takes, once on every thread that calls the others.
+    record(event, stream); query(event); write(stream, address, value, 0) of 32 bits on the device, in order.
+    context: what set_context takes, once on every thread that calls the others.
     event_handle: what record and query take. failure: the error that a status other than 0 means, as the GPU's own calls
     would raise it.
     """
