@@ -134,7 +134,7 @@ class ModelRun:
                 undo.callback(usual.close)
                 graphs["usual"] = usual.graph
                 same = {f"usual {kind}": s for kind, s in _compare(contents.run(usual, mover), expected).items()}
-                code, found = self._mix(plain, usual, memory, code)
+                code, found = self._mix(plain, usual, memory, code, contents)
                 marks[-1] = clock()
             model = bind_colored(self.package, self.directory, self._gpu, memory, kernels=code)
             undo.callback(model.close)
@@ -171,7 +171,7 @@ class ModelRun:
         return taken[np.asarray([not _moves(operation) for operation in model.operations])]
 
     def _mix(
-        self, plain: BoundModel, usual: BoundModel, memory: TenantMemory, code: ColoredKernels
+        self, plain: BoundModel, usual: BoundModel, memory: TenantMemory, code: ColoredKernels, contents: Contents
     ) -> tuple[ColoredKernels, dict[str, Any]]:
         """For each kernel the code that is fastest where it stands; the usual one where others gain less than 2%."""
         shape, ids = memory.translation.shape, list(code.cubins)
@@ -184,6 +184,7 @@ class ModelRun:
         times = {"usual": self._steps(usual)}
         for way, kernels in ways.items():
             model = bind_colored(self.package, self.directory, self._gpu, memory, kernels=kernels)
+            contents.feed(model)
             times[way] = self._steps(model)
             model.close()
         owners = np.asarray([step.kernel if isinstance(step, KernelStep) else "" for step in self.package.steps])

@@ -76,14 +76,19 @@ class Contents:
         name, offset = next(iter(self._places[kind].offsets.items()))
         return model.addresses[name] - offset
 
+    def feed(self, model: BoundModel) -> None:
+        """Give the model its input: without one, what an embedding looks up lies anywhere, and its assertion ends all."""
+        if model.input_bytes:
+            self._stream.copy_to_device(model.input_address, self._input, nbytes=model.input_bytes)
+            self._stream.synchronize()
+
     def run(self, model: BoundModel, mover: Mover | None) -> dict[BufferKind, Any]:
         """The same input on cleared scratch; call it on a model that has not run yet."""
         stream = self._stream
         if BufferKind.SCRATCH in self.regions:
             base, nbytes = self.base(model, BufferKind.SCRATCH), self.regions[BufferKind.SCRATCH]
             stream.launch(Fill(base, nbytes) if mover is None else mover.fill(base, nbytes, 0))
-        if model.input_bytes:
-            stream.copy_to_device(model.input_address, self._input, nbytes=model.input_bytes)
+        self.feed(model)
         stream.launch_graph(model.graph)
         stream.synchronize()
         found = {}
