@@ -63,11 +63,15 @@ class Flow:
 class _Connection:
     def __init__(self, flow: Flow, address: tuple[str, int]) -> None:
         self.flow = flow
-        self.socket = socket.create_connection(address)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._address = address
+        self._connect()
         self.waiting: deque[float] = deque()
         self.since: float | None = None
         self.received = bytearray()
+
+    def _connect(self) -> None:
+        self.socket = socket.create_connection(self._address)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, due: float) -> None:
         self.waiting.append(due)
@@ -84,7 +88,11 @@ class _Connection:
         """Read what is there; True when an answer is whole."""
         data = self.socket.recv(1 << 18)
         if not data:
-            raise SystemExit(f"{self.flow.name}: the server hung up.")
+            if self.since is not None:
+                raise SystemExit(f"{self.flow.name}: the server hung up.")
+            self.socket.close()  # servers end connections on which nothing comes
+            self._connect()
+            return False
         self.received += data
         end = self.received.find(b"\r\n\r\n")
         if end < 0:
@@ -132,8 +140,9 @@ def drive(flows: Sequence[Flow], address: tuple[str, int], seconds: float) -> fl
             break
         wait = (pending[0][0] if pending else give_up) - time.perf_counter()
         for descriptor in select.select(list(by_socket), [], [], max(0.0, wait))[0]:
-            connection = by_socket[descriptor]
+            connection = by_socket.pop(descriptor)
             done = connection.receive()
+            by_socket[connection.socket.fileno()] = connection
             if done and not len(connection.flow.due) and time.perf_counter() < end:
                 connection.send(time.perf_counter())
     took = time.perf_counter() - start

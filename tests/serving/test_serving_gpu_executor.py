@@ -13,7 +13,7 @@ import pytest
 
 from missile.compiler.bind import bind
 from missile.compiler.library import find_package
-from missile.compiler.package import ModelPackage, TensorSpec
+from missile.compiler.package import Buffer, BufferKind, ModelPackage, TensorSpec
 from missile.errors import MisuseError, UnsupportedError
 from missile.gpu import open_gpu
 from missile.probe import map_for, write_map
@@ -57,6 +57,14 @@ def test_signatures_come_from_packages() -> None:
     assert (signature.max_batch, signature.inputs[0].datatype, signature.inputs[0].shape) == (4, "FP16", (3,))
     with pytest.raises(UnsupportedError, match="no batch in dimension 0"):
         package_signature(_package(batch=2))
+    assert package_signature(_package(), ["y"]).outputs[0].name == "y"
+    with pytest.raises(MisuseError, match="2 outputs are named but package 'm' gives 1"):
+        package_signature(_package(), ["y", "z"])
+    whole = package_signature(_package(batch=1), batched=False)
+    assert (whole.max_batch, whole.inputs[0].shape) == (0, (4, 3))
+    given = Buffer(id="b", kind=BufferKind.INPUT, nbytes=24, first=0, last=0)
+    with pytest.raises(UnsupportedError, match="a model has to give a copy"):
+        package_signature(_package(buffers=(given,)))
 
 
 TENANTS = """
@@ -216,14 +224,16 @@ def test_colors_are_granted_kept_apart_and_given_back(tmp_path: Path) -> None:
     before = gpu.memory_free()
     executor = GpuExecutor(memoryview(bytearray(1 << 20)), gpu, policy="missile", channel_map=tmp_path / "map.json")
 
-    def install(slot: int, kind: str, colors: list[int]) -> None:
-        text = f'[[tenant]]\nname = "t{slot}"\nmodel = "resnet34"\nclass = "{kind}"\ncolors = {colors}\n'
+    def install(slot: int, kind: str, colors: list[int], more: str = "") -> None:
+        text = f'[[tenant]]\nname = "t{slot}"\nmodel = "resnet34"\nclass = "{kind}"\ncolors = {colors}\n{more}\n'
         (tenant,) = parse_config(text + ("slo_ms = 20\n" if kind == "LS" else "")).tenants
         executor.install(slot, tenant, executor.prepare(tenant, tmp_path))
 
     install(1, "LS", [1, 0])
     install(2, "BE", [2, 3, 4])
     assert [executor.tenant_facts(slot).colors for slot in (1, 2)] == [(0, 1), (2, 3, 4)]
+    assert [executor.tenant_facts(slot).preemptions for slot in (1, 2)] == [None, 0]  # colored, and can be preempted
+    assert executor.tenant_facts(2).guard_hits is None
     held = gpu.memory_free()
     with pytest.raises(MisuseError, match="'t1' and 't3' share some of their colors"):
         install(3, "BE", [1, 2])
@@ -231,7 +241,8 @@ def test_colors_are_granted_kept_apart_and_given_back(tmp_path: Path) -> None:
         install(3, "BE", [200])
     assert gpu.memory_free() == held
     executor.unload(1)
-    install(3, "BE", [1, 5])
+    install(3, "BE", [1, 5], "count_escapes = true")
+    assert executor.tenant_facts(3).guard_hits == 0
     for slot in (2, 3):
         executor.unload(slot)
     assert gpu.memory_free() == before
@@ -256,7 +267,7 @@ def test_a_tenant_that_does_not_fit_leaves_the_others_serving(tmp_path: Path) ->
 
 def test_what_a_gpu_cannot_serve_is_refused(tmp_path: Path) -> None:
     executor = GpuExecutor(memoryview(bytearray(4096)), open_gpu("sim:h100"), policy="priority")
-    for line in ('model = "net.pt2"', 'model = "resnet34"\nresidency = "host"', 'model = "resnet34"\nbatched = false'):
+    for line in ('model = "net.pt2"', 'model = "m:make"', 'model = "resnet34"\nweights = "a.safetensors"'):
         (tenant,) = parse_config(f'[[tenant]]\nname = "a"\nclass = "BE"\n{line}\n').tenants
         with pytest.raises(UnsupportedError, match="Tenant 'a'"):
             executor.prepare(tenant, tmp_path)
@@ -356,7 +367,8 @@ def test_a_factory_of_ones_own_is_compiled_and_equals_eager(tmp_path: Path, monk
     client = _Client(lambda arena: GpuExecutor(arena, open_gpu("cuda:0"), policy="priority"), tmp_path)
     reply = client.load(1, tenant)
     assert reply["op"] == "loaded", reply
-    from gpu_serving_models import small  # the executor has put its folder on the path
+    monkeypatch.syspath_prepend(tmp_path)
+    from gpu_serving_models import small
 
     module = small(4)[0].cuda().eval()
     rng = np.random.default_rng(0)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from missile.compiler.capture import CapturedPlan
     from missile.workloads.models import BuiltModel
 
-__all__ = ["compile_model"]
+__all__ = ["compile_built", "compile_model"]
 
 Progress = Callable[[str], None]
 
@@ -43,17 +43,32 @@ def compile_model(
     Replaces a package that is there once the new one is whole. UnsupportedError without PyTorch or a GPU that it can
     use, or naming the operator that can't be compiled; MisuseError for an unknown model.
     """
-    torch = _require_torch(device)
     from missile.workloads.models import build_model
 
+    def build() -> BuiltModel:
+        return build_model(name, batch, device=device)
+
+    return compile_built(build, directory, device=device, table=table, progress=progress, measuring=measuring)
+
+
+def compile_built(
+    build: Callable[[], BuiltModel],
+    directory: Path,
+    *,
+    device: str = "cuda:0",
+    table: TuningTable | None = None,
+    progress: Progress = lambda _: None,
+    measuring: AbstractContextManager[object] | None = None,
+) -> ModelPackage:
+    """As `compile_model`, of the model that `build` gives, which is on `device`."""
+    torch = _require_torch(device)
     gpu_name = torch.cuda.get_device_name(device)
     if table is None:
         table = TuningTable.load(table_path(gpu_name), gpu_name)
     progress("building the model")
     # A stream of its own: candidates are timed as CUDA graphs, which the default stream can't be captured into.
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
-        model = build_model(name, batch, device=device)
-        return _compile(model, directory, table, gpu_name, progress, measuring)
+        return _compile(build(), directory, table, gpu_name, progress, measuring)
 
 
 def _compile(
@@ -74,14 +89,14 @@ def _compile(
     _fill_state(model)
     initial = {name: tensor.clone() for name, tensor in model.state.items()}
     progress("running it as it is")
-    expected = model.run().float()
+    expected = model.run_all()
     progress("compiling it to Triton kernels")
     run = compile_triton_only(model, table, measuring=measuring)
     for name, tensor in model.state.items():
         tensor.copy_(initial[name])
-    error = _relative_error(run().float(), expected)
+    error = max(_relative_error(ours.float(), theirs.float()) for ours, theirs in zip(run(), expected, strict=True))
     progress("capturing the launch plan")
-    plan = capture(run, dict(zip(model.input_names, model.inputs, strict=True)), model.state)
+    plan = capture(run, dict(zip(model.input_names, model.inputs, strict=True)), model.state, model.output_names)
     with guard:
         progress("measuring the model as it is")
         eager_ns = graph_ns(model.run)
@@ -137,8 +152,9 @@ def _fill_state(model: BuiltModel) -> None:
 
 
 def _relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    """||ours - expected|| / ||expected||."""
-    return float((ours - expected).norm() / expected.norm())
+    """||ours - expected|| / ||expected||; where that is 0 / 0, 0."""
+    off = (ours - expected).norm()
+    return float(off / expected.norm()) if off else 0.0
 
 
 def _write(package: ModelPackage, plan: CapturedPlan, directory: Path) -> None:

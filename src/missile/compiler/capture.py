@@ -7,7 +7,7 @@ Triton kernels ran; when they don't, the model is refused by the name of the for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,12 +73,14 @@ class _Recording:
 
 
 def capture(
-    run: Callable[[], torch.Tensor],
+    run: Callable[[], tuple[torch.Tensor, ...]],
     inputs: Mapping[str, torch.Tensor],
     state: Mapping[str, torch.Tensor],
+    output_names: Sequence[str] = (),
 ) -> CapturedPlan:
     """Run `run` (compiled, warm) twice, the second time into a CUDA graph, and read the plan off it.
 
+    output_names: of what `run` gives, in its order; empty: it gives one tensor, which is called "output".
     UnsupportedError naming the kernel when something other than a Triton kernel or a memset runs.
     """
     run()  # whatever is still compiled or tuned lazily
@@ -86,15 +88,18 @@ def capture(
         run()
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     with _recording() as second, torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = run()
-    second.hold(output)
+        outputs = run()
+    for output in outputs:
+        second.hold(output)
+    names = list(output_names) or ["output"]
     nodes = read_graph(graph.raw_cuda_graph())
-    blocks = _blocks(first, second, inputs, state, output)
+    blocks = _blocks(first, second, inputs, state, outputs)
     resolver = Resolver(blocks)
     steps, kernels, code = _steps(nodes, second.launches, resolver)
     specs = tuple(_spec(name, tensor, resolver) for name, tensor in inputs.items())
-    out = (_spec("output", output, resolver),)
-    resolver.use(out[0].buffer, len(steps) - 1)
+    out = tuple(_spec(name, output, resolver) for name, output in zip(names, outputs, strict=True))
+    for spec in out:
+        resolver.use(spec.buffer, len(steps) - 1)
     buffers = resolver.buffers()
     by_address = {block.id: block.address for block in blocks}
     weights = {b.id: second.storages[by_address[b.id]] for b in buffers if b.kind is BufferKind.WEIGHT}
@@ -131,21 +136,23 @@ def _blocks(
     second: _Recording,
     inputs: Mapping[str, torch.Tensor],
     state: Mapping[str, torch.Tensor],
-    output: torch.Tensor,
+    outputs: Sequence[torch.Tensor],
 ) -> list[Block]:
     """Every storage of the second run, classified: what the first run used too, and is no input or state, is a weight."""
     named: dict[int, tuple[str, BufferKind]] = {}
     for kind, tensors in ((BufferKind.INPUT, inputs), (BufferKind.STATE, state)):
         for name, tensor in tensors.items():
             named[second.hold(tensor)] = (f"{kind.value}.{name}", kind)
+    given = list(dict.fromkeys(output.untyped_storage().data_ptr() for output in outputs))
     blocks = []
     for index, (address, storage) in enumerate(second.storages.items()):
         if address in named:
             name, kind = named[address]
         elif address in first.storages:
             name, kind = f"weight.{index}", BufferKind.WEIGHT
-        elif address == output.untyped_storage().data_ptr():
-            name, kind = "output", BufferKind.OUTPUT
+        elif address in given:
+            name = "output" if len(given) == 1 else f"output.{given.index(address)}"
+            kind = BufferKind.OUTPUT
         else:
             name, kind = f"scratch.{index}", BufferKind.SCRATCH
         blocks.append(Block(name, kind, address, storage.nbytes()))

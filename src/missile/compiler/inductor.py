@@ -38,8 +38,8 @@ _SETTINGS: dict[str, Any] = {
 
 def compile_triton_only(
     model: BuiltModel, table: TuningTable, *, measuring: AbstractContextManager[object] | None = None
-) -> Callable[[], torch.Tensor]:
-    """Compile `model` for its example inputs; returns a function that runs it and gives the first output.
+) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """Compile `model` for its example inputs; returns a function that runs it and gives its outputs.
 
     UnsupportedError naming the operator when it can't be compiled, or not without a vendor's kernel.
     """
@@ -60,11 +60,9 @@ def compile_triton_only(
             f"Model {model.name!r} can't be compiled to Triton kernels alone: {', '.join(foreign)} would run elsewhere."
         )
 
-    def run() -> torch.Tensor:
-        from missile.workloads.models import first_tensor
-
+    def run() -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
-            return first_tensor(compiled(*model.inputs))
+            return model.outputs_of(compiled(*model.inputs))
 
     return run
 

@@ -9,7 +9,7 @@ from types import TracebackType
 import numpy as np
 
 from missile.coloring.pool import ColoredPool, TenantMemory
-from missile.coloring.shape import Form
+from missile.coloring.shape import Escape, Form
 from missile.coloring.shares import Demand, Share, plan_shares
 from missile.errors import MisuseError, OutOfMemoryError
 from missile.gpu.interface import Gpu
@@ -26,12 +26,14 @@ class Coloring:
 
     channel_map: of the GPU that they run on (`missile.probe.map_for` has one in about a second where it was probed before).
     sets: colors by tenant; those of two tenants are the same, or have none in common. A tenant that is not named has plain
-    memory, in all colors. form: of translation; None for what `plan_shares` takes.
+    memory, in all colors. form: of translation; None for what `plan_shares` takes. escape: what becomes of an access
+    outside a tenant's memory; counting takes wider code, which is slower.
     """
 
     channel_map: ChannelMap
     sets: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     form: Form | None = None
+    escape: Escape = Escape.GUARD
 
     def check(self, tenants: Iterable[str], gpu: Gpu) -> None:
         """MisuseError for a map of another GPU, and for a set of a tenant that is not there."""
@@ -95,7 +97,10 @@ class ColoredTenants:
         while left:
             full = self._grow(wanted)
             try:
-                return plan_shares(self._coloring.channel_map, self._constants, left, form=self._coloring.form)
+                coloring = self._coloring
+                return plan_shares(
+                    coloring.channel_map, self._constants, left, form=coloring.form, escape=coloring.escape
+                )
             except OutOfMemoryError as error:
                 short = next(demand for demand in left if demand.tenant == error.tenant)
                 attempts += 1

@@ -175,6 +175,8 @@ class TenantConfig(_Strict):
     weights: a .safetensors file loaded into the module, by parameter name.
     weight: its share among tenants of its class, of time and of the link.
     colors: those of the channel map that its memory on the GPU is in; two tenants have the same or none in common.
+    count_escapes: count accesses of its kernels outside its colored memory, which the translation's guard catches in any
+    case; its code is slower for it.
     objective: share of LS requests that should meet the SLO (for the burn rate).
     finite_inputs: refuse inputs that hold NaN or infinity.
     """
@@ -189,6 +191,7 @@ class TenantConfig(_Strict):
     weight: float = Field(default=1.0, gt=0, le=1000)
     residency: Literal["device", "host"] = "device"
     colors: list[Annotated[int, Field(ge=0, le=255)]] | None = Field(default=None, min_length=1)
+    count_escapes: bool = False
     batch: BatchRule = Field(default_factory=BatchRule)
     batched: bool = True
     quota: Quota = Field(default_factory=Quota)
@@ -224,6 +227,8 @@ class TenantConfig(_Strict):
                 )
         if self.batch.delay_ms > 0 and self.batch.max == 1:
             raise ValueError("batch.delay_ms makes no sense with batch.max = 1")
+        if self.count_escapes and self.colors is None:
+            raise ValueError("count_escapes needs colors: only colored memory is guarded")
         if self.batch.max > 1 and not self.batched:
             raise ValueError("batch.max > 1 needs a model with a batch axis (batched = true)")
         return self

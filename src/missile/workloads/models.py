@@ -6,7 +6,7 @@ torch and the model libraries are imported when a model is built, never before.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +15,17 @@ from missile.errors import MisuseError, UnsupportedError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MODELS", "BuiltModel", "ModelInfo", "build_model", "default_batch", "model_info", "model_names"]
+__all__ = [
+    "MODELS",
+    "BuiltModel",
+    "ModelInfo",
+    "all_tensors",
+    "build_model",
+    "default_batch",
+    "first_tensor",
+    "model_info",
+    "model_names",
+]
 
 IMAGE = 224  # pixels, both sides
 SEQUENCE = 128  # tokens of an encoder's request
@@ -25,7 +35,8 @@ SEQUENCE = 128  # tokens of an encoder's request
 class BuiltModel:
     """A model ready to run: `module(*inputs)` on `inputs[0].device`, evaluation mode, no gradients.
 
-    inputs: example inputs, named by `input_names`; the batch is dimension 0 of each.
+    inputs: example inputs, named by `input_names`; the batch is dimension 0 of each. output_names: of all its outputs, in
+    their order; empty: its first tensor is its one output.
     state: the module's tensors whose contents survive from request to request (a decoder's cache), by name.
     """
 
@@ -35,13 +46,22 @@ class BuiltModel:
     inputs: tuple[torch.Tensor, ...]
     input_names: tuple[str, ...]
     state: dict[str, torch.Tensor] = field(default_factory=dict)
+    output_names: tuple[str, ...] = ()
 
     def run(self) -> torch.Tensor:
         """The first output for the example inputs."""
+        return self.run_all()[0]
+
+    def run_all(self) -> tuple[torch.Tensor, ...]:
+        """The outputs for the example inputs."""
         import torch
 
         with torch.no_grad():
-            return first_tensor(self.module(*self.inputs))
+            return self.outputs_of(self.module(*self.inputs))
+
+    def outputs_of(self, result: object) -> tuple[torch.Tensor, ...]:
+        """The outputs in what the module returned."""
+        return all_tensors(result) if self.output_names else (first_tensor(result),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +223,16 @@ def first_tensor(output: object) -> torch.Tensor:
     while not isinstance(output, torch.Tensor):
         output = output[0]  # type: ignore[index]
     return output
+
+
+def all_tensors(output: object) -> tuple[torch.Tensor, ...]:
+    """All tensors of a model's output, in order: of a tensor, or a sequence or mapping of them; None is left out."""
+    import torch
+
+    if isinstance(output, torch.Tensor):
+        return (output,)
+    values = output.values() if isinstance(output, Mapping) else output
+    return tuple(tensor for value in values if value is not None for tensor in all_tensors(value))  # type: ignore[attr-defined]
 
 
 def _example_inputs(

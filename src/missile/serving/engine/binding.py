@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from missile.coloring.shape import Escape, Shape
 from missile.coloring.shares import Demand
 from missile.compiler.bind import BoundModel, bind
 from missile.compiler.bind_colored import bind_colored
@@ -22,6 +22,7 @@ from missile.gpu.interface import Gpu
 from missile.probe import ChannelMap, map_for
 from missile.runtime.coloring import ColoredTenants, Coloring
 from missile.serving.config import TenantConfig
+from missile.serving.engine.compiling import compiled_package
 
 __all__ = ["Binder", "Found", "Placed"]
 
@@ -40,11 +41,15 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A model on the GPU; it and its memory belong to whoever gave the exit stack."""
+    """A model on the GPU; it and its memory belong to whoever gave the exit stack.
+
+    escapes: device address of the count (8 bytes) of its accesses outside its colored memory; 0 where nobody counts.
+    """
 
     bound: BoundModel
     colors: tuple[int, ...] | None
     notes: tuple[str, ...]
+    escapes: int = 0
 
 
 class Binder:
@@ -60,37 +65,45 @@ class Binder:
 
     def find(self, tenant: TenantConfig, folder: Path) -> Found:
         """The tenant's package, compiled now when there is none yet (minutes). Doesn't touch the GPU otherwise."""
-        if tenant.model.endswith(".pt2") or tenant.weights or tenant.options or tenant.inputs:
-            raise UnsupportedError(
-                f"Tenant {tenant.name!r}: .pt2 files, weights, options and inputs of one's own are for the CPU device; on a "
-                "GPU, name a zoo model, a package directory or module:factory."
-            )
         if tenant.residency == "host":
             raise UnsupportedError(f"Tenant {tenant.name!r}: residency = host is not served yet.")
-        if not tenant.batched:
-            raise UnsupportedError(f"Tenant {tenant.name!r}: models without a batch axis are for the CPU device.")
         package, directory = self._package(tenant, folder)
+        if package.batch < tenant.batch.max:
+            raise MisuseError(
+                f"Tenant {tenant.name!r}: batch.max = {tenant.batch.max}, but its package is for batches of {package.batch}."
+            )
         if any(buffer.kind is BufferKind.STATE for buffer in package.buffers):
             raise UnsupportedError(f"Tenant {tenant.name!r}: its model keeps state from request to request.")
         notes = (f"compiled for a batch of {package.batch}; smaller ones run padded",) if package.batch > 1 else ()
-        if not self._wants_preemption(tenant) or directory is None:
-            return Found(package, directory, notes=notes)
-        try:
-            return Found(package, directory, preemptible_kernels(package, directory), notes)
-        except UnsupportedError as error:
-            return Found(package, directory, notes=(*notes, f"can't be preempted: {error}"))
+        if directory is not None and tenant.colors is None and self._wants_preemption(tenant):
+            return self._with_code(tenant, Found(package, directory, notes=notes), None)
+        return Found(package, directory, notes=notes)
 
     def _package(self, tenant: TenantConfig, folder: Path) -> tuple[ModelPackage, Path | None]:
         local = folder / tenant.model
+        own = tenant.weights or tenant.options or tenant.inputs
         if (local / "package.json").is_file():
+            if own:
+                raise MisuseError(
+                    f"Tenant {tenant.name!r}: a package is taken as it is, without weights, options or inputs."
+                )
             return find_package(str(local), tenant.batch.max, self._gpu.info)
-        if ":" in tenant.model and str(folder) not in sys.path:
-            sys.path.append(str(folder))
+        if not self._gpu.info.simulated:
+            return compiled_package(tenant, folder, self._gpu.info)
+        if own or ":" in tenant.model or tenant.model.endswith(".pt2"):
+            raise UnsupportedError(f"Tenant {tenant.name!r}: a simulated GPU has recorded packages of the zoo only.")
         return find_package(tenant.model, tenant.batch.max, self._gpu.info)
 
     def _wants_preemption(self, tenant: TenantConfig) -> bool:
-        # Code that translates addresses and code that leaves can't be had in one yet.
-        return self._preempt and tenant.tenant_class == "BE" and tenant.colors is None
+        return self._preempt and tenant.tenant_class == "BE"
+
+    def _with_code(self, tenant: TenantConfig, found: Found, shape: Shape | None) -> Found:
+        """`found` with code that can be preempted, for a translation of `shape`, or a note why there is none."""
+        assert found.directory is not None
+        try:
+            return replace(found, kernels=preemptible_kernels(found.package, found.directory, shape))
+        except UnsupportedError as error:
+            return replace(found, notes=(*found.notes, f"can't be preempted: {error}"))
 
     def place(
         self, tenant: TenantConfig, found: Found, others: Mapping[str, tuple[int, ...]], undo: ExitStack
@@ -100,25 +113,28 @@ class Binder:
         MisuseError for colors that overlap theirs, OutOfMemoryError naming the tenant. Nothing may run on the GPU when the
         first tenant with colors comes, since its map is tested then.
         """
-        gpu, notes = self._gpu, found.notes
         if tenant.colors is not None:
-            bound, colors = self._place_colored(tenant, found, others, undo)
-            return Placed(bound, colors, (*notes, f"memory in colors {', '.join(map(str, colors))}"))
-        bound = bind(found.package, found.directory, gpu, tenant=tenant.name)
-        if self._wants_preemption(tenant) and (found.kernels is not None or gpu.info.simulated):
+            return self._place_colored(tenant, found, others, undo)
+        bound = bind(found.package, found.directory, self._gpu, tenant=tenant.name)
+        return self._preemptible(tenant, found, Placed(bound, None, found.notes), undo)
+
+    def _preemptible(self, tenant: TenantConfig, found: Found, placed: Placed, undo: ExitStack) -> Placed:
+        """`placed` with a model that can be preempted, where it should and can be; it is given to `undo`."""
+        bound, notes = placed.bound, placed.notes
+        if self._wants_preemption(tenant) and (found.kernels is not None or self._gpu.info.simulated):
             try:
-                bound = preempt_model(bound, gpu, found.kernels)
+                bound = preempt_model(bound, self._gpu, found.kernels)
             except UnsupportedError as error:
                 notes = (*notes, f"can't be preempted: {error}")
             except BaseException:
                 bound.close()
                 raise
         undo.callback(bound.close)
-        return Placed(bound, None, notes)
+        return replace(placed, bound=bound, notes=notes)
 
     def _place_colored(
         self, tenant: TenantConfig, found: Found, others: Mapping[str, tuple[int, ...]], undo: ExitStack
-    ) -> tuple[BoundModel, tuple[int, ...]]:
+    ) -> Placed:
         colors = tuple(sorted(set(tenant.colors or ())))
         for name, theirs in others.items():
             if set(theirs) & set(colors) and set(theirs) != set(colors):
@@ -126,7 +142,8 @@ class Binder:
                     f"Tenants {name!r} and {tenant.name!r} share some of their colors but not all; color sets are the same "
                     "or have nothing in common."
                 )
-        coloring = Coloring(self._channel_map(), {tenant.name: colors})
+        escape = Escape.COUNT if tenant.count_escapes else Escape.GUARD
+        coloring = Coloring(self._channel_map(), {tenant.name: colors}, escape=escape)
         coloring.check([tenant.name], self._gpu)
         # Pages of its own: tenants come and go, and what of a page is in other colors stays unused.
         demand = Demand(tenant.name, colors, needed_bytes(found.package))
@@ -136,9 +153,13 @@ class Binder:
             raise held.errors.get(tenant.name) or OutOfMemoryError(
                 f"Tenant {tenant.name!r}: there is no memory in its colors.", tenant=tenant.name
             )
-        bound = bind_colored(found.package, found.directory, self._gpu, memory)
-        undo.callback(bound.close)
-        return bound, colors
+        if found.directory is not None and self._wants_preemption(tenant):
+            found = self._with_code(tenant, found, memory.translation.shape)
+        # LS models are not preempted, so that their kernels need not be of one form.
+        mixed = tenant.tenant_class == "LS"
+        bound = bind_colored(found.package, found.directory, self._gpu, memory, mixed=mixed)
+        notes = (*found.notes, f"memory in colors {', '.join(map(str, colors))}")
+        return self._preemptible(tenant, found, Placed(bound, colors, notes, memory.escapes), undo)
 
     def _channel_map(self) -> ChannelMap:
         if self._map is None:

@@ -18,7 +18,14 @@ from typing import Any
 from missile.errors import MisuseError
 from missile.serving.config import TenantConfig
 from missile.serving.engine.executor import Batch, DeviceFacts, Loaded, TenantFacts
-from missile.serving.engine.models import OpenedModel, flatten, model_signature, open_model, output_signatures
+from missile.serving.engine.models import (
+    OpenedModel,
+    check_batch,
+    flatten,
+    model_signature,
+    open_model,
+    output_signatures,
+)
 from missile.serving.link import ring
 from missile.serving.tensors import DATATYPES, ModelSignature
 
@@ -96,11 +103,7 @@ class CpuExecutor:
         """Run once on zeros: it warms the model up and shows its outputs."""
         torch = self._torch
         sizes = [opened.fixed_batch] if opened.fixed_batch else [1, min(2, tenant.batch.max)]
-        if opened.fixed_batch and tenant.batch.max not in (1, opened.fixed_batch):
-            raise MisuseError(
-                f"Tenant {tenant.name!r}: batch.max = {tenant.batch.max}, but its model was exported for a batch of "
-                f"exactly {opened.fixed_batch}."
-            )
+        check_batch(tenant, opened)
         for batch in sizes:
             zeros = [
                 torch.zeros(
@@ -110,7 +113,7 @@ class CpuExecutor:
             ]
             with torch.inference_mode():
                 result = opened.module(*zeros)
-            outputs = output_signatures(tenant, result, batch, opened.output_names)
+            outputs = output_signatures(tenant, result, batch)
         return outputs
 
     def unload(self, slot: int) -> None:

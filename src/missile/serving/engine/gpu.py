@@ -29,6 +29,7 @@ from missile.runtime.policies import create_policy
 from missile.runtime.tenant import Tenant
 from missile.serving.config import TenantConfig
 from missile.serving.engine.binding import Binder, Found
+from missile.serving.engine.escapes import EscapeCounter
 from missile.serving.engine.executor import Batch, DeviceFacts, Loaded, TenantFacts
 from missile.serving.engine.live import Ended, LiveEngine
 from missile.serving.engine.packages import Views, copy_tensor, package_signature, views
@@ -68,6 +69,7 @@ class _Model:
     aside: bool
     inputs: Views
     outputs: Views
+    escapes: EscapeCounter | None
     resources: ExitStack
     number: int = -1
     given: int = 0
@@ -143,7 +145,7 @@ class GpuExecutor:
         return Loaded(model.signature, model.bound.nbytes, model.notes, depth=model.depth)
 
     def _load(self, tenant: TenantConfig, found: Found) -> _Model:
-        signature = package_signature(found.package)
+        signature = package_signature(found.package, tenant.outputs, batched=tenant.batched)
         depth = LS_DEPTH if tenant.tenant_class == "LS" else BE_DEPTH + 1  # one is filled while others are on the GPU
         others = {m.tenant.name: m.loaded.colors for m in self._models.values() if m.loaded.colors}
         others.pop(tenant.name, None)  # it takes over from itself
@@ -152,6 +154,9 @@ class GpuExecutor:
             bound = placed.bound
             inputs = self._pinned(bound.input_bytes, depth, tenant, undo)
             outputs = self._pinned(bound.output_bytes, depth, tenant, undo)
+            escapes = None
+            if placed.escapes:
+                escapes = EscapeCounter(self._gpu, placed.escapes, tenant=tenant.name, undo=undo)
             colors = placed.colors or ()
             taken = {m.loaded.tenant.name for m in self._models.values()}
             name = _free_name(tenant.name, taken)
@@ -165,8 +170,9 @@ class GpuExecutor:
                 notes=placed.notes,
                 preemptible=_is_preemptible(bound),
                 aside=max(bound.input_bytes, bound.output_bytes) > _ASIDE_BYTES,
-                inputs=views(bound, inputs, depth, is_input=True),
-                outputs=views(bound, outputs, depth, is_input=False),
+                inputs=views(bound, inputs, depth, is_input=True, batched=tenant.batched),
+                outputs=views(bound, outputs, depth, is_input=False, batched=tenant.batched),
+                escapes=escapes,
                 resources=undo.pop_all(),
             )
 
@@ -238,6 +244,7 @@ class GpuExecutor:
             link_used=None if model.used_link is None else round(model.used_link, 4),
             colors=model.loaded.colors or None,
             preemptions=model.preempted if model.preemptible else None,
+            guard_hits=None if model.escapes is None else model.escapes.read(),
         )
 
     def _granted(self, model: _Model) -> int:

@@ -81,9 +81,9 @@ class LiveEngine(Engine):
         options = {"admission": 0.0} if policy.partition(":")[0] == "missile" else {}  # the server itself sheds
         chosen = create_policy(policy, options)
         self.layout: Layout = chosen.setup([loaded.tenant for loaded in tenants], gpu.info)
-        scheduled = getattr(chosen, "copies", False)
-        stage = Stage(gpu, tenants, self.layout, ScheduledCopies(gpu, tenants) if scheduled else None)
-        self.link_rate = link_options(gpu).h2d_rate if scheduled else None
+        copies = ScheduledCopies.where_needed(gpu, tenants) if getattr(chosen, "copies", False) else None
+        stage = Stage(gpu, tenants, self.layout, copies)
+        self.link_rate = None if copies is None else link_options(gpu).h2d_rate
         try:
             briefs = stage.rehearse()
             if isinstance(chosen, BriefedPolicy):

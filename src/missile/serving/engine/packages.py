@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from missile.compiler.bind import BoundModel
-from missile.compiler.package import ModelPackage, TensorSpec
-from missile.errors import UnsupportedError
+from missile.compiler.package import BufferKind, ModelPackage, TensorSpec
+from missile.errors import MisuseError, UnsupportedError
 from missile.gpu.interface import HostBuffer
 from missile.serving.tensors import DATATYPES, ModelSignature, TensorSignature
 
@@ -22,8 +23,23 @@ _FEW_CHANNELS = 8
 _BY_TORCH = {d.torch: d for d in DATATYPES.values()}
 
 
-def package_signature(package: ModelPackage) -> ModelSignature:
-    """What a compiled model takes and gives; the batch is dimension 0. UnsupportedError for types that can't be served."""
+def package_signature(
+    package: ModelPackage, output_names: Sequence[str] = (), *, batched: bool = True
+) -> ModelSignature:
+    """What a compiled model takes and gives; the batch is dimension 0 where it is batched.
+
+    output_names: what its outputs are to be called; empty: as the package does. MisuseError when they are not as many,
+    UnsupportedError for what can't be served.
+    """
+    if output_names and len(output_names) != len(package.outputs):
+        raise MisuseError(
+            f"{len(output_names)} outputs are named but package {package.name!r} gives {len(package.outputs)}."
+        )
+    kinds = {buffer.id: buffer.kind for buffer in package.buffers}
+    if any(kinds.get(spec.buffer, BufferKind.OUTPUT) is not BufferKind.OUTPUT for spec in package.outputs):
+        raise UnsupportedError(
+            f"Package {package.name!r}: an output is one of its inputs or weights as it is; a model has to give a copy."
+        )
 
     def tensors(specs: tuple[TensorSpec, ...], prefix: str) -> tuple[TensorSignature, ...]:
         found = []
@@ -33,17 +49,23 @@ def package_signature(package: ModelPackage) -> ModelSignature:
                 raise UnsupportedError(
                     f"Package {package.name!r}: {spec.name!r} is {spec.dtype}, which can't be served."
                 )
-            if not spec.shape or spec.shape[0] != package.batch:
+            if batched and (not spec.shape or spec.shape[0] != package.batch):
                 raise UnsupportedError(f"Package {package.name!r}: {spec.name!r} has no batch in dimension 0.")
-            found.append(TensorSignature(spec.name or f"{prefix}{index}", datatype.name, spec.shape[1:]))
+            shape = spec.shape[1:] if batched else spec.shape
+            found.append(TensorSignature(spec.name or f"{prefix}{index}", datatype.name, shape))
         return tuple(found)
 
-    return ModelSignature(tensors(package.inputs, "input"), tensors(package.outputs, "output"), package.batch)
+    outputs = tensors(package.outputs, "output")
+    if output_names:
+        outputs = tuple(replace(one, name=name) for one, name in zip(outputs, output_names, strict=True))
+    return ModelSignature(tensors(package.inputs, "input"), outputs, package.batch if batched else 0)
 
 
-def views(bound: BoundModel, buffers: Sequence[HostBuffer], count: int, *, is_input: bool) -> Views:
+def views(
+    bound: BoundModel, buffers: Sequence[HostBuffer], count: int, *, is_input: bool, batched: bool = True
+) -> Views:
     """The model's inputs or outputs in each of `count` pinned buffers, which mirror the device's range (no buffers: the
-    tensors are empty)."""
+    tensors are empty). Dimension 0 is the batch, of one item where the model is not batched."""
     specs, base = bound.package.outputs, bound.output_address
     if is_input:
         specs, base = bound.package.inputs, bound.input_address
@@ -51,7 +73,8 @@ def views(bound: BoundModel, buffers: Sequence[HostBuffer], count: int, *, is_in
     found = []
     for index in range(count):
         buffer = buffers[index] if buffers else None
-        found.append(tuple(tensor_view(buffer, spec, place) for spec, place in zip(specs, places, strict=True)))
+        tensors = (tensor_view(buffer, spec, place) for spec, place in zip(specs, places, strict=True))
+        found.append(tuple(tensor if batched else tensor[None] for tensor in tensors))
     return tuple(found)
 
 
