@@ -249,6 +249,88 @@ def test_colors_are_granted_kept_apart_and_given_back(tmp_path: Path) -> None:
     executor.close()
 
 
+HOSTED = """
+[[tenant]]
+name = "{name}"
+model = "{model}"
+class = "{kind}"
+residency = "host"
+weight = 2.0
+batch = {{max = {batch}}}
+{more}
+"""
+
+
+@pytest.mark.parametrize("policy", ["priority", "missile"])
+def test_weights_come_in_from_the_host_within_the_budget(policy: str, tmp_path: Path) -> None:
+    """Two hosted models of which one fits at a time, beside one on the device; they come and go."""
+    batch = _recorded()["densenet161"]
+    (front,) = parse_config(TENANTS.format(ls="resnet34", be="resnet34", batch=1)).tenants[:1]
+    quick, bulk = (
+        parse_config(HOSTED.format(name=name, model=model, kind=kind, batch=size, more=more)).tenants[0]
+        for name, model, kind, size, more in (
+            ("quick", "resnet34", "LS", 1, "slo_ms = 50"),
+            ("bulk", "densenet161", "BE", batch, ""),
+        )
+    )
+    gpu = open_gpu("sim:h100")
+    before = gpu.memory_free()
+    budget = 64 << 20  # resnet34 has 42 MiB of weights, densenet161 55
+    executors = []
+
+    def make(arena: memoryview) -> GpuExecutor:
+        executors.append(GpuExecutor(arena, gpu, policy=policy, swap_bytes=budget))
+        return executors[0]
+
+    client = _Client(make, tmp_path)
+    for slot, tenant in enumerate((front, quick, bulk), start=1):
+        reply = client.load(slot, tenant)
+        assert reply["op"] == "loaded", reply
+    assert any("weights on the host" in note for note in reply["notes"])
+    numbers = iter(range(10_000))
+    for _ in range(4):
+        asked = []
+        for slot, size in ((2, 1), (3, 3), (1, 1), (2, 1), (1, 1)):
+            asked.append(next(numbers))
+            client.call(asked[-1], slot, size, (8 << 20) * len(asked))
+        answers = [client.answer() for _ in asked]
+        assert sorted(fields[0] for fields in answers) == asked
+        assert {fields[1] for fields in answers} == {Outcome.DONE}
+        for fields in answers:
+            assert min(fields[4:8]) >= 0
+    facts = [executors[0].tenant_facts(slot) for slot in (1, 2, 3)]
+    assert facts[0].cold_starts is None
+    assert all((one.cold_starts or 0) >= 2 for one in facts[1:])  # each has displaced the other
+    assert [one.link_granted for one in facts] == [0.2 if policy == "missile" else None, 0.4, 0.4]
+    assert client.ask({"op": "unload", "slot": 3})["op"] == "unloaded"
+    client.call(next(numbers), 2, 1, 0)
+    assert client.answer()[1] == Outcome.DONE
+    assert client.ask({"op": "unload", "slot": 2})["op"] == "unloaded"
+    client.call(next(numbers), 1, 1, 0)
+    assert client.answer()[1] == Outcome.DONE
+    assert client.ask({"op": "unload", "slot": 1})["op"] == "unloaded"
+    assert gpu.memory_free() == before
+    client.stop()
+
+
+def test_what_can_not_be_hosted_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    gpu = open_gpu("sim:h100")
+    before = gpu.memory_free()
+
+    def install(more: str, swap_bytes: int) -> None:
+        executor = GpuExecutor(memoryview(bytearray(1 << 20)), gpu, policy="missile", swap_bytes=swap_bytes)
+        (tenant,) = parse_config(HOSTED.format(name="h", model="resnet34", kind="BE", batch=1, more=more)).tenants
+        executor.install(1, tenant, executor.prepare(tenant, tmp_path))
+
+    with pytest.raises(MisuseError, match=r"needs server\.swap_mib"):
+        install("", 0)
+    with pytest.raises(MisuseError, match="swap budget"):
+        install("", 1 << 20)
+    with pytest.raises(UnsupportedError, match="colored memory"):
+        install("colors = [0, 1]", 64 << 20)
+    assert gpu.memory_free() == before
+
+
 def test_a_tenant_that_does_not_fit_leaves_the_others_serving(tmp_path: Path) -> None:
     config = parse_config(TENANTS.format(ls="resnet34", be="bert_large", batch=_recorded()["bert_large"]))
     gpu = open_gpu("sim:h100")
@@ -352,6 +434,32 @@ def test_colored_tenants_give_the_same_bits(tmp_path: Path) -> None:
     expected = _run_directly("resnet34", 1, image)
     for slot in (1, 2, 1):
         np.testing.assert_array_equal(_ask(client, signature, slot, image), expected)
+    client.stop()
+
+
+@pytest.mark.gpu
+def test_hosted_weights_give_the_same_bits(tmp_path: Path) -> None:
+    """Cold and warm: two hosted models of which one fits at a time, beside one on the device."""
+    (front,) = parse_config(TENANTS.format(ls="resnet34", be="resnet34", batch=1)).tenants[:1]
+    hosted = [
+        parse_config(HOSTED.format(name=name, model=model, kind="BE", batch=size, more="")).tenants[0]
+        for name, model, size in (("one", "resnet34", 1), ("two", "densenet161", 32))
+    ]
+    client = _Client(
+        lambda arena: GpuExecutor(arena, open_gpu("cuda:0"), policy="missile", swap_bytes=64 << 20), tmp_path
+    )
+    signatures = {}
+    for slot, tenant in enumerate((front, *hosted), start=1):
+        reply = client.load(slot, tenant)
+        assert reply["op"] == "loaded", reply
+        signatures[slot] = ModelSignature.from_json(reply["signature"])
+    rng = np.random.default_rng(0)
+    sizes = {1: 1, 2: 1, 3: 3}
+    images = {slot: rng.standard_normal((n, 3, 224, 224)).astype(np.float16) for slot, n in sizes.items()}
+    models = {1: ("resnet34", 1), 2: ("resnet34", 1), 3: ("densenet161", 32)}
+    expected = {slot: _run_directly(*models[slot], image) for slot, image in images.items()}
+    for slot in (2, 2, 3, 1, 2, 3, 3, 1):
+        np.testing.assert_array_equal(_ask(client, signatures[slot], slot, images[slot]), expected[slot])
     client.stop()
 
 

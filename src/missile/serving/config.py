@@ -86,6 +86,7 @@ class ServerConfig(_Strict):
     tokens: list[Token] = Field(default_factory=list)
     repository_control: bool = False  # load and unload by clients
     shared_memory: Literal["auto", "on", "off"] = "auto"  # auto: only on a loopback address
+    swap_mib: int = Field(default=0, ge=0)  # device memory for the weights of tenants with residency = "host"
     spin_us: int = Field(default=4000, ge=0, le=1_000_000)  # mean gap between calls up to which the engine stays awake
     cpu_threads: int = Field(default=0, ge=0)  # 0: what PyTorch chooses
     drain_seconds: float = Field(default=30.0, ge=0)

@@ -63,6 +63,7 @@ class Server:
                 "policy": server.policy_text,
                 "channel_map": str(self._folder / server.channel_map) if server.channel_map else "",
                 "cpu_threads": server.cpu_threads,
+                "swap_mib": server.swap_mib,
                 "spin_us": server.spin_us,
                 "watchdog_s": server.watchdog_seconds,
             },

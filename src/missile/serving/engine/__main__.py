@@ -37,7 +37,13 @@ def open_executor(link: Link, hello: dict[str, Any]) -> Executor:
     from missile.serving.engine.gpu import GpuExecutor
 
     channel_map = Path(hello["channel_map"]) if hello["channel_map"] else None
-    return GpuExecutor(link.arena, open_gpu(device), policy=hello["policy"], channel_map=channel_map)
+    return GpuExecutor(
+        link.arena,
+        open_gpu(device),
+        policy=hello["policy"],
+        channel_map=channel_map,
+        swap_bytes=hello["swap_mib"] << 20,
+    )
 
 
 def main() -> int:

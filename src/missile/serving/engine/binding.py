@@ -65,8 +65,6 @@ class Binder:
 
     def find(self, tenant: TenantConfig, folder: Path) -> Found:
         """The tenant's package, compiled now when there is none yet (minutes). Doesn't touch the GPU otherwise."""
-        if tenant.residency == "host":
-            raise UnsupportedError(f"Tenant {tenant.name!r}: residency = host is not served yet.")
         package, directory = self._package(tenant, folder)
         if package.batch < tenant.batch.max:
             raise MisuseError(
@@ -95,7 +93,7 @@ class Binder:
         return find_package(tenant.model, tenant.batch.max, self._gpu.info)
 
     def _wants_preemption(self, tenant: TenantConfig) -> bool:
-        return self._preempt and tenant.tenant_class == "BE"
+        return self._preempt and tenant.tenant_class == "BE" and tenant.residency == "device"
 
     def _with_code(self, tenant: TenantConfig, found: Found, shape: Shape | None) -> Found:
         """`found` with code that can be preempted, for a translation of `shape`, or a note why there is none."""

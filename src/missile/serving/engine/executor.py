@@ -55,6 +55,7 @@ class TenantFacts:
     link_used: float | None = None
     preemptions: int | None = None
     guard_hits: int | None = None
+    cold_starts: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}

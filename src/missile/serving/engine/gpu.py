@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from missile.compiler.bind import BoundModel
-from missile.errors import GpuError, MissileError, UnsupportedError
+from missile.errors import GpuError, MissileError, MisuseError, UnsupportedError
 from missile.gpu.interface import Gpu, HostBuffer, Launch, Level
 from missile.runtime.loading import BE_DEPTH, LS_DEPTH, LoadedTenant
 from missile.runtime.policies import create_policy
@@ -31,8 +31,9 @@ from missile.serving.config import TenantConfig
 from missile.serving.engine.binding import Binder, Found
 from missile.serving.engine.escapes import EscapeCounter
 from missile.serving.engine.executor import Batch, DeviceFacts, Loaded, TenantFacts
+from missile.serving.engine.hosting import HostedTenants
 from missile.serving.engine.live import Ended, LiveEngine
-from missile.serving.engine.packages import Views, copy_tensor, package_signature, views
+from missile.serving.engine.packages import Views, empty, fill, package_signature, views
 from missile.serving.link import ring
 from missile.serving.tensors import ModelSignature
 
@@ -84,9 +85,14 @@ class _Model:
 
 
 class GpuExecutor:
-    """Owns `gpu`. policy: what `create_policy` takes. UnsupportedError when the GPU has not what it needs."""
+    """Owns `gpu`. policy: what `create_policy` takes. swap_bytes: device memory for weights that wait on the host.
 
-    def __init__(self, arena: memoryview, gpu: Gpu, *, policy: str, channel_map: Path | None = None) -> None:
+    UnsupportedError when the GPU has not what it needs.
+    """
+
+    def __init__(
+        self, arena: memoryview, gpu: Gpu, *, policy: str, channel_map: Path | None = None, swap_bytes: int = 0
+    ) -> None:
         if gpu.info.level < Level.PRIORITIES:
             raise UnsupportedError(f"Serving needs stream priorities, which {gpu.info.name} does not have.")
         self._arena = np.frombuffer(arena, np.uint8)
@@ -97,6 +103,8 @@ class GpuExecutor:
         self._models: dict[int, _Model] = {}
         self._order: list[_Model] = []  # by number in the live engine
         self._live: LiveEngine | None = None
+        self._swap_bytes = swap_bytes
+        self._hosted: HostedTenants | None = None
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._filled: deque[_Model] = deque()  # a batch of it lies in its buffer
@@ -124,7 +132,7 @@ class GpuExecutor:
 
     @property
     def polling(self) -> bool:
-        return self._live is not None and self._live.busy
+        return (self._live is not None and self._live.busy) or (self._hosted is not None and self._hosted.busy)
 
     # --- models
 
@@ -135,6 +143,8 @@ class GpuExecutor:
     def install(self, slot: int, tenant: TenantConfig, prepared: Found) -> Loaded:
         """The others pause while the policy is set up anew with this tenant: the GPU is split once for all of them."""
         self._settle()
+        if tenant.residency == "host":
+            return self._install_hosted(slot, tenant, prepared)
         model = self._load(tenant, prepared)
         try:
             self._set_up([*self._models.values(), model])
@@ -143,6 +153,32 @@ class GpuExecutor:
             raise
         self._models[slot] = model
         return Loaded(model.signature, model.bound.nbytes, model.notes, depth=model.depth)
+
+    def _install_hosted(self, slot: int, tenant: TenantConfig, found: Found) -> Loaded:
+        first = self._hosted is None
+        if first and not self._swap_bytes:
+            raise MisuseError(
+                f"Tenant {tenant.name!r}: residency = host needs server.swap_mib: device memory for such weights."
+            )
+        hosted = self._hosted or HostedTenants(self._gpu, self._swap_bytes, self._arena, self._work.put)
+        try:
+            loaded = hosted.install(slot, tenant, found, self._name_for(tenant))
+            if first and self._models:  # the others' copies have to go by the same scheduler from now on
+                self._hosted = hosted
+                self._set_up(list(self._models.values()))
+        except BaseException as error:
+            if first and not _lost(error):
+                self._hosted = None
+                if self._live is None:
+                    self._set_up(list(self._models.values()))
+                hosted.close()
+            raise
+        self._hosted = hosted
+        return loaded
+
+    def _name_for(self, tenant: TenantConfig) -> str:
+        taken = {m.loaded.tenant.name for m in self._models.values()}
+        return _free_name(tenant.name, taken | set(self._hosted.names if self._hosted is not None else ()))
 
     def _load(self, tenant: TenantConfig, found: Found) -> _Model:
         signature = package_signature(found.package, tenant.outputs, batched=tenant.batched)
@@ -158,9 +194,8 @@ class GpuExecutor:
             if placed.escapes:
                 escapes = EscapeCounter(self._gpu, placed.escapes, tenant=tenant.name, undo=undo)
             colors = placed.colors or ()
-            taken = {m.loaded.tenant.name for m in self._models.values()}
-            name = _free_name(tenant.name, taken)
-            loaded = LoadedTenant(_runtime_tenant(tenant, name), bound, inputs, outputs, depth, colors=colors)
+            runtime = _runtime_tenant(tenant, self._name_for(tenant))
+            loaded = LoadedTenant(runtime, bound, inputs, outputs, depth, colors=colors)
             return _Model(
                 tenant=tenant,
                 signature=signature,
@@ -187,7 +222,7 @@ class GpuExecutor:
 
     def _drop(self, model: _Model, error: BaseException) -> None:
         """Give a model back that could not be set up, and go on with the others."""
-        if isinstance(error, GpuError) and error.usable == "nothing":
+        if _lost(error):
             return
         self._gpu.synchronize()
         model.resources.close()
@@ -204,7 +239,8 @@ class GpuExecutor:
         self._order = []
         if models:
             depth = [min(m.depth, LS_DEPTH if m.tenant.tenant_class == "LS" else BE_DEPTH) for m in models]
-            self._live = LiveEngine(self._gpu, self._policy, [m.loaded for m in models], depth)
+            engine = None if self._hosted is None else self._hosted.engine
+            self._live = LiveEngine(self._gpu, self._policy, [m.loaded for m in models], depth, engine=engine)
         self._order = list(models)
         for number, model in enumerate(models):
             model.number, model.given, model.sm_ns = number, 0, 0
@@ -213,18 +249,33 @@ class GpuExecutor:
     def _settle(self) -> None:
         """Bring everything that was started to its end; `poll` hands it out later."""
         give_up = time.monotonic() + _SETTLE_S
-        while any(model.flying for model in self._order):
+        while any(model.flying for model in self._order) or (self._hosted is not None and self._hosted.busy):
             self._move(_LOOK_NS)
             if time.monotonic() > give_up:
                 raise MissileError("Batches on the GPU did not end, so its tenants can't be changed.")
 
     def unload(self, slot: int) -> None:
+        if self._hosted is not None and slot in self._hosted:
+            self._unload_hosted(self._hosted, slot)
+            return
         model = self._models.pop(slot, None)
         if model is not None:
             self._set_up(list(self._models.values()))
             model.resources.close()
 
+    def _unload_hosted(self, hosted: HostedTenants, slot: int) -> None:
+        self._settle()
+        hosted.unload(slot)
+        if not len(hosted):
+            self._hosted = None
+            self._set_up(list(self._models.values()))  # they have let go of its scheduler then
+            hosted.close()
+
     def tune(self, slot: int, tenant: TenantConfig) -> None:
+        if self._hosted is not None and slot in self._hosted:
+            self._settle()
+            self._hosted.tune(slot, tenant)
+            return
         model = self._models[slot]
         model.tenant = tenant
         fresh = _runtime_tenant(tenant, model.loaded.tenant.name)
@@ -234,6 +285,8 @@ class GpuExecutor:
             self._set_up(list(self._models.values()))
 
     def tenant_facts(self, slot: int) -> TenantFacts:
+        if self._hosted is not None and slot in self._hosted:
+            return self._hosted.facts(slot, self._weights())
         model = self._models[slot]
         self._note_use()
         return TenantFacts(
@@ -259,7 +312,12 @@ class GpuExecutor:
         """The tenant's entitlement to the host link, where copies are scheduled: its weight among all."""
         if self._live is None or self._live.link_rate is None:
             return None
-        return round(model.tenant.weight / sum(other.tenant.weight for other in self._order), 4)
+        return round(model.tenant.weight / self._weights(), 4)
+
+    def _weights(self) -> float:
+        """Of all tenants together, on the link."""
+        hosted = 0.0 if self._hosted is None else self._hosted.weight
+        return sum(model.tenant.weight for model in self._models.values()) + hosted
 
     def _note_use(self) -> None:
         """Take over what the live engine has counted since the last time."""
@@ -283,6 +341,9 @@ class GpuExecutor:
         return True
 
     def start(self, batch: Batch, *, latency_sensitive: bool) -> None:
+        if self._hosted is not None and batch.slot in self._hosted:
+            self._hosted.start(batch)
+            return
         model = self._models[batch.slot]
         batch.start_ns = time.monotonic_ns()
         model.flying.append(batch)
@@ -290,13 +351,13 @@ class GpuExecutor:
         model.given += 1
         if model.aside:
 
-            def fill() -> None:
-                self._fill(model, batch, index)
+            def work() -> None:
+                fill(self._arena, model.inputs[index], batch)
                 self._filled.append(model)
 
-            self._work.put(fill)
+            self._work.put(work)
         else:
-            self._fill(model, batch, index)
+            fill(self._arena, model.inputs[index], batch)
             self._filled.append(model)
 
     def poll(self, attend: Callable[[], bool]) -> list[Batch]:
@@ -304,15 +365,20 @@ class GpuExecutor:
         while not self._finished:
             hurry = attend()
             self._move(0 if hurry else _LOOK_NS)
-            if hurry or self._live is None or not self._live.busy or time.monotonic_ns() > until:
+            if hurry or not self.polling or time.monotonic_ns() > until:
                 break
         ended = list(self._finished)
         self._finished.clear()
         return ended
 
     def _move(self, patience_ns: int) -> None:
-        """One step: filled batches to the live engine, ended ones from it."""
-        live = self._live
+        """One step: filled batches to the live engine, ended ones from it; and those of hosted tenants."""
+        live, hosted = self._live, self._hosted
+        if hosted is not None and hosted.busy:
+            sensitive = hosted.latency_sensitive or any(m.flying and m.tenant.tenant_class == "LS" for m in self._order)
+            hosted.step(0 if live is not None and live.busy else patience_ns, held_back=sensitive)
+            self._finished += hosted.finished
+            hosted.finished.clear()
         if live is None:
             return
         while self._filled:
@@ -336,13 +402,13 @@ class GpuExecutor:
         index = ended.request % model.depth
         if model.aside:
 
-            def empty() -> None:
-                self._empty(model, batch, index)
+            def work() -> None:
+                empty(self._arena, model.outputs[index], batch)
                 self._emptied.append(batch)
 
-            self._work.put(empty)
+            self._work.put(work)
         else:
-            self._empty(model, batch, index)
+            empty(self._arena, model.outputs[index], batch)
             self._hand_out(batch)
 
     def _hand_out(self, batch: Batch) -> None:
@@ -357,32 +423,20 @@ class GpuExecutor:
             work()
             ring(self._bell)
 
-    def _fill(self, model: _Model, batch: Batch, index: int) -> None:
-        row = 0
-        for call, layout in zip(batch.calls, batch.layouts, strict=True):
-            for view, offset, size in zip(model.inputs[index], layout.inputs, layout.input_sizes, strict=True):
-                start = call.offset + offset
-                rows = view[row : row + call.batch]
-                copy_tensor(rows, self._arena[start : start + size].view(view.dtype).reshape(rows.shape))
-            row += call.batch
-
-    def _empty(self, model: _Model, batch: Batch, index: int) -> None:
-        row = 0
-        for call, layout in zip(batch.calls, batch.layouts, strict=True):
-            for view, offset, size in zip(model.outputs[index], layout.outputs, layout.output_sizes, strict=True):
-                start = call.offset + offset
-                rows = view[row : row + call.batch]
-                copy_tensor(self._arena[start : start + size].view(view.dtype).reshape(rows.shape), rows)
-            row += call.batch
-        batch.end_ns = time.monotonic_ns()
-
     def close(self) -> None:
         self._gpu.synchronize()
         for slot in list(self._models):
             self.unload(slot)
+        if self._hosted is not None:
+            self._hosted.close()
         self._work.put(None)
         self._copier.join(5.0)
         self._gpu.close()
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether it took the GPU with it."""
+    return isinstance(error, GpuError) and error.usable == "nothing"
 
 
 def _free_name(name: str, taken: Collection[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,9 +14,10 @@ from missile.compiler.bind import BoundModel
 from missile.compiler.package import BufferKind, ModelPackage, TensorSpec
 from missile.errors import MisuseError, UnsupportedError
 from missile.gpu.interface import HostBuffer
+from missile.serving.engine.executor import Batch
 from missile.serving.tensors import DATATYPES, ModelSignature, TensorSignature
 
-__all__ = ["Views", "copy_tensor", "package_signature", "tensor_view", "views"]
+__all__ = ["Views", "copy_tensor", "empty", "fill", "package_signature", "tensor_view", "views"]
 
 Views = tuple[tuple[npt.NDArray[Any], ...], ...]
 
@@ -86,6 +88,29 @@ def tensor_view(buffer: HostBuffer | None, spec: TensorSpec, offset: int) -> npt
     extent = 1 + sum((size - 1) * stride for size, stride in zip(spec.shape, spec.strides, strict=True))
     flat = buffer.array[offset : offset + extent * dtype.itemsize].view(dtype)
     return np.lib.stride_tricks.as_strided(flat, spec.shape, tuple(stride * dtype.itemsize for stride in spec.strides))
+
+
+def fill(arena: npt.NDArray[np.uint8], tensors: Sequence[npt.NDArray[Any]], batch: Batch) -> None:
+    """Copy the inputs of a batch's calls from `arena`, one after another, into `tensors`, those of one buffer."""
+    row = 0
+    for call, layout in zip(batch.calls, batch.layouts, strict=True):
+        for tensor, offset, size in zip(tensors, layout.inputs, layout.input_sizes, strict=True):
+            start = call.offset + offset
+            rows = tensor[row : row + call.batch]
+            copy_tensor(rows, arena[start : start + size].view(tensor.dtype).reshape(rows.shape))
+        row += call.batch
+
+
+def empty(arena: npt.NDArray[np.uint8], tensors: Sequence[npt.NDArray[Any]], batch: Batch) -> None:
+    """Copy the outputs of a batch's calls from `tensors`, those of one buffer, to where each call's lie in `arena`."""
+    row = 0
+    for call, layout in zip(batch.calls, batch.layouts, strict=True):
+        for tensor, offset, size in zip(tensors, layout.outputs, layout.output_sizes, strict=True):
+            start = call.offset + offset
+            rows = tensor[row : row + call.batch]
+            copy_tensor(arena[start : start + size].view(tensor.dtype).reshape(rows.shape), rows)
+        row += call.batch
+    batch.end_ns = time.monotonic_ns()
 
 
 def copy_tensor(target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
