@@ -206,6 +206,7 @@ def test_witnesses_are_recorded() -> None:
         "held-out granules": Verdict.AGREES,
         "spectrum": Verdict.AGREES,
         "contention": Verdict.AGREES,
+        "channels": Verdict.AGREES,
         "counters": Verdict.NOT_RUN,
     }
     assert found.confidence > 0.999

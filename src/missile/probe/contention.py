@@ -14,7 +14,7 @@ import numpy.typing as npt
 from missile.gpu.interface import Access, Gpu, Traffic
 from missile.probe.channel_map import ChannelMap, Interference
 
-__all__ = ["SliceMemory", "find_channels", "measure_interference", "slice_ratio"]
+__all__ = ["GroupTests", "SliceMemory", "measure_interference", "slice_ratio"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -22,8 +22,7 @@ UNIT_BYTES = 256
 _VICTIM_UNITS = 1 << 15  # 8 MiB
 _AGGRESSOR_UNITS = 1 << 16  # 16 MiB: more than the L2 that an eighth of the slices has
 _GROUP_UNITS = 128
-_GROUP_TRIES = 8
-_SHARED = 1.5  # slowdown from which two slices share something
+_ALIKE = 1.25  # what slices take alone differs by less
 _REPEATED = 1024  # times that one unit stands in a list, so that every warp has work
 _VICTIM_SHARE = 0.25  # of the SMs
 
@@ -87,27 +86,27 @@ def measure_interference(
     return Interference(slowdown, victim_sms, aggressor_sms, len(ours[0]) * UNIT_BYTES)
 
 
-def find_channels(gpu: Gpu, channel_map: ChannelMap, memory: SliceMemory) -> tuple[tuple[int, ...], ...]:
-    """Slices grouped by what they share: a reader of one is slowed by a writer to any other of its group.
+class GroupTests:
+    """Slowdown of a few SMs that read one slice beside many that write to another: what tells groups of slices.
 
-    Each slice is tried against one slice of every group so far, those that stand nearest first; working sets stay in L2.
+    Working sets stay in L2. What a slice takes alone is measured with its first test.
     """
-    centres = channel_map.metric.centres[channel_map.metric.ball]
-    few, many = max(1, gpu.info.sms // 32), max(1, gpu.info.sms // 3)
-    groups: list[list[int]] = []
-    for slice_ in range(channel_map.slices):
-        ours = Traffic(memory.units([slice_], _GROUP_UNITS, victim=True), few)
-        alone = _duration(gpu, ours, None, passes=4)
-        leaders = np.array([group[0] for group in groups], np.int64)
-        near = np.argsort(np.linalg.norm(centres[leaders] - centres[slice_], axis=1))[:_GROUP_TRIES]
-        for place in near:
-            other = memory.units([groups[int(place)][0]], 4 * _GROUP_UNITS, victim=False)
-            if _duration(gpu, ours, Traffic(other, many, Access.WRITE), passes=4) >= _SHARED * alone:
-                groups[int(place)].append(slice_)
-                break
-        else:
-            groups.append([slice_])
-    return tuple(tuple(group) for group in groups)
+
+    def __init__(self, gpu: Gpu, memory: SliceMemory) -> None:
+        self._gpu = gpu
+        self._memory = memory
+        self._few, self._many = max(1, gpu.info.sms // 32), max(1, gpu.info.sms // 3)
+        self._alone: dict[int, float] = {}
+
+    def __call__(self, victim: int, aggressor: int) -> float:
+        ours = Traffic(self._memory.units([victim], _GROUP_UNITS, victim=True), self._few)
+        if victim not in self._alone:
+            self._alone[victim] = _duration(self._gpu, ours, None, passes=4)
+        # Slices take about as long as each other alone: one that seems not to was disturbed.
+        usual = float(np.median(list(self._alone.values())))
+        theirs = self._memory.units([aggressor], 4 * _GROUP_UNITS, victim=False)
+        beside = _duration(self._gpu, ours, Traffic(theirs, self._many, Access.WRITE), passes=4)
+        return beside / float(np.clip(self._alone[victim], usual / _ALIKE, usual * _ALIKE))
 
 
 def slice_ratio(gpu: Gpu, memory: SliceMemory, victim: int, aggressor: int, access: Access = Access.READ) -> float:

@@ -21,7 +21,8 @@ import numpy.typing as npt
 from missile.errors import MisuseError, NoisyGpuError
 from missile.gpu.interface import Gpu, GpuInfo
 from missile.probe.channel_map import ChannelMap, Verdict, Witness
-from missile.probe.contention import SliceMemory
+from missile.probe.contention import GroupTests, SliceMemory
+from missile.probe.groups import check_groups
 from missile.probe.learning import classify
 from missile.probe.map_file import read_map, write_map
 from missile.probe.matching import MARGIN
@@ -88,9 +89,11 @@ def map_for(
             continue
         progress("verifying a known map")
         tested = verify(gpu, candidate, seed=seed)
-        if all(w.verdict is Verdict.AGREES for w in tested.witnesses if w.name in _TESTS):
+        failed = [w for w in tested.witnesses if w.name in _TESTS and w.verdict is not Verdict.AGREES]
+        # A map need not know any groups.
+        if not any(candidate.channels or w.name != "channels" for w in failed):
             return tested
-        progress(next(w.says for w in tested.witnesses if w.verdict is not Verdict.AGREES))
+        progress(failed[0].says)
     for relative in [*candidates[:1], None]:
         try:
             found = probe_gpu(gpu, pages=pages, interference=interference, seed=seed, known=relative, progress=progress)
@@ -105,11 +108,11 @@ def map_for(
     return found
 
 
-_TESTS = ("held-out granules", "contention")
+_TESTS = ("held-out granules", "contention", "channels")
 
 
 def verify(gpu: Gpu, channel_map: ChannelMap, *, pages: int = PAGES, seed: int = 0) -> ChannelMap:
-    """`channel_map` with fresh witnesses "held-out granules" and "contention", from `pages` pages of `gpu`.
+    """`channel_map` with fresh witnesses "held-out granules", "contention" and "channels", from `pages` pages of `gpu`.
 
     `seconds` becomes what the test took. MisuseError when the map is another GPU's; else a verdict, never a raise, says
     that the map does not hold.
@@ -129,10 +132,14 @@ def verify(gpu: Gpu, channel_map: ChannelMap, *, pages: int = PAGES, seed: int =
         )
         held_out = _predicted(sampler, channel_map, pool.addresses, constants)
         contention = Witness("contention", Verdict.NOT_RUN, "The granules do not answer as predicted.")
+        groups = replace(contention, name="channels")
         if held_out.verdict is Verdict.AGREES:
             memory = SliceMemory(channel_map, pool.addresses, constants, sampler.rng)
             contention = contention_witness(gpu, channel_map, memory, sampler.rng)
-    fresh = (held_out, contention)
+            if contention.verdict is Verdict.AGREES:
+                centres = channel_map.metric.centres[channel_map.metric.ball]
+                groups = check_groups(channel_map.channels, centres, GroupTests(gpu, memory), sampler.rng)
+    fresh = (held_out, contention, groups)
     others = tuple(w for w in channel_map.witnesses if w.name not in _TESTS)
     seconds = round(time.perf_counter() - begin, 3)
     statistics = {**channel_map.statistics, "seconds: verification": seconds}

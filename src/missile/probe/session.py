@@ -14,7 +14,8 @@ from missile.gpu import open_gpu
 from missile.gpu.interface import Gpu
 from missile.probe.channel_map import ChannelMap, Verdict, Witness
 from missile.probe.colors import choose_colors
-from missile.probe.contention import SliceMemory, find_channels, measure_interference
+from missile.probe.contention import GroupTests, SliceMemory, measure_interference
+from missile.probe.groups import Groups, find_groups
 from missile.probe.learning import Reference, classify, learn_reference, learn_relation, settle_metric
 from missile.probe.pool import PagePool
 from missile.probe.sampling import Sampler
@@ -117,7 +118,10 @@ def probe_gpu(
         )
         spectral = spectral_witness(reference.prints.mean(), reference.balls, hash_.masks)
         draft = replace(draft, witnesses=(spectral,))
-        return _verified(gpu, sampler, draft, reference, pool.addresses, constants, clock, interference, progress)
+        groups = known.channels if known is not None and hash_.taken else ()
+        return _verified(
+            gpu, sampler, draft, reference, pool.addresses, constants, clock, interference, groups, progress
+        )
 
 
 def _measured_hash(sampler: Sampler, reference: Reference, pages: Sequence[int]) -> PageHash:
@@ -137,6 +141,7 @@ def _verified(
     constants: Ints,
     clock: _Clock,
     interference: bool,
+    known_groups: Sequence[Sequence[int]],
     progress: Progress,
 ) -> ChannelMap:
     """`draft` with its witnesses, interference and statistics. NoisyGpuError when a witness contradicts it."""
@@ -150,11 +155,16 @@ def _verified(
     for witness in (held_out, contention):
         if witness.verdict is Verdict.DISAGREES:
             raise NoisyGpuError(f"The map is refused by an independent test ({witness.name}): {witness.says}")
-    channels = find_channels(gpu, draft, memory) if contention.verdict is Verdict.AGREES else ()
     centres = draft.metric.centres[draft.metric.ball]
-    colors, frame_bytes = choose_colors(draft.model, draft.layout, centres, channels)
-    draft = replace(draft, channels=channels, colors=colors, frame_bytes=frame_bytes)
+    groups = Groups((), Witness("channels", Verdict.NOT_RUN, "Contention does not tell slices apart."))
+    if contention.verdict is Verdict.AGREES:
+        progress("finding slices that share what lies behind them")
+        tests = GroupTests(gpu, memory)
+        groups = find_groups(centres, draft.model.permutations, tests, sampler.rng, known_groups)
     clock.lap("channels")
+    colors, frame_bytes = choose_colors(draft.model, draft.layout, centres, groups.members)
+    draft = replace(draft, channels=groups.members, colors=colors, frame_bytes=frame_bytes)
+    clock.lap("colors")
     matrix = None
     if interference:
         progress("measuring what colors do to each other")
@@ -183,7 +193,13 @@ def _verified(
         confidence=round(confidence, 6),
         seconds=round(clock.total, 3),
         interference=matrix,
-        witnesses=(held_out, *draft.witnesses, contention, Witness("counters", Verdict.NOT_RUN, "Not asked for.")),
+        witnesses=(
+            held_out,
+            *draft.witnesses,
+            contention,
+            groups.witness,
+            Witness("counters", Verdict.NOT_RUN, "Not asked for."),
+        ),
         statistics=statistics,
     )
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import cdist
 
 from missile.probe.gf2 import complement, parity
@@ -89,24 +91,17 @@ def frame_colors(model: PageModel, layout: PageLayout, frame_bytes: int) -> tupl
 
     Two slices that meet in a frame have one color; so have what a page's permutation makes of them.
     """
-    leader = np.arange(model.slices)
-
-    def find(item: int) -> int:
-        while leader[item] != item:
-            leader[item] = leader[leader[item]]
-            item = int(leader[item])
-        return item
-
     offsets = layout.offsets()
     pieces = (offsets[:, None] + layout.pieces()[None, :]).reshape(-1)
     frames = pieces // frame_bytes
     order = np.argsort(frames, kind="stable")
+    together = np.diff(frames[order]) == 0
+    permutations = np.array(model.permutations)
+    meet = np.zeros((model.slices, model.slices), np.bool_)
     for pattern in model.patterns:
         slices = np.repeat(pattern, len(layout.pieces()))[order]
-        together = np.diff(frames[order]) == 0
-        pairs = {(int(a), int(b)) for a, b in zip(slices[:-1][together], slices[1:][together], strict=True)}
-        for permutation in model.permutations:
-            for a, b in pairs:
-                leader[find(int(permutation[a]))] = find(int(permutation[b]))
-    roots = [find(slice_) for slice_ in range(model.slices)]
-    return tuple(tuple(s for s in range(model.slices) if roots[s] == root) for root in sorted(set(roots)))
+        pairs = np.unique(np.stack([slices[:-1][together], slices[1:][together]]), axis=1)
+        meet[permutations[:, pairs[0]], permutations[:, pairs[1]]] = True
+    labels = connected_components(csr_array(meet.astype(np.int8)), directed=False)[1]
+    # Slices in the order of their first: a color's number is where its lowest slice stands.
+    return tuple(sorted(tuple(np.flatnonzero(labels == label).tolist()) for label in np.unique(labels)))

@@ -21,13 +21,14 @@ Ints = npt.NDArray[np.int64]
 class PageHash:
     """model: how pages relate. ball: latency class of each slice on this chip, int64, shape (slices,).
 
-    masks: the linear ones, over granule index bits. digits: the others, as in the map.
+    masks: the linear ones, over granule index bits. digits: the others, as in the map. taken: over from another chip's map.
     """
 
     model: PageModel
     ball: Ints
     masks: tuple[int, ...]
     digits: tuple[Digit, ...]
+    taken: bool = False
 
 
 def taken_over(known: ChannelMap, reference: Reference) -> PageHash | None:
@@ -52,7 +53,7 @@ def taken_over(known: ChannelMap, reference: Reference) -> PageHash | None:
         )
         # A copy: what this chip's pages teach is no part of the other chip's map.
         model = PageModel(known.slices, known.granules, known.model.patterns, known.model.permutations)
-        return PageHash(model, ball, masks, known.digits)
+        return PageHash(model, ball, masks, known.digits, taken=True)
     return None
 
 
