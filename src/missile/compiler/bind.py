@@ -12,8 +12,10 @@ from pathlib import Path
 
 from missile.coloring.shape import Shape
 from missile.compiler.contents import load_contents
+from missile.compiler.overlapped import overlapped_kernels
 from missile.compiler.package import BufferKind, FillStep, ModelPackage
 from missile.compiler.planning import Placement, place_buffers
+from missile.compiler.ptx.overlap import Overlap
 from missile.compiler.steps import check_package, launch_of, load_images, load_profiles, works_of
 from missile.errors import MisuseError
 from missile.gpu.interface import Fill, Gpu, Graph, HostBuffer, Kernel, Launch, Stream
@@ -59,13 +61,21 @@ class BoundModel:
 
 
 def bind(
-    package: ModelPackage, directory: Path | None, gpu: Gpu, *, tenant: str, weights_at: int | None = None
+    package: ModelPackage,
+    directory: Path | None,
+    gpu: Gpu,
+    *,
+    tenant: str,
+    weights_at: int | None = None,
+    overlap: Overlap | None = None,
 ) -> BoundModel:
     """Load `package` for `tenant` onto `gpu`.
 
     directory: where the package's kernels and weights lie; None for a recorded package (simulated GPUs only).
     weights_at: device memory of the caller that weights are to be used from (`place_buffers` says how they lie there):
     they are not loaded then. State buffers start as in the package's weights, or zero. Blocks until all that is on the GPU.
+    overlap: kernels are launched while the one before runs, and wait themselves; code for that which the package has not yet
+    is made (seconds), and kept in it. None: each starts when the one before has ended.
     MisuseError for a package of another GPU architecture, without kernels, or (simulated) without a profile;
     OutOfMemoryError naming the tenant. After an error nothing is held.
     """
@@ -81,11 +91,11 @@ def bind(
             memory = gpu.allocate(place.nbytes, tenant=tenant)
             undo.callback(memory.free)
             regions[kind] = memory.address
-        kernels = _load_kernels(package, directory, gpu, tenant, undo)
+        kernels = _load_kernels(package, directory, gpu, tenant, overlap, undo)
 
         def operations_at(weights: int) -> tuple[Operation, ...]:
             addresses = _addresses(places, regions | {BufferKind.WEIGHT: weights})
-            return _operations(package, works, kernels, addresses)
+            return _operations(package, works, kernels, addresses, overlap is not None)
 
         weights = regions.get(BufferKind.WEIGHT, 0)
         operations = operations_at(weights)
@@ -137,12 +147,15 @@ def _addresses(places: Mapping[BufferKind, Placement], regions: Mapping[BufferKi
 
 
 def _load_kernels(
-    package: ModelPackage, directory: Path | None, gpu: Gpu, tenant: str, undo: ExitStack
+    package: ModelPackage, directory: Path | None, gpu: Gpu, tenant: str, overlap: Overlap | None, undo: ExitStack
 ) -> dict[str, Kernel]:
     if gpu.info.simulated:
         return load_profiles(package, gpu, tenant, undo)
     assert directory is not None  # check_package
-    images = {image.id: _image(directory, image.id) for image in package.kernels}
+    if overlap is None:
+        images = {image.id: _image(directory, image.id) for image in package.kernels}
+    else:
+        images = overlapped_kernels(package, directory, overlap)
     return load_images(package, images, gpu, tenant, undo)
 
 
@@ -160,10 +173,11 @@ def _operations(
     works: tuple[KernelWork | None, ...],
     kernels: Mapping[str, Kernel],
     addresses: Mapping[str, int],
+    overlaps: bool,
 ) -> tuple[Operation, ...]:
     return tuple(
         Fill(addresses[step.buffer] + step.offset, step.nbytes, step.value)
         if isinstance(step, FillStep)
-        else launch_of(step, work, kernels[step.kernel], addresses)
+        else launch_of(step, work, kernels[step.kernel], addresses, overlaps=overlaps)
         for step, work in zip(package.steps, works, strict=True)
     )

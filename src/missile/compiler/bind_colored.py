@@ -17,6 +17,7 @@ from missile.compiler.contents import STAGING_BYTES, load_contents
 from missile.compiler.mover import STAND_IN, Mover
 from missile.compiler.package import BufferKind, FillStep, ModelPackage
 from missile.compiler.planning import Placement, place_buffers
+from missile.compiler.ptx.overlap import Overlap
 from missile.compiler.steps import check_package, launch_of, load_images, load_profiles, works_of
 from missile.errors import MisuseError, OutOfMemoryError
 from missile.gpu.interface import Gpu, HostBuffer, Kernel, Stream
@@ -33,13 +34,14 @@ def bind_colored(
     *,
     kernels: ColoredKernels | None = None,
     mixed: bool = False,
+    overlap: Overlap | None = None,
 ) -> BoundModel:
     """Load `package` for `memory`'s tenant into its colors. As `bind`, but for what is said here.
 
     kernels: the package's code for the shape of `memory`; None takes what is kept in `directory`, or makes it now. Simulated
-    GPUs need none. mixed: kernels that were measured to be faster with a shadow page table use one, which takes up to 1/64
-    of the memory; a model with such kernels can't be made preemptible. The model's operations begin with the inputs'
-    scattering and end with the outputs' gathering.
+    GPUs need none. overlap: as of `bind`; where `kernels` are given, it is theirs. mixed: kernels that were measured to be
+    faster with a shadow page table use one, which takes up to 1/64 of the memory; a model with such kernels can't be made
+    preemptible. The model's operations begin with the inputs' scattering and end with the outputs' gathering.
     OutOfMemoryError saying how much is missing. `memory` stays the caller's.
     """
     check_package(package, directory, gpu)
@@ -53,19 +55,22 @@ def bind_colored(
             undo.callback(buffer.free)
             regions[kind] = buffer.address
         shadowed: frozenset[str] = frozenset()
+        overlap = overlap if kernels is None else kernels.overlap
         if gpu.info.simulated:
             loaded = load_profiles(package, gpu, tenant, undo)
             module = gpu.load_module(STAND_IN, name=tenant)
         else:
             assert directory is not None  # check_package
-            code = kernels or colored_kernels(package, directory, memory.translation.shape, mixed=mixed)
+            code = kernels or colored_kernels(
+                package, directory, memory.translation.shape, mixed=mixed, overlap=overlap
+            )
             if code.shape != memory.translation.shape:
                 raise MisuseError(f"The code of package {package.name!r} is for another shape of translation.")
             shadowed = code.shadowed
             loaded = load_images(package, code.cubins, gpu, tenant, undo)
             module = gpu.load_module(code.transfer, name=f"{tenant}/transfer")
         undo.callback(module.close)
-        mover = Mover(module, memory)
+        mover = Mover(module, memory, overlaps=overlap is not None)
         if directory is not None and not gpu.info.simulated:
             staging = gpu.allocate(STAGING_BYTES, tenant=tenant)
             try:
@@ -147,7 +152,8 @@ def _operations(
             operations.append(mover.fill(addresses[step.buffer] + step.offset, step.nbytes, step.value))
         else:
             trailing = (constants[step.kernel],)
-            operations.append(launch_of(step, work, kernels[step.kernel], addresses, trailing))
+            launch = launch_of(step, work, kernels[step.kernel], addresses, trailing, overlaps=mover.overlaps)
+            operations.append(launch)
     if BufferKind.OUTPUT in ports:
         plain, nbytes = ports[BufferKind.OUTPUT]
         operations.append(mover.gather(plain, regions[BufferKind.OUTPUT], nbytes))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from missile.coloring.shape import Shape
 from missile.compiler.ptx.assemble import assemble
+from missile.compiler.ptx.overlap import Overlap, check_waits, make_overlapping
 from missile.compiler.ptx.preempt import Look, Place, make_preemptible
 from missile.compiler.ptx.rewrite import Placement, rewrite
 from missile.errors import InternalError, MissileError
@@ -28,9 +29,10 @@ _FEWEST = 4  # kernels: a process takes longer to start than fewer take to compi
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A kernel's PTX to be colored and made preemptible, or one of the two. arch: the GPU that it is for.
+    """A kernel's PTX to be colored, and made preemptible or to overlap; each of it or none. arch: the GPU that it is for.
 
-    shape: None for plain memory; placement: None for the usual one; preempt: how, None where not.
+    shape: None for plain memory; placement: None for the usual one; preempt, overlap: how, None where not. What is
+    preempted can't overlap.
     """
 
     name: str
@@ -39,10 +41,11 @@ class Task:
     placement: Placement | None
     arch: str
     preempt: tuple[Look, Place] | None = None
+    overlap: Overlap | None = None
 
 
 def color(task: Task) -> bytes:
-    """The cubin. UnsupportedError naming the kernel that can't be colored or preempted."""
+    """The cubin. UnsupportedError naming the kernel that can't be colored, preempted or overlap."""
     text = task.ptx
     if task.shape is not None:
         options = {} if task.placement is None else {"placement": task.placement}
@@ -50,6 +53,9 @@ def color(task: Task) -> bytes:
     if task.preempt is not None:
         look, place = task.preempt
         text = make_preemptible(text, name=task.name, look=look, place=place)
+    if task.overlap is not None:
+        text = make_overlapping(text, task.overlap, name=task.name)
+        check_waits(text, name=task.name, lookups_first=task.overlap.lookups_first)
     return assemble(text, arch=task.arch, name=task.name)
 
 

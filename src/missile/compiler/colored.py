@@ -1,8 +1,9 @@
 """A package's kernels with color translation: compiled once for a shape of translation, whatever the colors.
 
-They lie beside the plain ones, in `colored/SHAPE/`: a cubin for each kernel, and `transfer.cubin` with the kernels that move
-data in and out. Each takes one parameter more than the plain kernel, the last: the tenant's constants
-(`TenantMemory.constants`), by value. Nothing here touches a GPU; `bind_colored` makes a plan of it.
+They lie beside the plain ones, in `colored/SHAPE/` (and a longer name where they overlap or are of mixed forms): a cubin for
+each kernel, and `transfer.cubin` with the kernels that move data in and out. Each takes one parameter more than the plain
+kernel, the last: the tenant's constants (`TenantMemory.constants`), by value. Nothing here touches a GPU; `bind_colored`
+makes a plan of it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from missile.compiler.package import ModelPackage
 from missile.compiler.placements import PLACEMENTS, PlacementTable
 from missile.compiler.ptx.assemble import assemble
 from missile.compiler.ptx.fill import fill_entry
+from missile.compiler.ptx.overlap import Overlap, make_overlapping
 from missile.compiler.ptx.rewrite import Placement
 from missile.compiler.ptx.transfer import transfer_ptx
 from missile.errors import MisuseError
@@ -49,12 +51,14 @@ class ColoredKernels:
     """Code of one package for one shape of translation, of any tenant. cubins: by kernel id.
 
     shadowed: kernels whose code is of `shadow_shape(shape)` instead, and takes `TenantMemory.shadow` for constants.
+    overlap: how they overlap, those of `transfer` among them; None where they don't.
     """
 
     shape: Shape
     cubins: Mapping[str, bytes]
     transfer: bytes
     shadowed: frozenset[str] = frozenset()
+    overlap: Overlap | None = None
 
 
 def shadow_shape(shape: Shape) -> Shape:
@@ -85,13 +89,15 @@ def color_kernels(
     *,
     mixed: bool = False,
     placement: Placement | None = None,
+    overlap: Overlap | None = None,
     executor: Executor | None = None,
     keep: bool = True,
 ) -> ColoredKernels:
     """Rewrite and assemble every kernel of `package`, which lies in `directory`, for `shape`, and keep the code there.
 
     mixed: kernels that were measured to be faster with a shadow page table get one. placement: of translations in all
-    kernels; None takes for each what was measured to be best (`PlacementTable` has both).
+    kernels; None takes for each what was measured to be best (`PlacementTable` has both). overlap: how
+    they overlap, None for not at all.
     executor: who does the work; None for processes on all cores. keep: False leaves the package as it is.
     UnsupportedError naming the kernel that can't be colored; then nothing is kept. Replaces what was kept for the shape.
     """
@@ -112,18 +118,21 @@ def color_kernels(
             f"The kernels of package {package.name!r} are for different GPUs: {', '.join(sorted(targets))}."
         )
     (arch,) = targets
-    transfer = assemble(transfer_ptx(shape, arch) + fill_entry(shape), arch=arch, name=_TRANSFER)
+    movers = transfer_ptx(shape, arch) + fill_entry(shape)
+    if overlap is not None:
+        movers = make_overlapping(movers, overlap, name=_TRANSFER)
+    transfer = assemble(movers, arch=arch, name=_TRANSFER)
     best = PlacementTable.load(package.gpu)
     shadowed = frozenset(name for name, text in sources.items() if mixed and best.is_shadowed(shape.form, text))
     tasks = []
     for name, text in sources.items():
         own = shadow_shape(shape) if name in shadowed else shape
-        tasks.append(Task(name, text, own, placement or best.find(own.form, text), arch))
+        tasks.append(Task(name, text, own, placement or best.find(own.form, text), arch, overlap=overlap))
     done = color_all(tasks) if executor is None else executor.map(color, tasks)
     cubins = dict(zip(sources, done, strict=True))
-    made = ColoredKernels(shape, cubins, transfer, shadowed)
+    made = ColoredKernels(shape, cubins, transfer, shadowed, overlap)
     if keep:
-        _keep(made, _folder(directory, shape, mixed))
+        _keep(made, _folder(directory, shape, mixed, overlap))
     return made
 
 
@@ -135,18 +144,20 @@ def _target(text: str, name: str) -> str:
     return found[1]
 
 
-def colored_kernels(package: ModelPackage, directory: Path, shape: Shape, *, mixed: bool = False) -> ColoredKernels:
+def colored_kernels(
+    package: ModelPackage, directory: Path, shape: Shape, *, mixed: bool = False, overlap: Overlap | None = None
+) -> ColoredKernels:
     """What is kept for `shape`, made now where there is nothing. Raises what `color_kernels` raises."""
     mixed = mixed and bool(PlacementTable.load(package.gpu).shadowed.get(shape.form))
-    if is_colored(directory, shape, mixed=mixed):
-        return read_colored(package, directory, shape, mixed=mixed)
-    return color_kernels(package, directory, shape, mixed=mixed)
+    if is_colored(directory, shape, mixed=mixed, overlap=overlap):
+        return read_colored(package, directory, shape, mixed=mixed, overlap=overlap)
+    return color_kernels(package, directory, shape, mixed=mixed, overlap=overlap)
 
 
-def is_colored(directory: Path, shape: Shape, *, mixed: bool = False) -> bool:
+def is_colored(directory: Path, shape: Shape, *, mixed: bool = False, overlap: Overlap | None = None) -> bool:
     """Whether the package in `directory` has code for `shape`, by this version of the translation."""
     try:
-        return (_folder(directory, shape, mixed) / _VERSION).read_text() == code_version()
+        return (_folder(directory, shape, mixed, overlap) / _VERSION).read_text() == code_version()
     except OSError:
         return False
 
@@ -161,10 +172,12 @@ def code_version() -> str:
     return digest.hexdigest()[:16]
 
 
-def read_colored(package: ModelPackage, directory: Path, shape: Shape, *, mixed: bool = False) -> ColoredKernels:
+def read_colored(
+    package: ModelPackage, directory: Path, shape: Shape, *, mixed: bool = False, overlap: Overlap | None = None
+) -> ColoredKernels:
     """What `color_kernels` kept. MisuseError when there is none for `shape` or a kernel is missing."""
-    folder = _folder(directory, shape, mixed)
-    if not is_colored(directory, shape, mixed=mixed):
+    folder = _folder(directory, shape, mixed, overlap)
+    if not is_colored(directory, shape, mixed=mixed, overlap=overlap):
         raise MisuseError(
             f"Package {package.name!r} in {directory} was not compiled for colors in the form {folder.name}."
         )
@@ -176,11 +189,12 @@ def read_colored(package: ModelPackage, directory: Path, shape: Shape, *, mixed:
     except OSError as error:
         raise MisuseError(f"{error.filename} can't be read: {error.strerror}.") from None
     transfer = cubins.pop(_TRANSFER)
-    return ColoredKernels(shape, cubins, transfer, shadowed)
+    return ColoredKernels(shape, cubins, transfer, shadowed, overlap)
 
 
-def _folder(directory: Path, shape: Shape, mixed: bool) -> Path:
-    return directory / "colored" / (shape_name(shape) + ("-mixed" if mixed else ""))
+def _folder(directory: Path, shape: Shape, mixed: bool, overlap: Overlap | None) -> Path:
+    overlapped = "" if overlap is None else f"-overlapped-{overlap.name}"
+    return directory / "colored" / (shape_name(shape) + ("-mixed" if mixed else "") + overlapped)
 
 
 def _keep(kernels: ColoredKernels, folder: Path) -> None:

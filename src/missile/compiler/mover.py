@@ -22,10 +22,11 @@ STAND_IN = "\n".join(
 @dataclass(frozen=True, slots=True)
 class Mover:
     """module: the code that `ColoredKernels.transfer` is for the shape of `memory`. Plain and logical addresses are
-    multiples of 16, but for `fill`."""
+    multiples of 16, but for `fill`. overlaps: whether that code waits for the launch before."""
 
     module: Module
     memory: TenantMemory
+    overlaps: bool = False
 
     def scatter(self, plain: int, logical: int, nbytes: int) -> Launch:
         return self._launch(SCATTER, nbytes, (_u64(plain), _u64(logical), _u64(nbytes)), reads=nbytes)
@@ -47,7 +48,8 @@ class Mover:
             footprint_bytes=reads + nbytes,
         )
         grid, block = (blocks, 1, 1), (THREADS, 1, 1)
-        return Launch(self.module.kernel(kernel), grid, block, 0, (*params, self.memory.constants), work)
+        arguments = (*params, self.memory.constants)
+        return Launch(self.module.kernel(kernel), grid, block, 0, arguments, work, overlaps=self.overlaps)
 
 
 def _u64(value: int) -> bytes:

@@ -110,13 +110,16 @@ class _Plan:
     def preemptible(self, operations: Sequence[Operation]) -> tuple[Launch, ...]:
         changed = []
         marks = self.marks
+        # Nothing overlaps: this code does not wait, and marks and the control are written by the launch before.
         for step, launch in enumerate(_launches(self.model.package, operations)):
             preempt = Preemption(self.control, step)
             if self.kernels:
                 params = (*launch.params, *arguments(self.control.address, marks, step))
-                changed.append(replace(launch, kernel=self.kernels[step], params=params, preempt=preempt))
+                changed.append(
+                    replace(launch, kernel=self.kernels[step], params=params, preempt=preempt, overlaps=False)
+                )
             else:
-                changed.append(replace(launch, preempt=preempt))
+                changed.append(replace(launch, preempt=preempt, overlaps=False))
             marks += self.blocks[step]
         return tuple(changed)
 

@@ -77,10 +77,13 @@ def launch_of(
     kernel: Kernel,
     addresses: Mapping[str, int],
     trailing: tuple[bytes, ...] = (),
+    *,
+    overlaps: bool = False,
 ) -> Launch:
-    """The step's launch with its buffers at `addresses`. trailing: parameters behind the step's own."""
+    """The step's launch with its buffers at `addresses`. trailing: parameters behind the step's own. overlaps: the kernel's
+    code waits for the launch before."""
     params = (_argument(argument, addresses) for argument in step.arguments)
-    return Launch(kernel, step.grid, step.block, step.shared_bytes, (*params, *trailing), work)
+    return Launch(kernel, step.grid, step.block, step.shared_bytes, (*params, *trailing), work, overlaps=overlaps)
 
 
 def _argument(argument: PointerArgument | BytesArgument, addresses: Mapping[str, int]) -> bytes:

@@ -251,6 +251,9 @@ class Launch:
     params: each argument's bytes, little-endian, at the width the kernel declares, in order.
     work: what it asks of the GPU; the simulator needs it, hardware ignores it.
     preempt: what lets its blocks leave. The simulator obeys it; hardware ignores it, there the kernel's code does it.
+    overlaps: it may be launched while the launch right before it in the stream or graph runs: its code waits itself for that
+    to end, in every thread, before it touches global memory and before it ends (`compiler.ptx.overlap`). Behind anything
+    else but a launch it starts as usual. Simulated GPUs ignore it.
     """
 
     kernel: Kernel
@@ -260,6 +263,7 @@ class Launch:
     params: tuple[bytes, ...] = ()
     work: KernelWork | None = None
     preempt: Preemption | None = None
+    overlaps: bool = False
 
 
 @dataclass(frozen=True, slots=True)

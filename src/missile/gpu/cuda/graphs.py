@@ -2,6 +2,7 @@
 
 A node of a CUDA graph belongs to the context that it was captured in, so a graph captured on the whole GPU would leave
 its partition. A `CudaGraph` therefore keeps its operations and captures them once for each partition it is launched on.
+Launches that overlap are captured as dependent ones: the edge to them is a programmatic one, all others are full.
 """
 
 from __future__ import annotations

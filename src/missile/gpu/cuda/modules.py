@@ -70,8 +70,11 @@ class CudaKernel:
         self._allow_shared(shared_bytes)
         return int(self._cu("cuOccupancyMaxActiveBlocksPerMultiprocessor", self._function, threads, shared_bytes))
 
-    def launch(self, stream: Any, launch: Launch) -> None:
-        """Enqueue `launch`, whose kernel this is, on the CUstream `stream`."""
+    def launch(self, stream: Any, launch: Launch, *, early: bool = False) -> None:
+        """Enqueue `launch`, whose kernel this is, on the CUstream `stream`.
+
+        early: it may start while the kernel before it runs, as soon as all blocks of that allow it (a dependent launch).
+        """
         cu = self._cu
         cu.enter("cuLaunchKernel")
         params, shared = launch.params, launch.shared_bytes
@@ -80,9 +83,27 @@ class CudaKernel:
             packed = self._pack(params)
         if shared > self._shared_allowed:
             self._allow_shared(shared)
-        (status,) = self._launch(self._function, *launch.grid, *launch.block, shared, stream, packed.address, 0)
+        if early:
+            (status,) = cu.api.cuLaunchKernelEx(self._early(stream, launch), self._function, packed.address, 0)
+        else:
+            (status,) = self._launch(self._function, *launch.grid, *launch.block, shared, stream, packed.address, 0)
         if status:
             raise self._refusal(status, launch)
+
+    def _early(self, stream: Any, launch: Launch) -> Any:
+        """The configuration of a dependent launch."""
+        api = self._cu.api
+        attribute = api.CUlaunchAttribute()
+        attribute.id = api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = api.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.block
+        config.sharedMemBytes = launch.shared_bytes
+        config.hStream = stream
+        config.attrs = [attribute]
+        config.numAttrs = 1
+        return config
 
     def _pack(self, params: tuple[bytes, ...]) -> _Arguments:
         """The arguments as the driver wants them, kept for the next launch with the same tuple."""

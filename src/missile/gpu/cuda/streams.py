@@ -90,6 +90,7 @@ class CudaStream:
         self._partition = partition
         self._on_close = on_close
         self._launched = 0
+        self._behind_kernel = False  # what it was given last is a launch, which a dependent one can overlap with
         self._unfinished: dict[str, int] = {}  # tenant -> number of its last launch here
 
     @property
@@ -114,42 +115,52 @@ class CudaStream:
         if isinstance(operation, Launch):
             kernel = operation.kernel
             assert isinstance(kernel, CudaKernel)
-            kernel.launch(self._native, operation)
+            kernel.launch(self._native, operation, early=operation.overlaps and self._behind_kernel)
             self._launched += 1
             self._unfinished[kernel.tenant] = self._launched
-        elif isinstance(operation, Fill):
+            self._behind_kernel = True
+            return
+        self._behind_kernel = False
+        if isinstance(operation, Fill):
             self._cu("cuMemsetD8Async", operation.address, operation.value, operation.nbytes, self._native)
         else:
             self._cu("cuMemcpyDtoDAsync", operation.target, operation.source, operation.nbytes, self._native)
 
     def launch_graph(self, graph: Graph) -> None:
         assert isinstance(graph, CudaGraph)
+        self._behind_kernel = False
         graph.launch(self._native, self._partition)
         self._launched += 1
         for tenant in graph.tenants:
             self._unfinished[tenant] = self._launched
 
     def copy_to_device(self, target: int, source: HostBuffer, *, offset: int = 0, nbytes: int | None = None) -> None:
+        self._behind_kernel = False
         address, size = _window(source, offset, nbytes)
         self._cu("cuMemcpyHtoDAsync", target, address, size, self._native)
 
     def copy_to_host(self, target: HostBuffer, source: int, *, offset: int = 0, nbytes: int | None = None) -> None:
+        self._behind_kernel = False
         address, size = _window(target, offset, nbytes)
         self._cu("cuMemcpyDtoHAsync", address, source, size, self._native)
 
     def record(self, event: Event) -> None:
         assert isinstance(event, CudaEvent)
+        self._behind_kernel = False
         self._cu("cuEventRecord", event.handle, self._native)
         event.recorded(self, self._launched)
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, CudaEvent)
+        self._behind_kernel = False
         self._cu("cuStreamWaitEvent", self._native, event.handle, 0)
 
     def raise_latch(self, latch: Latch, value: int) -> None:
+        self._behind_kernel = False
         self._cu("cuStreamWriteValue32", self._native, latch.address, value, 0)
 
     def wait_latch(self, latch: Latch, value: int) -> None:
+        self._behind_kernel = False
         at_least = self._cu.api.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
         self._cu("cuStreamWaitValue32", self._native, latch.address, value, int(at_least))
 
