@@ -1,8 +1,13 @@
-"""A load on the link, driven through any copier: bulk tenants in closed loops, latency-sensitive ones by arrival times."""
+"""A load on the link, driven through any copier: bulk tenants in closed loops, latency-sensitive ones by arrival times.
+
+Who makes the latency-sensitive copies is part of what is measured, so there are three ways (`Source`).
+"""
 
 from __future__ import annotations
 
+import enum
 import gc
+import threading
 import time
 from array import array
 from collections.abc import Sequence
@@ -12,18 +17,33 @@ import numpy as np
 import numpy.typing as npt
 
 from missile.errors import MisuseError
-from missile.gpu.interface import Gpu
+from missile.gpu.interface import DeviceBuffer, Gpu, HostBuffer
 from missile.pcie.direct import Copier
 from missile.pcie.engine import CopyEngine
 from missile.pcie.lane import ChunkRecord
+from missile.pcie.native.lane import ROW, NativeLane
 from missile.pcie.runner import Sleeper
 from missile.pcie.ticket import CopyState, CopyTicket, Direction
 from missile.pcie.weights import MIB, Share
 
-__all__ = ["Bulk", "LoadResult", "Requests", "run_load"]
+__all__ = ["Bulk", "LoadResult", "Requests", "Source", "run_load"]
 
 _FOREVER = 1 << 62
 _EARLY_NS = 100_000  # the load is awake when a copy arrives, as an engine is that has just received a request
+
+
+class Source(enum.StrEnum):
+    """Who submits latency-sensitive copies and sees their ends.
+
+    SLEEPING and SPINNING: the copier's owner, a loop in Python that sleeps until shortly before an arrival, or that never
+    sleeps, as the runtime's engine loop on hardware. NATIVE: a loop in C that never sleeps (`native/source.c`), through the
+    entry that Python's submit uses; for a `CopyEngine` with the hot loop in C only. What it measures is the scheduler and
+    the link; its own CPU time is not counted.
+    """
+
+    SLEEPING = "sleeping"
+    SPINNING = "spinning"
+    NATIVE = "native"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +72,8 @@ class Requests:
 class LoadResult:
     """Raw times of one run, ns since its start.
 
-    latency_ns: by tenant, arrival to seen done, in order of arrival; only copies that were done. unfinished: by tenant.
+    latency_ns: by tenant, arrival to seen done, in order of their ends; only copies that were done. unfinished: by tenant.
+    late_ns: by tenant, arrival until the source called the copier (part of the former), of every copy that was submitted.
     chunks: by tenant and direction ("name h2d"), shape (n, 2): when each chunk (whole copy, without the scheduler) was
     seen to have arrived, and its bytes. cpu_seconds: of the driving thread, which also makes the load, and of the
     engine's own threads (`engine_cpu_seconds`, 0 where there are none).
@@ -60,6 +81,7 @@ class LoadResult:
 
     duration_ns: int
     latency_ns: dict[str, npt.NDArray[np.int64]]
+    late_ns: dict[str, npt.NDArray[np.int64]]
     unfinished: dict[str, int]
     chunks: dict[str, npt.NDArray[np.int64]]
     cpu_seconds: float
@@ -73,7 +95,14 @@ class LoadResult:
 
 
 def run_load(
-    gpu: Gpu, copier: Copier, bulk: Sequence[Bulk], requests: Sequence[Requests], *, duration_s: float, seed: int = 0
+    gpu: Gpu,
+    copier: Copier,
+    bulk: Sequence[Bulk],
+    requests: Sequence[Requests],
+    *,
+    duration_s: float,
+    seed: int = 0,
+    source: Source = Source.SLEEPING,
 ) -> LoadResult:
     """Run for `duration_s` seconds of the GPU's clock; the copier's thread is this one. The copier is closed afterwards.
 
@@ -81,18 +110,29 @@ def run_load(
     """
     if not duration_s > 0 or not (bulk or requests):
         raise MisuseError("A load on the link needs a positive duration and at least one tenant.")
-    return _Run(gpu, copier, bulk, requests, round(duration_s * 1e9), seed).run()
+    if source is Source.NATIVE and not (isinstance(copier, CopyEngine) and copier.native):
+        raise MisuseError("Only the scheduler with its hot loop in C can be given copies by a source in C.")
+    return _Run(gpu, copier, bulk, requests, round(duration_s * 1e9), seed, source).run()
 
 
 class _Run:
     def __init__(
-        self, gpu: Gpu, copier: Copier, bulk: Sequence[Bulk], requests: Sequence[Requests], duration_ns: int, seed: int
+        self,
+        gpu: Gpu,
+        copier: Copier,
+        bulk: Sequence[Bulk],
+        requests: Sequence[Requests],
+        duration_ns: int,
+        seed: int,
+        source: Source,
     ) -> None:
         self._gpu = gpu
         self._copier = copier
         self._bulk = bulk
         self._requests = requests
         self._duration = duration_ns
+        self._source = source
+        self._native: list[_NativeSource] = []
         size = max([loop.nbytes for loop in bulk] + [tenant.nbytes for tenant in requests])
         used = {tenant.direction for tenant in requests}.union(*(loop.directions for loop in bulk))
         self._host = {direction: gpu.allocate_host(size) for direction in used}
@@ -100,7 +140,7 @@ class _Run:
             memory.array[:] = 1
         self._device = {direction: gpu.allocate(size) for direction in used}
         self._latency: dict[str, list[int]] = {tenant.name: [] for tenant in requests}
-        self._issued = dict.fromkeys(self._latency, 0)
+        self._late: dict[str, list[int]] = {tenant.name: [] for tenant in requests}
         self._chunks: dict[str, array[int]] = {}  # time, bytes, time, bytes ...
         self._start = self._end = 0
         rng = np.random.default_rng(seed)
@@ -125,7 +165,10 @@ class _Run:
             self._start = gpu.now_ns()
             self._end = self._start + self._duration
             sleeper = Sleeper(gpu)
+            spins = self._source is Source.SPINNING
             early = 0 if gpu.info.simulated else _EARLY_NS
+            if self._source is Source.NATIVE:
+                self._start_native()
             cpu = time.thread_time()
             for loop in self._bulk:
                 for direction in loop.directions:
@@ -139,8 +182,13 @@ class _Run:
                 coming = self._start + self._arrivals[-1][0] if self._arrivals else _FOREVER
                 soon = gpu.now_ns() + 1_000
                 until = min(_FOREVER if due is None else due, coming - early, self._end)
-                sleeper.wait(copier.events(), max(until, soon))
+                if not spins:
+                    sleeper.wait(copier.events(), max(until, soon))
+                elif gpu.info.simulated:
+                    gpu.wait(copier.events(), max(until, soon))
             cpu = time.thread_time() - cpu
+            for native in self._native:
+                native.join(self._latency, self._late, self._end)
             engine_cpu = 0.0
             if isinstance(copier, CopyEngine):
                 engine_cpu = copier.cpu_seconds
@@ -149,6 +197,8 @@ class _Run:
                     self._arrived(record)
         finally:
             gc.enable()
+            for native in self._native:
+                native.thread.join()
             copier.close()
             gpu.synchronize()
             for memory in (*self._host.values(), *self._device.values()):
@@ -156,18 +206,31 @@ class _Run:
         return LoadResult(
             duration_ns=self._duration,
             latency_ns={name: np.array(times, np.int64) for name, times in self._latency.items()},
-            unfinished={name: self._issued[name] - len(times) for name, times in self._latency.items()},
+            late_ns={name: np.array(times, np.int64) for name, times in self._late.items()},
+            unfinished={name: len(self._late[name]) - len(times) for name, times in self._latency.items()},
             chunks={name: np.array(rows, np.int64).reshape(-1, 2) for name, rows in self._chunks.items()},
             cpu_seconds=cpu + engine_cpu,
             engine_cpu_seconds=engine_cpu,
             steps=steps,
         )
 
+    def _start_native(self) -> None:
+        """Hand all arrivals to sources in C, one for each direction."""
+        assert isinstance(self._copier, CopyEngine)
+        for direction in Direction:
+            mine = [(at, tenant) for at, tenant in reversed(self._arrivals) if tenant.direction is direction]
+            lane = self._copier.lanes[direction]
+            if mine and isinstance(lane, NativeLane):
+                source = _NativeSource(lane, mine, self._start)
+                self._native.append(source)
+                source.start(self._host[direction], self._device[direction], self._end)
+        self._arrivals.clear()
+
     def _let_in(self) -> None:
-        while self._arrivals and self._start + self._arrivals[-1][0] <= self._gpu.now_ns():
+        while self._arrivals and self._start + self._arrivals[-1][0] <= (began := self._gpu.now_ns()):
             at, tenant = self._arrivals.pop()
             arrival = self._start + at
-            self._issued[tenant.name] += 1
+            self._late[tenant.name].append(began - arrival)
 
             def done(ticket: CopyTicket, arrival: int = arrival) -> None:
                 now = self._gpu.now_ns()
@@ -206,3 +269,31 @@ class _Run:
             rows = self._chunks[key] = array("q")
         rows.append(at_ns - self._start)
         rows.append(nbytes)
+
+
+class _NativeSource:
+    """Arrivals of one direction, submitted by `NativeLane.run_source` on a thread of its own."""
+
+    def __init__(self, lane: NativeLane, arrivals: Sequence[tuple[int, Requests]], start_ns: int) -> None:
+        self._lane = lane
+        self._names = [tenant.name for _, tenant in arrivals]
+        self._rows = np.zeros((len(arrivals), len(ROW)), np.int64)
+        for row, (at, tenant) in zip(self._rows, arrivals, strict=True):
+            row[:3] = start_ns + at, lane.flow(tenant.name), tenant.nbytes
+        self._submitted = 0
+
+    def start(self, host: HostBuffer, device: DeviceBuffer, end_ns: int) -> None:
+        def run() -> None:
+            self._submitted = self._lane.run_source(self._rows, host, device.address, early_ns=0, end_ns=end_ns)
+
+        self.thread = threading.Thread(target=run, name="missile-load", daemon=True)
+        self.thread.start()
+
+    def join(self, latency: dict[str, list[int]], late: dict[str, list[int]], end_ns: int) -> None:
+        """Wait for its end, and note what happened until `end_ns`."""
+        self.thread.join()
+        for name, row in zip(self._names[: self._submitted], self._rows.tolist(), strict=False):
+            arrival, _, _, submitted, _, _, done, state = row
+            late[name].append(submitted - arrival)
+            if not state and 0 < done <= end_ns:
+                latency[name].append(done - arrival)

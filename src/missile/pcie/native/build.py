@@ -12,15 +12,16 @@ import tempfile
 from ctypes import POINTER, c_double, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 __all__ = ["CALLS", "Calls", "Chunks", "Library", "Options", "Report", "ShareC", "Vitals", "compile_shared", "library"]
 
-_SOURCES: Final = ("lane.c", "fair.h")
+_SOURCES: Final = ("lane.c", "source.c", "lane.h", "fair.h")
 _FLAGS: Final = ("-std=c11", "-O2", "-shared", "-fPIC", "-pthread")
 _PATIENCE_S: Final = 60
 
-Library = Any  # a ctypes.CDLL, whose functions have no static types
+Library = Any  # functions by name, without static types
 
 CALLS: Final = ("set_context", "to_device", "to_host", "record", "query", "write", "context")
 
@@ -74,10 +75,16 @@ _SIGNATURES: Final = {
     "lane_close": (None, c_void_p),
     "lane_admit": (c_int, c_void_p, POINTER(ShareC)),
     "lane_remove": (None, c_void_p, c_int),
-    "lane_submit": (c_uint64, c_void_p, c_int, c_void_p, c_uint64, c_int64, c_void_p, c_void_p, c_uint64, c_uint32),
+    "lane_submit": (
+        c_uint64,
+        *(c_void_p, c_int, c_void_p, c_uint64, c_int64, c_void_p, c_void_p, c_uint64, c_uint32, c_void_p),
+    ),
     "lane_cancel": (None, c_void_p, c_int, c_uint64),
     "lane_abandon": (None, c_void_p),
     "lane_step": (c_int64, c_void_p, c_void_p, c_int64, POINTER(c_int64)),
+    "lane_clock": (c_int64,),
+    "lane_look": (c_int, c_void_p),
+    "source_run": (c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_uint64, c_int64, c_int64),
     "lane_queued": (c_int64, c_void_p, c_int),
     "lane_record": (None, c_void_p),
     "lane_recorded": (c_int64, c_void_p, c_void_p, c_int64),
@@ -94,6 +101,11 @@ _SIGNATURES: Final = {
 }
 
 
+# Called without the interpreter's lock. The others take microseconds: another thread that took the lock meanwhile would keep it
+# for up to `sys.getswitchinterval()`, with an urgent copy waiting.
+_LONG: Final = ("lane_close", "source_run")
+
+
 @functools.cache
 def library() -> tuple[Library | None, str]:
     """The compiled hot loop, or None and why there is none, in a few words."""
@@ -105,17 +117,18 @@ def library() -> tuple[Library | None, str]:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             compile_shared(sources, path)
-        loaded = ctypes.CDLL(str(path))
+        brief, long = ctypes.PyDLL(str(path)), ctypes.CDLL(str(path))
     except OSError as error:
         return None, str(error)
+    functions = {}
     for name, (result, *arguments) in _SIGNATURES.items():
-        function = getattr(loaded, name)
+        function = functions[name] = getattr(long if name in _LONG else brief, name)
         function.restype, function.argtypes = result, arguments
-    return loaded, ""
+    return SimpleNamespace(**functions), ""
 
 
 def compile_shared(sources: dict[str, bytes], target: Path) -> None:
-    """Compile `sources` (by file name; the first is what is compiled) into `target`, whole or not at all.
+    """Compile `sources` (by file name; those in .c are compiled) into `target`, whole or not at all.
 
     OSError says in a few words why not: no compiler, or what it said first.
     """
@@ -126,7 +139,8 @@ def compile_shared(sources: dict[str, bytes], target: Path) -> None:
         for name, content in sources.items():
             (Path(scratch) / name).write_bytes(content)
         made = Path(scratch) / target.name
-        command = [*compiler.split(), *_FLAGS, "-o", str(made), str(Path(scratch) / next(iter(sources)))]
+        units = [str(Path(scratch) / name) for name in sources if name.endswith(".c")]
+        command = [*compiler.split(), *_FLAGS, "-o", str(made), *units]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
         except subprocess.TimeoutExpired:

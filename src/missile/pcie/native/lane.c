@@ -13,17 +13,17 @@
 #include <time.h>
 
 #include "fair.h"
+#include "lane.h"
 
 enum { NOT_READY = 600 }; /* CUDA_ERROR_NOT_READY */
 enum { DEPTH_MOST = 256, STREAMS = 2, BULK = 0, SMALL = 1 };
 enum { EVENT_ISSUED = 1, EVENT_DONE = 2 };
-enum { DONE = 0, CANCELLED = 1, FAILED = 2 };
 
 #define FOREVER (INT64_MAX / 2)
 #define SOON_NS 1000
-#define SPIN_NS 40000   /* an urgent copy that should end within this is not slept for */
+#define SPIN_NS 150000  /* an urgent copy that should end within this is not slept for: a sleep may end 100 us late */
 #define POLL_NS 20000   /* how often something is looked at that has no expected time */
-#define ATTENDED_NS 60000
+#define ATTENDED_NS 30000
 #define WAKING_NS 10000
 #define UNATTENDED_NS 100000
 #define MARGIN_NS 60000 /* how late a sleep may end, and the time to issue: kept in hand where the window allows it */
@@ -59,6 +59,7 @@ struct copy {
     uint64_t latch;      /* device address of a word that is set behind the last chunk (0: none) */
     uint32_t value;
     int64_t issued_ns;
+    struct outcome *outcome; /* told there instead of in a report (NULL: report) */
     int flow, flying, ending, code;
     bool live, queued, over; /* over: nothing more of it will be issued */
 };
@@ -94,6 +95,7 @@ struct vitals { /* of the thread: CPU time, looks, the longest that a sleep was 
 
 struct lane {
     pthread_mutex_t mutex;
+    atomic_int waiting; /* threads at the lock */
     pthread_cond_t changed;
     pthread_t pump;
     bool stopping, dead;
@@ -120,7 +122,9 @@ static int64_t clock_ns(clockid_t which) {
     return t.tv_sec * (int64_t)1000000000 + t.tv_nsec;
 }
 
-static int64_t monotonic(void) { return clock_ns(CLOCK_MONOTONIC); }
+int64_t lane_clock(void) { return clock_ns(CLOCK_MONOTONIC); }
+
+static int64_t monotonic(void) { return lane_clock(); }
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -181,7 +185,8 @@ static void note(struct lane *lane, struct arrival arrival) {
 /* End a copy of which nothing more will be issued, unless the GPU still has chunks of it or it heads its queue. */
 static void settle(struct lane *lane, struct copy *copy, int64_t now) {
     if (copy->flying || copy->queued || !copy->live) return;
-    tell(lane, (struct report){EVENT_DONE, (int64_t)copy->id, copy->issued, copy->issued_ns, now, copy->ending, copy->code});
+    if (copy->outcome) *copy->outcome = (struct outcome){copy->issued_ns, now, copy->ending};
+    else tell(lane, (struct report){EVENT_DONE, (int64_t)copy->id, copy->issued, copy->issued_ns, now, copy->ending, copy->code});
     copy->live = false;
     copy->next = lane->spare;
     lane->spare = copy;
@@ -300,7 +305,8 @@ static void issue(struct lane *lane, const struct pick *pick, int64_t now) {
     copy->flying++;
     fair_charge(&lane->fair, pick, nbytes);
     if (last) {
-        tell(lane, (struct report){EVENT_ISSUED, (int64_t)copy->id, copy->nbytes, copy->issued_ns, now, DONE, 0});
+        if (!copy->outcome)
+            tell(lane, (struct report){EVENT_ISSUED, (int64_t)copy->id, copy->nbytes, copy->issued_ns, now, DONE, 0});
         take_first(queue); /* its last chunk's arrival settles it */
         copy->over = true;
         refresh(lane, pick->flow, now);
@@ -328,8 +334,13 @@ static void fill(struct lane *lane, int64_t now) {
         if (pick.flow < 0) return;
         /* A latency-sensitive copy queues behind the window at once: waiting for room would only add our own delay. */
         if (full && !(pick.latency_sensitive && lane->flying < 2 * most)) return;
-        if (lane->queues[pick.flow].first->over) refresh(lane, pick.flow, now);
-        else issue(lane, &pick, now);
+        if (lane->queues[pick.flow].first->over) {
+            refresh(lane, pick.flow, now);
+            continue;
+        }
+        issue(lane, &pick, now);
+        /* Whoever stands at the lock may have something urgent. With a chunk on its way the link does not miss the next. */
+        if (atomic_load_explicit(&lane->waiting, memory_order_relaxed) && !pick.latency_sensitive) return;
     }
 }
 
@@ -387,7 +398,7 @@ static int64_t owner_deadline(const struct lane *lane, int64_t now) {
         const struct ring *ring = &lane->rings[which];
         for (uint64_t i = ring->tail; i != ring->head; i++) {
             const struct chunk *chunk = &ring->chunks[i % DEPTH_MOST];
-            if (chunk->last) at = least(at, chunk->urgent ? chunk->eta_ns - SPIN_NS : chunk->eta_ns);
+            if (chunk->last && !chunk->copy->outcome) at = least(at, chunk->urgent ? chunk->eta_ns - SPIN_NS : chunk->eta_ns);
         }
     }
     if (lane->urgent && at <= now) return now + SOON_NS;
@@ -398,6 +409,7 @@ static int64_t owner_deadline(const struct lane *lane, int64_t now) {
     }
     for (int i = 0; i < lane->fair.awake_count; i++) {
         const struct copy *copy = lane->queues[lane->fair.awake[i]].first;
+        if (copy->outcome) continue;
         double left = (double)(copy->nbytes - copy->issued) * lane->options.ns_per_byte;
         int64_t from = lane->busy_until > now ? lane->busy_until : now;
         at = least(at, from + (int64_t)left + SOON_NS);
@@ -410,11 +422,15 @@ static int64_t owner_deadline(const struct lane *lane, int64_t now) {
 
 /* Held for microseconds: being put to sleep and woken for it takes longer. */
 static void enter(struct lane *lane) {
-    for (int i = 0; i < 2000; i++) {
-        if (!pthread_mutex_trylock(&lane->mutex)) return;
-        for (int j = 0; j < 8; j++) atomic_signal_fence(memory_order_seq_cst);
+    if (!pthread_mutex_trylock(&lane->mutex)) return;
+    atomic_fetch_add(&lane->waiting, 1);
+    bool mine = false;
+    for (int i = 0; i < 2000 && !mine; i++) {
+        lane_pause();
+        mine = !pthread_mutex_trylock(&lane->mutex);
     }
-    pthread_mutex_lock(&lane->mutex);
+    if (!mine) pthread_mutex_lock(&lane->mutex);
+    atomic_fetch_sub(&lane->waiting, 1);
 }
 
 /* --- the thread */
@@ -435,6 +451,11 @@ static void *pump(void *argument) {
         lane->vitals.cpu_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID);
         if (at == FOREVER) {
             pthread_cond_wait(&lane->changed, &lane->mutex);
+        } else if (lane->fair.urgent && !attended && at - now < SPIN_NS) {
+            /* The rest of an urgent copy waits for this look. */
+            pthread_mutex_unlock(&lane->mutex);
+            while (monotonic() < at) lane_pause();
+            enter(lane);
         } else {
             struct timespec until = {at / 1000000000, at % 1000000000};
             bool slept = pthread_cond_timedwait(&lane->changed, &lane->mutex, &until) == ETIMEDOUT;
@@ -515,7 +536,7 @@ void lane_remove(struct lane *lane, int flow) {
 
 /* Returns the copy's id, 0 without memory. `event` is recorded when its last chunk is issued. */
 uint64_t lane_submit(struct lane *lane, int flow, void *host, uint64_t device, int64_t nbytes, void *event, void *after,
-                     uint64_t latch, uint32_t value) {
+                     uint64_t latch, uint32_t value, struct outcome *outcome) {
     enter(lane);
     struct copy *copy = copy_new(lane);
     uint64_t id = 0;
@@ -529,6 +550,7 @@ uint64_t lane_submit(struct lane *lane, int flow, void *host, uint64_t device, i
         copy->after = after;
         copy->latch = latch;
         copy->value = value;
+        copy->outcome = outcome;
         copy->issued_ns = -1;
         copy->flow = flow;
         copy->queued = true;
@@ -589,6 +611,17 @@ int64_t lane_step(struct lane *lane, struct report *reports, int64_t most, int64
     if (*deadline == FOREVER) *deadline = -1;
     leave(lane);
     return count;
+}
+
+/* `lane_step` for one who waits for outcomes and comes back at once; reports stay for the owner. False: the GPU is lost. */
+int lane_look(struct lane *lane) {
+    enter(lane);
+    bool alive = !lane->dead;
+    if (alive) advance(lane);
+    int64_t until = monotonic() + ATTENDED_NS;
+    if (until > lane->attended_until) lane->attended_until = until;
+    pthread_mutex_unlock(&lane->mutex);
+    return alive;
 }
 
 /* Bytes that the tenant has waiting. */

@@ -6,10 +6,11 @@ import ctypes
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from missile.errors import GpuError, InternalError, MisuseError
 from missile.gpu.calls import DriverCalls
-from missile.gpu.interface import Event, Gpu
+from missile.gpu.interface import Event, Gpu, HostBuffer
 from missile.pcie.flight import LinkTiming, is_lost
 from missile.pcie.lane import POLL_NS, ChunkRecord, Lane, LaneVitals
 from missile.pcie.native.build import CALLS, Calls, Chunks, Library, Options, Report, ShareC, Vitals
@@ -19,13 +20,17 @@ from missile.pcie.staging import Piece, StagingRing
 from missile.pcie.ticket import CopyState, Direction
 from missile.pcie.weights import Share
 
-__all__ = ["NativeLane", "share_of"]
+__all__ = ["ROW", "NativeLane", "share_of"]
 
 _STREAMS: Final = 2
 _DEPTH: Final = 256  # lane.c, DEPTH_MOST
 _ISSUED, _DONE = 1, 2
 _STATES: Final = (CopyState.DONE, CopyState.CANCELLED, CopyState.FAILED)
 _REPORTS: Final = 256
+
+ROW: Final = ("arrival_ns", "flow", "nbytes", "submitted_ns", "given_ns", "issued_ns", "done_ns", "state")
+"""Columns of `NativeLane.run_source`. given_ns: when the submitting call returned; done_ns: 0 for a copy that is not over;
+state: 0 for one that was done."""
 
 
 class _Part(NamedTuple):
@@ -163,6 +168,24 @@ class NativeLane(Lane):
         self._library.lane_vitals(self._lane, ctypes.byref(out))
         return LaneVitals(out.cpu_ns, out.looks, out.late_ns, out.dry_ns)
 
+    # --- copies that a loop in C submits
+
+    def run_source(self, rows: npt.NDArray[np.int64], host: HostBuffer, device: int, *, early_ns: int, end_ns: int) -> int:
+        """Submit copies of `host` to or from `device` as they arrive, through the entry that `submit` uses, and wait for their ends.
+
+        rows: shape (n, 8), written in place (`ROW` names the columns), by arrival, ns on the GPU's clock. Blocks, without the
+        interpreter's lock, until all that arrived by `end_ns` are over: for a thread of its own, joined before `close`.
+        early_ns: it sleeps until so long before the next arrival while nothing is outstanding; 0: never.
+        Returns how many were submitted. They appear in no statistics.
+        """
+        assert rows.flags.c_contiguous and rows.shape[1] == len(ROW)
+        at = rows.ctypes.data
+        return int(self._library.source_run(self._lane, at, len(rows), host.address, device, early_ns, end_ns))
+
+    def flow(self, tenant: str) -> int:
+        """The tenant's number, for `run_source`."""
+        return self._flows[tenant]
+
     # --- the reactor's part
 
     def step(self, now_ns: int) -> int | None:
@@ -258,6 +281,7 @@ class NativeLane(Lane):
             after,
             latch,
             value,
+            None,
         )
         if not number:
             raise InternalError("The copy engine has no memory for another copy.")
