@@ -6,6 +6,7 @@ import ctypes
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from missile.errors import GpuError, MisuseError
 from missile.gpu.calls import DriverCalls
 from missile.pcie.engine import CopyEngine, EngineOptions, Stop
+from missile.pcie.load import Bulk, Requests, Source, run_load
 from missile.pcie.native.build import Chunks, compile_shared, library
 from missile.pcie.native.lane import share_of
 from missile.pcie.policy import FLOOR_CHUNKS, FairLink, Granularity
@@ -154,6 +156,11 @@ class PretendedGpu:
 
     def allocate_host(self, nbytes: int, *, tenant: str = "") -> Buffer:
         return Buffer(nbytes)
+
+    def allocate(self, nbytes: int, *, tenant: str = "") -> Buffer:
+        return Buffer(nbytes)
+
+    def synchronize(self) -> None: ...
 
     def wait(self, events: object, deadline_ns: int) -> None:
         while time.perf_counter_ns() < deadline_ns:
@@ -377,3 +384,48 @@ def test_a_rate_limit_holds_on_the_wire(gpu: PretendedGpu) -> None:
         took = (ticket.finished_ns - ticket.submitted_ns) * 1e-9
         assert took >= (1_000_000 - 10_000) / 50e6 * 0.99
         assert took < 0.2
+
+
+# --- loads that a loop in C makes
+
+
+def test_a_source_in_c_goes_through_the_same_scheduler(gpu: PretendedGpu, driver: Any) -> None:
+    """A chunk takes 0.2 ms here and a bulk copy 200: an urgent copy waits for two chunks at most, whoever submits it."""
+    driver.fake_reset(100.0)
+    options = replace(OPTIONS, h2d_rate=1e7, d2h_rate=1e7)
+    bulk = [Bulk(name=name, nbytes=2_000_000) for name in ("a", "b")]
+    requests = [Requests(name="ls", nbytes=SMALL.short, rate=100.0)]
+    result = run_load(gpu, CopyEngine(gpu, options), bulk, requests, duration_s=0.5, source=Source.NATIVE)
+    latency, late = result.latency_ns["ls"], result.late_ns["ls"]
+    assert len(late) > 20
+    assert (late >= 0).all()
+    assert 0 <= result.unfinished["ls"] == len(late) - len(latency) <= 2
+    own = SMALL.short * 100
+    assert own * 0.8 < np.median(latency) < 5 * own
+    assert sum(int(rows[:, 1].sum()) for rows in result.chunks.values()) > 0.5 * 0.5e7
+    moved = {key.split()[0]: int(rows[:, 1].sum()) for key, rows in result.chunks.items()}
+    assert moved["ls"] >= len(latency) * SMALL.short
+
+
+def test_a_source_in_c_ends_with_the_gpu(engine: CopyEngine, driver: Any) -> None:
+    lane = engine.lanes["h2d"]
+    host, device = Buffer(4096), Buffer(4096)
+    now = time.perf_counter_ns()
+    rows = np.zeros((3, 8), np.int64)
+    rows[:, 0] = now + 1_000_000 * np.arange(3)
+    rows[:, 1], rows[:, 2] = lane.flow("ls"), 4096
+    driver.fake_break(1)  # a copy that the driver refuses is over, as failed
+    assert lane.run_source(rows, host, device.address, early_ns=500_000, end_ns=now + 10**9) == 3
+    assert rows[:, 7].all()
+    assert (rows[:, 6] >= rows[:, 3]).all()
+    driver.fake_break(0)
+    lane.abandon(GpuError("x", "700", usable="nothing"), 0)
+    rows[:, 6] = 0
+    rows[:, 0] = time.perf_counter_ns() + 20_000_000 * np.arange(3)
+    assert lane.run_source(rows, host, device.address, early_ns=0, end_ns=now + 10**10) == 1
+    assert not rows[:, 6].any()
+
+
+def test_only_the_hot_loop_in_c_takes_a_source_in_c(gpu: PretendedGpu) -> None:
+    with CopyEngine(gpu, replace(OPTIONS, native=False)) as engine, pytest.raises(MisuseError, match="hot loop in C"):
+        run_load(gpu, engine, [], [Requests(name="ls")], duration_s=0.1, source=Source.NATIVE)

@@ -44,7 +44,7 @@ def test_windows_count_each_arrival_where_it_belongs() -> None:
         "b h2d": np.array([[10, 1], [19, 2]]),
         "a d2h": np.array([[5, 999]]),
     }
-    result = LoadResult(30, {}, {}, chunks, 0.0, 0.0, 0)
+    result = LoadResult(30, {}, {}, {}, chunks, 0.0, 0.0, 0)
     names, table = windows(result, Direction.H2D, 10, step_ns=5, skip_ns=0)
     assert names == ["a", "b"]
     assert table.tolist() == [[10, 0], [10, 1], [20, 3], [20, 2], [40, 0]]
@@ -54,7 +54,7 @@ def test_windows_count_each_arrival_where_it_belongs() -> None:
 def test_share_deviation_sees_a_wrong_share() -> None:
     times = np.arange(1, 200) * 1_000_000
     even = np.stack([times, np.full(199, 100)], axis=1)
-    result = LoadResult(200_000_000, {}, {}, {"a h2d": even, "b h2d": even}, 0.0, 0.0, 0)
+    result = LoadResult(200_000_000, {}, {}, {}, {"a h2d": even, "b h2d": even}, 0.0, 0.0, 0)
     assert share_deviation(result, {"a": 1, "b": 1})["worst"] == 0
     wrong = share_deviation(result, {"a": 1, "b": 3})
     assert wrong["worst"] == pytest.approx(1.0)

@@ -96,6 +96,7 @@ def _print(report: Report, values: dict[str, Any]) -> None:
     for column in ("how", "1 MiB p50", "p99", "p99.9", "4 KiB p50", "p99", "p99.9", "link GB/s"):
         table.add_column(column, justify="left" if column == "how" else "right")
     rows = {"alone": values["alone"], **values["compared"], f"{SCHEDULER}, D2H": values["to_host"]}
+    rows |= {f"{SCHEDULER}, loop in C, {name}": row for name, row in values["native_source"].items()}
     for name, row in rows.items():
         cells = []
         for tenant in ("ls 1 MiB", "ls 4 KiB"):

@@ -27,6 +27,7 @@ _STEP: Final = 256 << 10  # chunk sizes beside latency-sensitive tenants are mul
 _AHEAD_NS: Final = 1_200_000  # of copying, given to the GPU while nobody is latency-sensitive: a host's short stops
 _BYPASS_CHUNK: Final = 4 * MIB
 _BYPASS_TRIES: Final = 24
+_BOTH_COPIES: Final = 32
 
 _BYTES_PER_POINT: Final = 256 * MIB
 _COPIES_PER_POINT: Final = 128
@@ -149,16 +150,29 @@ class _End:
 
 
 def _both(gpu: Gpu, ends: dict[Direction, _End], chunk: int) -> dict[Direction, float]:
-    """Rates while both directions copy: over the time in which neither had ended."""
-    copies = dict.fromkeys(ends, 32)
-    for direction, end in ends.items():
-        end.start(chunk, copies[direction])
-    gpu.synchronize()
-    spans = {direction: end.span() for direction, end in ends.items()}
-    # The tail of the slower one runs alone; with equal byte counts it is the difference of the ends.
-    return {
-        direction: copies[direction] * chunk * 1e9 / max(1, end - begin) for direction, (begin, end) in spans.items()
-    }
+    """Rates while both directions copy: of the copies that ended while the other direction was at work.
+
+    The host starts them in turn; what either does before the other has begun or after it has ended would count too much.
+    """
+    marks = {direction: [gpu.create_event() for _ in range(_BOTH_COPIES + 1)] for direction in ends}
+    try:
+        for index in range(_BOTH_COPIES + 1):
+            for direction, end in ends.items():
+                if index:
+                    end.copy(chunk)
+                end.stream.record(marks[direction][index])
+        gpu.synchronize()
+        times = {direction: [mark.time_ns() for mark in row] for direction, row in marks.items()}
+    finally:
+        for row in marks.values():
+            for mark in row:
+                mark.close()
+    begin, stop = max(row[0] for row in times.values()), min(row[-1] for row in times.values())
+    rates = {}
+    for direction, row in times.items():
+        within = [at for at in row if begin <= at <= stop]
+        rates[direction] = (len(within) - 1) * chunk * 1e9 / max(1, within[-1] - within[0])
+    return rates
 
 
 def _bypass(gpu: Gpu, end: _End) -> int:

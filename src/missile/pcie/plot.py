@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from missile.pcie.report import Report
+from missile.pcie.report import SCHEDULER, Report
 from missile.pcie.summary import windows
 from missile.pcie.ticket import Direction
 
@@ -48,6 +48,8 @@ def _rates(axes: Any, report: Report) -> None:
 
 def _latencies(axes: Any, report: Report) -> None:
     runs = {"alone": report.alone, **report.compared}
+    if "beside" in report.native_source:
+        runs[f"{SCHEDULER}, loop in C"] = report.native_source["beside"]
     for name, result in runs.items():
         times = np.sort(result.latency_ns["ls 1 MiB"]) / 1e3
         if len(times):

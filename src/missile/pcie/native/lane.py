@@ -170,7 +170,9 @@ class NativeLane(Lane):
 
     # --- copies that a loop in C submits
 
-    def run_source(self, rows: npt.NDArray[np.int64], host: HostBuffer, device: int, *, early_ns: int, end_ns: int) -> int:
+    def run_source(
+        self, rows: npt.NDArray[np.int64], host: HostBuffer, device: int, *, early_ns: int, end_ns: int
+    ) -> int:
         """Submit copies of `host` to or from `device` as they arrive, through the entry that `submit` uses, and wait for their ends.
 
         rows: shape (n, 8), written in place (`ROW` names the columns), by arrival, ns on the GPU's clock. Blocks, without the
