@@ -44,6 +44,9 @@ class TenantRun(_Strict):
     lane: list[int] = Field(default_factory=list)
     unfinished: int = 0
     rejected: int = 0
+    cold_ns: list[tuple[int, int]] = Field(default_factory=list)
+    cold_bytes: int = 0
+    cold_ideal_ns: int = 0
     error: str = ""
 
     @model_validator(mode="after")
@@ -61,6 +64,9 @@ class TenantRun(_Strict):
             lane=record.lane.tolist(),
             unfinished=record.unfinished,
             rejected=record.rejected,
+            cold_ns=[(begun, arrived) for begun, arrived in record.cold.tolist()],
+            cold_bytes=record.cold_bytes,
+            cold_ideal_ns=record.cold_ideal_ns,
             error=record.error,
         )
 
@@ -71,6 +77,9 @@ class TenantRun(_Strict):
             lane=np.asarray(self.lane, np.int64),
             unfinished=self.unfinished,
             rejected=self.rejected,
+            cold=np.asarray(self.cold_ns, np.int64).reshape(-1, 2),
+            cold_bytes=self.cold_bytes,
+            cold_ideal_ns=self.cold_ideal_ns,
             error=self.error,
         )
 

@@ -39,7 +39,10 @@ _ARRIVAL_KINDS = {"poisson", "periodic", "closed", "bursts", "trace", "disb"}
 
 
 class Scenario(BaseModel):
-    """What `missile bench` runs. Times in seconds."""
+    """What `missile bench` runs. Times in seconds.
+
+    swap_mb: device memory for the weights of all tenants with residency "host" together, MiB.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -51,6 +54,7 @@ class Scenario(BaseModel):
     warmup_s: float = Field(0.0, ge=0)
     repeats: int = Field(1, ge=1, le=100)
     policies: tuple[str, ...] = Field(min_length=1)
+    swap_mb: int | None = Field(None, ge=1)
     tenants: tuple[Tenant, ...] = Field(alias="tenant", min_length=1)
 
     @field_validator("policies")
@@ -70,6 +74,19 @@ class Scenario(BaseModel):
         if self.warmup_s >= self.duration_s:
             raise ValueError(f"warmup_s ({self.warmup_s:g}) must be shorter than duration_s ({self.duration_s:g})")
         return self
+
+    @model_validator(mode="after")
+    def _swap_has_room(self) -> Scenario:
+        hosted = [tenant.name for tenant in self.tenants if tenant.hosted]
+        if hosted and self.swap_mb is None:
+            raise ValueError(
+                f"tenant {hosted[0]!r} has residency \"host\", so swap_mb must say how much GPU memory its weights may take"
+            )
+        return self
+
+    @property
+    def swap_bytes(self) -> int | None:
+        return None if self.swap_mb is None else self.swap_mb << 20
 
     def changed(self, **fields: Any) -> Scenario:
         """A copy with the given fields replaced, validated again. Fields that are None stay as they are."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from missile.bench.run import Planned
 from missile.bench.scenario import Scenario
 from missile.bench.variants import ModelVariants
-from missile.errors import MissileError
+from missile.errors import MissileError, UnsupportedError
 from missile.gpu import open_gpu, resolve
 from missile.gpu.interface import Gpu, GpuInfo
 from missile.runtime.explanation import explain, plan_data
@@ -61,6 +61,10 @@ class GpuTestbed:
         self, tenants: Sequence[Tenant], policy: str, *, seed: int, duration_ns: int, warmup_ns: int
     ) -> RunRecord:
         if is_mps(policy):
+            if hosted := [tenant.name for tenant in tenants if tenant.hosted]:
+                raise UnsupportedError(
+                    f"tenant {hosted[0]!r} keeps its weights on the host, and processes don't share the memory for them."
+                )
             return self._processes().run(tenants, policy, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
         variant = self._variants.of(policy)
         view = self._view(tenants, () if variant is None else variant.roster.tenants)
@@ -124,7 +128,10 @@ def open_testbed(scenario: Scenario, on_load: Callable[[str], None] | None = Non
     for policy in scenario.policies:
         describe_policy(policy)
     device, why = resolve(scenario.device)
-    with open_gpu(device, seed=scenario.seed) as gpu, load_tenants(gpu, scenario.tenants, progress=on_load) as roster:
+    with (
+        open_gpu(device, seed=scenario.seed) as gpu,
+        load_tenants(gpu, scenario.tenants, progress=on_load, swap_bytes=scenario.swap_bytes) as roster,
+    ):
         testbed = GpuTestbed(gpu, roster, why, scenario.seed)
         with closing(testbed):
             yield testbed

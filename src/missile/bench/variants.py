@@ -45,7 +45,14 @@ class ModelVariants:
         return self._made[kind]
 
     def _make(self, colored: bool, preemptible: bool) -> Preempting:
-        tenants = [loaded.tenant for loaded in self._roster.ready if colored or not loaded.tenant.latency_sensitive]
+        hosted = [loaded.tenant.name for loaded in self._roster.ready if loaded.weights is not None]
+        if colored and hosted:
+            raise UnsupportedError(f"tenant {hosted[0]!r} keeps its weights on the host, which colored memory can't do.")
+        tenants = [
+            loaded.tenant
+            for loaded in self._roster.ready
+            if loaded.weights is None and (colored or not loaded.tenant.latency_sensitive)
+        ]
         if not tenants:
             return Preempting(Roster(self._gpu, (), ExitStack()), {})
         roster = load_tenants(self._gpu, tenants, coloring=self._coloring(tenants) if colored else None)

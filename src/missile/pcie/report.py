@@ -87,7 +87,7 @@ class Report:
 
 
 def measure(gpu: Gpu, plan: Plan, *, progress: Callable[[str], None] | None = None) -> Report:
-    """Measure everything. Blocks for about 6 x `compare_s` (10 with a hot loop in C) + 4 x `shares_s`, and a second for the link."""
+    """Measure everything. Blocks for about 6 x `compare_s` (10 with a hot loop in C) + 4 x `shares_s`, and a second more."""
     say = progress or (lambda _: None)
     say("raw link")
     link = measure_link(gpu)

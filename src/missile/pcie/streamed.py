@@ -59,6 +59,31 @@ class StreamedCopies:
         ticket = self._engine.to_device(tenant, span, source, after=after, raises=raises)
         return self._stand_in(stream, ticket, raises)
 
+    def bring(
+        self,
+        tenant: str,
+        address: int,
+        source: HostBuffer,
+        offset: int,
+        nbytes: int,
+        *,
+        after: Event | None,
+        raises: tuple[Latch, int],
+    ) -> CopyTicket:
+        """Copy `source.array[offset:][:nbytes]` to `address + offset`, in no stream's order: whoever needs it waits for
+        `raises`. after: what must have ended before (None: nothing). What is asked for later comes behind it."""
+        ticket = self._engine.to_device(
+            tenant,
+            Span(address + offset, nbytes),
+            source,
+            source_offset=offset,
+            nbytes=nbytes,
+            after=after,
+            raises=raises,
+        )
+        ticket.add_done_callback(self._note)
+        return ticket
+
     def to_host(self, tenant: str, stream: Stream, target: HostBuffer, address: int) -> CopyTicket | None:
         """Copy what is at `address` when `stream` has done its work so far to all of `target`, before its later work."""
         if Direction.D2H not in self._scheduled:

@@ -81,6 +81,9 @@ class ScheduledCopies(StreamedCopies):
 
 
 def _longest(tenants: Sequence[LoadedTenant], direction: Direction) -> int:
-    """Bytes of the longest copy of any request."""
+    """Bytes of the longest copy of any request, weights that wait on the host included."""
     sides = (t.inputs if direction is Direction.H2D else t.outputs for t in tenants)
-    return max((buffer.nbytes for side in sides for buffer in side), default=0)
+    longest = max((buffer.nbytes for side in sides for buffer in side), default=0)
+    if direction is Direction.H2D:
+        longest = max([longest, *(part.nbytes for t in tenants if t.weights is not None for part in t.weights.parts)])
+    return longest

@@ -123,6 +123,11 @@ class Engine:
         self._gap_count = 0
 
     @property
+    def origin_ns(self) -> int:
+        """The run's start on the GPU's clock."""
+        return self._origin
+
+    @property
     def jitter(self) -> Times:
         """Lengths of passes of the loop, in which it did not look at the clock, ns: those above 20 us, the last 4,096."""
         return self._gaps[: min(self._gap_count, _GAPS)].copy()

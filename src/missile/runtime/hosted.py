@@ -9,12 +9,13 @@ from pathlib import Path
 from missile.compiler.bind import BoundModel, bind, used_bytes
 from missile.compiler.contents import load_contents
 from missile.compiler.package import BufferKind, ModelPackage
-from missile.compiler.planning import Placement, place_buffers
+from missile.compiler.planning import place_buffers
 from missile.errors import MisuseError
 from missile.gpu.interface import Gpu, HostBuffer, Stream
-from missile.pcie.swap import HostModel, Swapper, WeightSlice, segments
+from missile.pcie.swap import HostModel, Segment, Swapper, WeightSlice, segments
+from missile.pcie.weights import MIB
 
-__all__ = ["HostedModel", "host_model", "weight_bytes"]
+__all__ = ["HostedModel", "host_model", "load_image", "weight_bytes", "weight_parts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,29 +49,42 @@ def host_model(
     directory: as for `bind`. MisuseError for a package without weights or larger than the swapper's budget, and as `bind`;
     OutOfMemoryError. After an error nothing is held.
     """
-    places = place_buffers(package)
-    nbytes = used_bytes(package, places, BufferKind.WEIGHT)
-    if not nbytes:
+    with ExitStack() as undo:
+        image = load_image(package, directory, gpu, tenant=tenant)
+        undo.callback(image.free)
+        model = bind(package, directory, gpu, tenant=tenant, weights_at=swapper.address)
+        undo.callback(model.close)
+        hosted = HostModel(tenant, image, weight_bytes(package), weight_parts(package), model.operations_at)
+        swapper.add(hosted, stream)
+        return HostedModel(tenant, model, hosted, undo.pop_all())
+
+
+def load_image(package: ModelPackage, directory: Path | None, gpu: Gpu, *, tenant: str) -> HostBuffer:
+    """The package's weights in pinned memory, as they lie in their place on the device. The caller frees it.
+
+    directory: None, or a simulated GPU: nothing is read. MisuseError for a package without weights; OutOfMemoryError.
+    """
+    if not weight_bytes(package):
         raise MisuseError(f"Model {package.name!r} of tenant {tenant!r} has no weights to keep on the host.")
-    place = places[BufferKind.WEIGHT]
+    place = place_buffers(package)[BufferKind.WEIGHT]
     with ExitStack() as undo:
         image = gpu.allocate_host(place.nbytes, tenant=tenant)
         undo.callback(image.free)
         if directory is not None and not gpu.info.simulated:
             load_contents(package, directory, gpu, tenant, {BufferKind.WEIGHT: place}, _Image(image))
-        model = bind(package, directory, gpu, tenant=tenant, weights_at=swapper.address)
-        undo.callback(model.close)
-        hosted = HostModel(tenant, image, nbytes, segments(_slices(package, place)), model.operations_at)
-        swapper.add(hosted, stream)
-        return HostedModel(tenant, model, hosted, undo.pop_all())
+        undo.pop_all()
+        return image
 
 
-def _slices(package: ModelPackage, place: Placement) -> list[WeightSlice]:
-    return [
+def weight_parts(package: ModelPackage, *, at_least: int = 8 * MIB) -> tuple[Segment, ...]:
+    """The package's weights in order of first use, in parts of `at_least` bytes; see `segments`."""
+    place = place_buffers(package)[BufferKind.WEIGHT]
+    slices = [
         WeightSlice(place.offsets[buffer.id], buffer.nbytes, buffer.first)
         for buffer in package.buffers
         if buffer.kind is BufferKind.WEIGHT and buffer.nbytes
     ]
+    return segments(slices, at_least=at_least)
 
 
 class _Image:

@@ -19,9 +19,11 @@ from missile.compiler.library import find_package
 from missile.compiler.package import ModelPackage
 from missile.compiler.planning import needed_bytes
 from missile.compiler.synthetic import bind_synthetic, is_synthetic, synthetic_package
-from missile.errors import GpuError, MisuseError, OutOfMemoryError
+from missile.errors import GpuError, MisuseError, OutOfMemoryError, UnsupportedError
 from missile.gpu.interface import Gpu, Graph, HostBuffer
 from missile.runtime.coloring import ColoredTenants, Coloring
+from missile.runtime.hosted import load_image, weight_bytes, weight_parts
+from missile.runtime.residency import LEAST_PART, PARTS, HostWeights, places
 from missile.runtime.tenant import Tenant
 
 __all__ = ["BE_DEPTH", "LS_DEPTH", "Coloring", "LoadedTenant", "Roster", "RunnableModel", "load_tenants"]
@@ -52,7 +54,8 @@ class LoadedTenant:
     """A tenant with its model on the GPU and pinned memory for `depth` requests, or the reason why it has none.
 
     inputs, outputs: one buffer for each request in flight; empty where the model has no input or output. colors: those
-    that its memory is in, of the channel map; empty for plain memory.
+    that its memory is in, of the channel map; empty for plain memory. weights: where they wait on the host; None: they are
+    on the device.
     """
 
     tenant: Tenant
@@ -62,6 +65,7 @@ class LoadedTenant:
     depth: int = BE_DEPTH
     error: str = ""
     colors: tuple[int, ...] = ()
+    weights: HostWeights | None = None
 
 
 class Roster:
@@ -102,15 +106,19 @@ def load_tenants(
     cache: Path | None = None,
     progress: Callable[[str], None] | None = None,
     coloring: Coloring | None = None,
+    swap_bytes: int | None = None,
 ) -> Roster:
     """Load every tenant's model and pinned buffers. Close the roster afterwards.
 
     cache: where compiled packages lie (None: the default). progress: told the name of the tenant that is loaded next.
     coloring: which colors their memory has; None for plain memory. Colored code of a package that has none yet is made
     (seconds to a minute), and kept in the package.
+    swap_bytes: device memory for the weights of all tenants with residency "host" together, which don't count against
+    their limits; needed where there are any.
     A tenant that does not fit in memory or in its limit gets an `error` and the others go on; OutOfMemoryError when
-    none fits. MisuseError for an unknown model, two tenants of one name, or colors that make no sense, UnsupportedError for
-    a kernel that can't be colored; then nothing is loaded.
+    none fits. MisuseError for an unknown model, two tenants of one name, colors that make no sense, or weights that can't
+    wait on the host or are larger than `swap_bytes`; UnsupportedError for a kernel that can't be colored; then nothing is
+    loaded.
     """
     names = [tenant.name for tenant in tenants]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -122,6 +130,7 @@ def load_tenants(
     loaded: list[LoadedTenant] = []
     with ExitStack() as undo:
         packages = {tenant.name: _find(gpu, tenant, cache) for tenant in tenants}
+        swap = _swap(gpu, tenants, packages, swap_bytes, coloring, undo)
         colored = None
         if coloring is not None:
             colored = undo.enter_context(_colored(gpu, tenants, packages, coloring))
@@ -129,7 +138,7 @@ def load_tenants(
             if progress is not None:
                 progress(tenant.name)
             try:
-                loaded.append(_load(gpu, tenant, packages[tenant.name], colored, undo))
+                loaded.append(_load(gpu, tenant, packages[tenant.name], colored, swap.get(tenant.name), undo))
             except OutOfMemoryError as error:
                 loaded.append(LoadedTenant(tenant, None, error=str(error)))
             except GpuError as error:
@@ -161,7 +170,41 @@ def _colored(gpu: Gpu, tenants: Sequence[Tenant], packages: Mapping[str, Found],
     return ColoredTenants(gpu, coloring, demands, limits)
 
 
-def _load(gpu: Gpu, tenant: Tenant, found: Found, colored: ColoredTenants | None, undo: ExitStack) -> LoadedTenant:
+def _swap(
+    gpu: Gpu,
+    tenants: Sequence[Tenant],
+    packages: Mapping[str, Found],
+    swap_bytes: int | None,
+    coloring: Coloring | None,
+    undo: ExitStack,
+) -> dict[str, int]:
+    """Device addresses for the weights of those that keep them on the host, in memory that is allocated here."""
+    hosted = [tenant for tenant in tenants if tenant.hosted]
+    if not hosted:
+        return {}
+    if swap_bytes is None:
+        raise MisuseError(f"Tenant {hosted[0].name!r} keeps its weights on the host, and there is no memory to swap them into.")
+    sizes = []
+    for tenant in hosted:
+        if is_synthetic(tenant.model):
+            raise MisuseError(f"Tenant {tenant.name!r}: a synthetic model has no weights to keep on the host.")
+        if coloring is not None and tenant.name in coloring.sets:
+            raise UnsupportedError(f"Tenant {tenant.name!r} keeps its weights on the host, which colored memory can't do.")
+        sizes.append(weight_bytes(packages[tenant.name][0]))
+        if sizes[-1] > swap_bytes:
+            raise MisuseError(
+                f"Tenant {tenant.name!r} has {-(-sizes[-1] >> 20)} MiB of weights on the host and the swap budget is "
+                f"{swap_bytes >> 20} MiB."
+            )
+    memory = gpu.allocate(swap_bytes, tenant="swap")
+    undo.callback(memory.free)
+    offsets = places(sizes, swap_bytes)
+    return {tenant.name: memory.address + offset for tenant, offset in zip(hosted, offsets, strict=True)}
+
+
+def _load(
+    gpu: Gpu, tenant: Tenant, found: Found, colored: ColoredTenants | None, swap_at: int | None, undo: ExitStack
+) -> LoadedTenant:
     _check_limit(tenant, found[0])
     memory = None
     if colored is not None:
@@ -169,7 +212,8 @@ def _load(gpu: Gpu, tenant: Tenant, found: Found, colored: ColoredTenants | None
             raise error
         memory = colored.memories.get(tenant.name)
     with ExitStack() as own:
-        model = _bind(gpu, tenant, found, memory)
+        weights = None if swap_at is None else _host_weights(gpu, tenant, found, swap_at, own)
+        model = _bind(gpu, tenant, found, memory, swap_at)
         own.callback(model.close)
         depth = LS_DEPTH if tenant.latency_sensitive else BE_DEPTH
         inputs = _host_buffers(gpu, tenant, model.input_bytes, depth, own)
@@ -177,15 +221,26 @@ def _load(gpu: Gpu, tenant: Tenant, found: Found, colored: ColoredTenants | None
         for buffer in inputs:
             _fill_inputs(model.package, buffer)
         undo.enter_context(own.pop_all())
-    return LoadedTenant(tenant, model, inputs, outputs, depth, colors=() if memory is None else memory.colors)
+    colors = () if memory is None else memory.colors
+    return LoadedTenant(tenant, model, inputs, outputs, depth, colors=colors, weights=weights)
 
 
-def _bind(gpu: Gpu, tenant: Tenant, found: Found, memory: TenantMemory | None) -> BoundModel:
+def _host_weights(gpu: Gpu, tenant: Tenant, found: Found, address: int, own: ExitStack) -> HostWeights:
+    package, directory = found
+    image = load_image(package, directory, gpu, tenant=tenant.name)
+    own.callback(image.free)
+    nbytes = weight_bytes(package)
+    return HostWeights(image, address, nbytes, weight_parts(package, at_least=max(LEAST_PART, nbytes // PARTS)))
+
+
+def _bind(
+    gpu: Gpu, tenant: Tenant, found: Found, memory: TenantMemory | None, weights_at: int | None = None
+) -> BoundModel:
     package, directory = found
     if is_synthetic(tenant.model):
         return bind_synthetic(tenant.model, gpu, tenant=tenant.name, memory=memory)
     if memory is None:
-        return bind(package, directory, gpu, tenant=tenant.name)
+        return bind(package, directory, gpu, tenant=tenant.name, weights_at=weights_at)
     # LS models are not preempted, so that their kernels need not be of one form.
     return bind_colored(package, directory, gpu, memory, mixed=tenant.latency_sensitive)
 
@@ -194,7 +249,7 @@ def _check_limit(tenant: Tenant, package: ModelPackage) -> None:
     if tenant.memory_limit_mb is None:
         return
     limit = tenant.memory_limit_mb << 20
-    needed = needed_bytes(package)
+    needed = needed_bytes(package) - (weight_bytes(package) if tenant.hosted else 0)
     if needed > limit:
         raise OutOfMemoryError(
             f"Tenant {tenant.name!r} needs {needed >> 20} MiB of GPU memory for {tenant.model!r} and its limit is "

@@ -22,6 +22,8 @@ class TenantRecord:
     done: when the host saw that its output had arrived. Only finished requests are in the arrays; `unfinished` counts
     the others.
     lane: index into `RunRecord.lanes`, where it ran.
+    cold: shape (m, 2): when copying its weights in was asked for and when they had arrived, for the m times that this began
+    in the measured span and ended; cold_bytes: of one; cold_ideal_ns: how long the link takes for them, at its measured rate.
     """
 
     name: str
@@ -33,6 +35,9 @@ class TenantRecord:
     lane: Times
     unfinished: int = 0
     rejected: int = 0
+    cold: Times = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    cold_bytes: int = 0
+    cold_ideal_ns: int = 0
     error: str = ""  # why the tenant stopped early or never started; "" when all went well
 
     @property

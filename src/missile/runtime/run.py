@@ -7,11 +7,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from types import FrameType
+
+import numpy as np
 
 from missile.errors import GpuError, MisuseError
 from missile.gpu.interface import Gpu
-from missile.runtime.copying import ScheduledCopies
+from missile.runtime.copying import ScheduledCopies, link_options
 from missile.runtime.engine import Engine, Span
 from missile.runtime.loading import LoadedTenant, Roster, load_tenants
 from missile.runtime.policies import Policy, create_policy
@@ -99,6 +102,7 @@ def _run(
         return _nothing_ran(gpu, roster, name or policy.name, seed, span)
     layout = policy.setup([loaded.tenant for loaded in ready], gpu.info)
     copies = ScheduledCopies.where_needed(gpu, ready) if getattr(policy, "copies", False) else None
+    rate = link_options(gpu).h2d_rate if any(loaded.weights is not None for loaded in ready) else 1.0
     stage = Stage(gpu, ready, layout, copies)
     fault: GpuError | None = None
     try:
@@ -118,7 +122,7 @@ def _run(
         duration_ns=measured.end,
         warmup_ns=span.begin,
         seed=seed,
-        tenants=_tenant_records(roster, engine, measured, fault),
+        tenants=_with_cold_starts(_tenant_records(roster, engine, measured, fault), ready, stage, engine, measured, rate),
         lanes=tuple(lane.name for lane in layout.lanes),
         jitter_ns=engine.jitter,
         interrupted=engine.stopping,
@@ -191,6 +195,31 @@ def _tenant_records(roster: Roster, engine: Engine, span: Span, fault: GpuError 
             error = str(fault) if len(suspects) == 1 else f"It or {_others(suspects, name)} ended the run: {fault}"
         records.append(log.record(span.begin, span.end, error=error))
     return tuple(records)
+
+
+def _with_cold_starts(
+    records: tuple[TenantRecord, ...],
+    ready: Sequence[LoadedTenant],
+    stage: Stage,
+    engine: Engine,
+    span: Span,
+    rate: float,
+) -> tuple[TenantRecord, ...]:
+    """rate: of the link to the device, bytes/s."""
+    found = {}
+    for tenant, loaded in enumerate(ready):
+        if loaded.weights is None:
+            continue
+        times = np.array(stage.cold_starts(tenant), np.int64).reshape(-1, 2) - engine.origin_ns
+        inside = (times[:, 0] >= span.begin) & (times[:, 0] < span.end)
+        nbytes = sum(part.nbytes for part in loaded.weights.parts)
+        found[loaded.tenant.name] = (times[inside], nbytes, round(nbytes / rate * 1e9))
+    return tuple(
+        replace(record, cold=cold[0], cold_bytes=cold[1], cold_ideal_ns=cold[2])
+        if (cold := found.get(record.name))
+        else record
+        for record in records
+    )
 
 
 def _suspects(engine: Engine, fault: GpuError | None) -> tuple[str, ...]:

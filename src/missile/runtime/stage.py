@@ -1,7 +1,7 @@
 """What a run needs on the GPU, made before its clock starts: lanes as streams, events, segments, and every graph run once.
 
 Host-device copies of requests are issued in `_copy_in` and `_copy_out` and nowhere else: on the stream of the request's
-lane, or, with `copies`, through the link's scheduler in that stream's order.
+lane, or, with `copies`, through the link's scheduler in that stream's order. Weights that wait on the host are `Residency`'s.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from missile.gpu.interface import Copy, Event, Fill, Gpu, Graph, Launch, Left, P
 from missile.pcie.streamed import StreamedCopies
 from missile.runtime.loading import LoadedTenant, RunnableModel
 from missile.runtime.policies.interface import Layout, Segment, TenantBrief
+from missile.runtime.residency import ColdStart, Residency
 from missile.runtime.segments import cut
 
 __all__ = ["MOST_PIECES", "Slot", "Stage"]
@@ -54,6 +55,13 @@ class _Cut(NamedTuple):
     segment_of: Mapping[int, int]
 
 
+class _Piece(NamedTuple):
+    """Operations of a model up to number `until`, from where the piece before ends."""
+
+    until: int
+    graph: Graph
+
+
 class Stage:
     """Streams for a layout's lanes and slots for the tenants' requests. Owns both until `close`; models stay the roster's.
 
@@ -77,8 +85,12 @@ class Stage:
             self._streams = tuple(_streams(gpu, layout, undo))
             # More than can be in flight: a finished request's times are read after the next one has been started.
             self._slots = tuple(tuple(_slot(gpu, undo) for _ in range(2 * t.depth + 1)) for t in tenants)
+            names, weights = [t.tenant.name for t in tenants], [t.weights for t in tenants]
+            self._residency = Residency(gpu, names, weights, copies)
+            undo.callback(self._residency.close)
             self._resources = undo.pop_all()
         self._cuts: list[_Cut | None] = [None] * len(self._tenants)
+        self._pieces: list[tuple[_Piece, ...]] = [()] * len(self._tenants)
         self._operations = tuple(m.operations if isinstance(m, _CuttableModel) else () for m in self._models)
         self._controls = tuple(_control(operations) for operations in self._operations)
         self._forget()
@@ -88,6 +100,7 @@ class Stage:
         count = len(self._tenants)
         self._lane_of: list[int | None] = [None] * count
         self._tail: list[Event | None] = [None] * count  # the end of the last thing that each tenant was given
+        self._residency.forget()
         self._copied_in = [-1] * count  # the last request whose input was copied
         self._left: list[Left | None] = [None] * count  # where a stopped tenant goes on
 
@@ -105,7 +118,13 @@ class Stage:
         if (control := self._controls[tenant]) is not None:
             control.begin(stream)
         stream.record(slot.start)
-        stream.launch_graph(self._models[tenant].graph)
+        self._residency.bring(tenant, self._tail)
+        if self._residency.settled(tenant):
+            stream.launch_graph(self._models[tenant].graph)
+        else:
+            for piece in self._pieces[tenant]:
+                self._residency.gate(tenant, stream, piece.until)
+                stream.launch_graph(piece.graph)
         launched = self._gpu.now_ns()
         stream.record(slot.end)
         self._copy_out(tenant, stream, request)
@@ -137,7 +156,9 @@ class Stage:
             if control is not None:
                 control.begin(stream)
             stream.record(slot.start)
-        for graph in mine.graphs[first:last]:
+        self._residency.bring(tenant, self._tail)
+        for segment, graph in zip(mine.segments[first:last], mine.graphs[first:last], strict=True):
+            self._residency.gate(tenant, stream, segment.last)
             stream.launch_graph(graph)
         launched = self._gpu.now_ns()
         if last == len(mine.graphs):
@@ -178,6 +199,10 @@ class Stage:
         control.lower_flag()
         left = self._left[tenant] = control.left()
         return None if left is None else mine.segment_of[left.step]
+
+    def cold_starts(self, tenant: int) -> tuple[ColdStart, ...]:
+        """Those of the tenant since `rehearse`, as far as they are over."""
+        return self._residency.cold_starts(tenant)
 
     def _change_lane(self, tenant: int, lane: int) -> None:
         tail = self._tail[tenant]
@@ -237,6 +262,10 @@ class Stage:
     def _rehearse(self, tenant: int) -> TenantBrief:
         model, wanted = self._models[tenant], self._wanted[tenant]
         service: dict[int, int] = {}  # by partition
+        if self._residency.hosts(tenant):
+            self._pieces[tenant] = self._make_pieces(tenant)
+            slot, _ = self.enqueue(tenant, self._places()[0][1], 0)  # what follows finds the weights there
+            self._wait_for(slot.done)
         for stream, lane in self._places():
             slot, _ = self.enqueue(tenant, lane, 0)
             self._wait_for(slot.done)
@@ -250,12 +279,26 @@ class Stage:
                 self._copied_in[tenant] = -1
                 slot, _, _ = self.advance(tenant, lane, 0, 0, len(segments))
                 self._wait_for(slot.done)
-        return TenantBrief(by_lane, segments, self._controls[tenant] is not None)
+        return TenantBrief(
+            by_lane, segments, self._controls[tenant] is not None, exclusive=self._residency.has_rivals(tenant)
+        )
 
     def _places(self) -> list[tuple[Stream, int]]:
         """One lane of each partition, the whole GPU counting as one."""
         lanes = {id(stream.partition): lane for lane, stream in reversed(list(enumerate(self._streams)))}
         return [(self._streams[lane], lane) for lane in sorted(lanes.values())]
+
+    def _make_pieces(self, tenant: int) -> tuple[_Piece, ...]:
+        """The tenant's model in graphs that need one part of its weights more each."""
+        operations = self._operations[tenant]
+        weights = self._tenants[tenant].weights
+        assert weights is not None
+        starts = [0, *sorted({part.first for part in weights.parts} - {0}), len(operations)]
+        pieces = []
+        for first, until in zip(starts, starts[1:], strict=False):
+            pieces.append(_Piece(until, self._gpu.create_graph(operations[first:until], within=operations)))
+            self._resources.callback(pieces[-1].graph.close)
+        return tuple(pieces)
 
     def _make_cut(
         self, model: RunnableModel, operations: Sequence[Launch | Fill | Copy], segments: tuple[Segment, ...]

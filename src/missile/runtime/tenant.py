@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -27,6 +27,7 @@ class Tenant(BaseModel):
     model: one of the twelve, a synthetic one ("synthetic-copy"), or a package directory. batch: None means the model's
     usual one. An LS tenant's objective is `slo_ms`, or `slo_factor` times its own solo p99; a BE tenant has none.
     weight: its share among tenants of its class. memory_limit_mb: most device memory it may hold (MiB).
+    residency: where its weights are while it does nothing: "host" has them copied in when a request needs them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
@@ -40,10 +41,16 @@ class Tenant(BaseModel):
     slo_factor: float | None = Field(None, ge=1)
     weight: float = Field(1.0, gt=0, le=1000)
     memory_limit_mb: int | None = Field(None, ge=1)
+    residency: Literal["device", "host"] = "device"
 
     @property
     def latency_sensitive(self) -> bool:
         return self.tenant_class is TenantClass.LS
+
+    @property
+    def hosted(self) -> bool:
+        """Whether its weights wait on the host."""
+        return self.residency == "host"
 
     @property
     def closed_loop(self) -> ClosedLoop | None:

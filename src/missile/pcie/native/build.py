@@ -101,8 +101,8 @@ _SIGNATURES: Final = {
 }
 
 
-# Called without the interpreter's lock. The others take microseconds: another thread that took the lock meanwhile would keep it
-# for up to `sys.getswitchinterval()`, with an urgent copy waiting.
+# Called without the interpreter's lock. The others take microseconds: another thread that took the lock meanwhile would
+# keep it for up to `sys.getswitchinterval()`, with an urgent copy waiting.
 _LONG: Final = ("lane_close", "source_run")
 
 

@@ -31,6 +31,7 @@ class Filling:
         self._beside = tuple(beside)
         self._lengths: list[tuple[float, ...]] = [(1.0,)] * len(self._numbers)
         self._preemptible = [False] * len(self._numbers)
+        self._exclusive: tuple[int, ...] = ()
         self._served = [0.0] * len(self._numbers)  # ns of GPU time over weight
         self._given = [0] * len(self._numbers)  # segments of the open request, as far as `fill` knows
         self._clock = 0.0  # what the tenant whose turn it last was had been served
@@ -44,6 +45,7 @@ class Filling:
         for place, number in enumerate(self._numbers):
             self._lengths[place] = tuple(segment.expected_ns for segment in tenants[number].segments)
             self._preemptible[place] = preempt and tenants[number].preemptible
+        self._exclusive = tuple(number for number in self._numbers if tenants[number].exclusive)
 
     def start_whole(self, snapshot: Snapshot) -> list[Action]:
         """Whole requests at once, for tenants that are not cut because there is no LS tenant."""
@@ -74,10 +76,13 @@ class Filling:
             room -= pending[number]
         if room <= 0:
             return None
+        opened = next((number for number in self._exclusive if snapshot.launched[number]), None)
         lanes = self._beside if beside_ls else self._alone
         chosen, least = -1, 0.0
         for place, number in enumerate(self._numbers):
             if lanes[place] is None or snapshot.stopping[number] or number in stopped:
+                continue
+            if opened is not None and number != opened and number in self._exclusive:
                 continue
             if self._preemptible[place] and snapshot.launched[number] != self._given[place]:
                 self._take_back(place, snapshot.launched[number])

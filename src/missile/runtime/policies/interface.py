@@ -80,11 +80,14 @@ class TenantBrief:
     service_ns: by lane, the shortest time from start to end of a request that ran alone there, ns.
     segments: the cut that the layout asked for; one segment with everything where it asked for none.
     preemptible: its kernels check a flag, so `Preempt` stops it; else `Preempt` does nothing.
+    exclusive: its weights wait on the host and share their place on the device with others': while a cut request of one such
+    tenant is open, work of another between its segments would have the weights copied twice.
     """
 
     service_ns: tuple[float, ...]
     segments: tuple[Segment, ...]
     preemptible: bool = False
+    exclusive: bool = False
 
 
 @dataclass(slots=True)
