@@ -43,6 +43,8 @@ def scenarios(draw: st.DrawFn) -> dict[str, Any]:
             tenant[draw(st.sampled_from(["slo_ms", "slo_factor"]))] = draw(st.floats(1, 1e4))
         if draw(st.booleans()):
             tenant["batch"] = draw(st.integers(1, 4096))
+        if draw(st.booleans()):
+            tenant["residency"] = draw(st.sampled_from(["device", "host"]))
         tenants.append(tenant | {"arrivals": draw(ARRIVALS), "weight": draw(st.floats(0.001, 1000))})
     duration = draw(st.floats(0.01, 3600))
     return {
@@ -52,6 +54,7 @@ def scenarios(draw: st.DrawFn) -> dict[str, Any]:
         "duration_s": duration,
         "warmup_s": duration * draw(st.floats(0, 0.9)),
         "repeats": draw(st.integers(1, 100)),
+        "swap_mb": draw(st.integers(1, 100_000)),
         "policies": draw(st.lists(NAMES, min_size=1, max_size=4, unique=True)),
         "tenant": tenants,
     }
@@ -90,6 +93,13 @@ GOOD = f"duration_s = 1\npolicies = ['streams']\n{TENANT}arrivals = {{ kind = 'p
         ("class = 'LS'", "class = 'BE'", "tenant 'web': a BE tenant has no objective, so no slo_ms"),
         ("slo_ms = 5", "slo_ms = 5\nslo_factor = 2", "tenant 'web'"),
         ("name = 'web'\n", "", "tenant 1.name is missing"),
+        ("slo_ms = 5", "slo_ms = 5\nresidency = 'host'", "tenant 'web' has residency \"host\", so swap_mb must say"),
+        (
+            "slo_ms = 5",
+            "slo_ms = 5\nresidency = 'disk'",
+            "tenant 'web'.residency: should be 'device' or 'host', not 'disk'",
+        ),
+        ("duration_s = 1\n", "duration_s = 1\nswap_mb = 0\n", "swap_mb: should be greater than or equal to 1, not 0"),
         ("rate_per_s = 10", "rate_per_s = 0", "tenant 'web'.arrivals.rate_per_s: should be greater than 0, not 0"),
         ("rate_per_s = 10", "rate_per_s = nan", "tenant 'web'.arrivals.rate_per_s"),
         ("kind = 'poisson', rate_per_s", "kind = 'trace', name = 'none', rate_per_s", "Unknown trace 'none'"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from missile.bench.charts import bars, busiest_window, distribution, tenant_classes, timeline, tradeoff
 from missile.bench.page import render_page
-from missile.bench.report_tables import be_table, ls_table, tenant_table
+from missile.bench.report_tables import be_table, cold_table, ls_table, tenant_table
 from missile.bench.results import Results, Run
 from missile.bench.scenario import format_scenario
 from missile.bench.summary import PolicySummary, Summary
@@ -38,6 +38,7 @@ def render_report(results: Results, summary: Summary) -> str:
         _tradeoff(results, summary),
         _section(results, "Latency of the LS tenants", ls_table(summary)),
         _section(results, "Throughput of the BE tenants", be_table(summary)),
+        _section(results, "Weights from the host", cold_table(results)),
         _distributions(results),
         _timelines(results),
         _method(results),

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from html import escape
 
+from missile.bench.cold import cold_starts
 from missile.bench.results import Results, TenantInfo
 from missile.bench.summary import ALONE, Spread, Summary
 from missile.bench.table import format_share, three_digits
 
-__all__ = ["be_table", "ls_table", "tenant_table"]
+__all__ = ["be_table", "cold_table", "ls_table", "tenant_table"]
 
 
 def tenant_table(results: Results, summary: Summary) -> str:
@@ -92,6 +93,33 @@ def be_table(summary: Summary) -> str:
         ("all BE tenants", ""),
     ]
     return _table("Requests are whole batches; small figures: lowest and highest repeat.", heads, rows)
+
+
+def cold_table(results: Results) -> str:
+    """Cold starts of the tenants whose weights wait on the host; "" without any."""
+    rows, last = [], ""
+    for row in cold_starts(results):
+        first = row.policy != last
+        rows.append(
+            _row(
+                _cell(row.policy if first else "", "text strong"),
+                _cell(row.tenant, "text"),
+                _cell(str(row.starts)),
+                _cell(three_digits(row.median), "strong"),
+                _cell(three_digits(row.worst)),
+                _cell(f"{row.nbytes / 1e9:.2f}"),
+                _cell(three_digits(row.ideal)),
+                _cell(three_digits(row.median / row.ideal)),
+                class_="first" if first else "",
+            )
+        )
+        last = row.policy
+    figures = ("starts", "median, ms", "worst, ms", "GB", "link alone, ms", "median / link")
+    caption = (
+        "From when a request asked for its weights until they had arrived, with what they displace perhaps still running. "
+        "Link alone: the bytes over the link's measured rate."
+    )
+    return _table(caption, [("Policy", "text"), ("Tenant", "text"), *((name, "") for name in figures)], rows)
 
 
 def _table(caption: str, heads: Sequence[tuple[str, str]], rows: Sequence[str]) -> str:

@@ -80,7 +80,7 @@ class Scenario(BaseModel):
         hosted = [tenant.name for tenant in self.tenants if tenant.hosted]
         if hosted and self.swap_mb is None:
             raise ValueError(
-                f"tenant {hosted[0]!r} has residency \"host\", so swap_mb must say how much GPU memory its weights may take"
+                f'tenant {hosted[0]!r} has residency "host", so swap_mb must say how much GPU memory its weights may take'
             )
         return self
 

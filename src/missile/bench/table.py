@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from missile.bench.cold import cold_starts
 from missile.bench.results import Results
 from missile.bench.summary import Spread, Summary
 
@@ -36,6 +37,7 @@ def render_table(results: Results, summary: Summary) -> RenderableType:
         _ls_table(summary),
         Text(""),
         _be_table(summary),
+        *_cold_table(results),
         *_remarks(results),
     )
 
@@ -80,6 +82,30 @@ def _be_table(summary: Summary) -> Table:
             Text(format_share(row.share.value), "bold") if row.share else "",
         )
     return table
+
+
+def _cold_table(results: Results) -> list[RenderableType]:
+    found = cold_starts(results)
+    if not found:
+        return []
+    table = _table("Weights from the host: cold starts, ms", "Policy", "Tenant")
+    for heading in ("starts", "median", "worst", "link alone", "× link"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    last = ""
+    for row in found:
+        if row.policy != last:
+            table.add_section()
+        table.add_row(
+            row.policy if row.policy != last else "",
+            row.tenant,
+            str(row.starts),
+            Text(three_digits(row.median), "bold"),
+            three_digits(row.worst),
+            three_digits(row.ideal),
+            three_digits(row.median / row.ideal),
+        )
+        last = row.policy
+    return [Text(""), table]
 
 
 def _table(title: str, *headings: str) -> Table:

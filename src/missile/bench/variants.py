@@ -47,7 +47,9 @@ class ModelVariants:
     def _make(self, colored: bool, preemptible: bool) -> Preempting:
         hosted = [loaded.tenant.name for loaded in self._roster.ready if loaded.weights is not None]
         if colored and hosted:
-            raise UnsupportedError(f"tenant {hosted[0]!r} keeps its weights on the host, which colored memory can't do.")
+            raise UnsupportedError(
+                f"tenant {hosted[0]!r} keeps its weights on the host, which colored memory can't do."
+            )
         tenants = [
             loaded.tenant
             for loaded in self._roster.ready

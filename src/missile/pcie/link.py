@@ -169,8 +169,8 @@ def _both(gpu: Gpu, ends: dict[Direction, _End], chunk: int) -> dict[Direction, 
                 mark.close()
     begin, stop = max(row[0] for row in times.values()), min(row[-1] for row in times.values())
     rates = {}
-    for direction, row in times.items():
-        within = [at for at in row if begin <= at <= stop]
+    for direction, ends_at in times.items():
+        within = [at for at in ends_at if begin <= at <= stop]
         rates[direction] = (len(within) - 1) * chunk * 1e9 / max(1, within[-1] - within[0])
     return rates
 

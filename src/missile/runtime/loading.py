@@ -183,13 +183,17 @@ def _swap(
     if not hosted:
         return {}
     if swap_bytes is None:
-        raise MisuseError(f"Tenant {hosted[0].name!r} keeps its weights on the host, and there is no memory to swap them into.")
+        raise MisuseError(
+            f"Tenant {hosted[0].name!r} keeps its weights on the host, and there is no memory to swap them into."
+        )
     sizes = []
     for tenant in hosted:
         if is_synthetic(tenant.model):
             raise MisuseError(f"Tenant {tenant.name!r}: a synthetic model has no weights to keep on the host.")
         if coloring is not None and tenant.name in coloring.sets:
-            raise UnsupportedError(f"Tenant {tenant.name!r} keeps its weights on the host, which colored memory can't do.")
+            raise UnsupportedError(
+                f"Tenant {tenant.name!r} keeps its weights on the host, which colored memory can't do."
+            )
         sizes.append(weight_bytes(packages[tenant.name][0]))
         if sizes[-1] > swap_bytes:
             raise MisuseError(

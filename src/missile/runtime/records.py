@@ -23,7 +23,7 @@ class TenantRecord:
     the others.
     lane: index into `RunRecord.lanes`, where it ran.
     cold: shape (m, 2): when copying its weights in was asked for and when they had arrived, for the m times that this began
-    in the measured span and ended; cold_bytes: of one; cold_ideal_ns: how long the link takes for them, at its measured rate.
+    in the measured span and ended. cold_bytes: of one; cold_ideal_ns: what the link takes for them, at its measured rate.
     """
 
     name: str

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, NamedTuple
 
 from missile.errors import MisuseError
@@ -23,7 +24,7 @@ from missile.pcie.ticket import CopyState, CopyTicket
 __all__ = ["LEAST_PART", "PARTS", "ColdStart", "HostWeights", "Residency", "places"]
 
 PARTS: Final = 8
-"""In how many parts a tenant's weights are copied, about: execution overlaps copying, and a part costs the host microseconds."""
+"""In how many parts a tenant's weights are copied, about: execution overlaps copying, each part costs the host some us."""
 
 LEAST_PART: Final = 8 << 20
 """Bytes of a part, at least."""
@@ -49,14 +50,14 @@ class HostWeights:
 
 
 class ColdStart(NamedTuple):
-    """From when the copies were asked for (what they displace may have been running) until all had arrived; ns, GPU's clock."""
+    """From when the copies were asked for (what they displace may have run on) until all had arrived; ns, GPU's clock."""
 
     begun_ns: int
     arrived_ns: int
 
 
 def places(sizes: Sequence[int], budget: int) -> tuple[int, ...]:
-    """Where weights of `sizes` bytes go in `budget` bytes: one after another, from the start again where the rest is too short.
+    """Where weights of `sizes` bytes go in `budget` bytes: one after another, from the start again where there is no room.
 
     MisuseError for one that is larger than the budget.
     """
@@ -87,8 +88,13 @@ class Residency:
         self._base = [0] * len(self._weights)  # of the latch: the value before the current copies' first
         self._gated = [0] * len(self._weights)  # parts that the tenant's work so far has waited for
         self._firsts = [[part.first for part in w.parts] if w else [] for w in self._weights]
+        # Whose stay must end before each tenant's next copies: all who came since its own last ones, also those whom
+        # somebody else has displaced already, whose place may not cover all of theirs.
+        self._before: list[set[int]] = [set() for _ in self._weights]
         self._cold: list[list[ColdStart]] = [[] for _ in self._weights]
-        self._arriving: list[tuple[int, int, Event]] = []  # of plain copies: tenant, begun, and the event behind the last one
+        self._arriving: list[
+            tuple[int, int, Event]
+        ] = []  # of plain copies: tenant, begun, and the event behind the last one
         self._events: list[Event] = []
         self._marks: list[Event] = []
         with ExitStack() as undo:
@@ -125,16 +131,16 @@ class Residency:
             return
         begun = self._gpu.now_ns()
         stream, latch = self._streams[tenant], self._latches[tenant]
-        waits = False
-        for rival in self._rivals[tenant]:
-            if not self._there[rival]:
-                continue
+        waits = bool(self._before[tenant])
+        for rival in self._before[tenant]:
             self._there[rival] = False
             if (tail := tails[rival]) is not None:
                 stream.wait(tail)
             # A request that is not wholly with the GPU has not waited for all of its weights.
             stream.wait_latch(self._latches[rival], self._base[rival] + len(self._firsts[rival]))
-            waits = True
+        self._before[tenant].clear()
+        for rival in self._rivals[tenant]:
+            self._before[rival].add(tenant)
         self._base[tenant] += len(weights.parts)
         self._gated[tenant] = 0
         self._there[tenant] = True
@@ -199,7 +205,7 @@ class Residency:
                 raises=(self._latches[tenant], self._value(tenant, index)),
             )
             if not index and after is not None:
-                ticket.add_done_callback(lambda _, mark=after: self._marks.append(mark))
+                ticket.add_done_callback(partial(self._give_back, after))
         ticket.add_done_callback(lambda ticket: self._arrived(tenant, begun, ticket))
 
     def _value(self, tenant: int, index: int) -> int:
@@ -210,6 +216,9 @@ class Residency:
         mark = self._marks.pop() if self._marks else self._gpu.create_event(timing=False)
         stream.record(mark)
         return mark
+
+    def _give_back(self, mark: Event, _: CopyTicket) -> None:
+        self._marks.append(mark)
 
     def _arrived(self, tenant: int, begun: int, ticket: CopyTicket) -> None:
         if ticket.state is CopyState.DONE:

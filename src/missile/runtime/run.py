@@ -122,7 +122,9 @@ def _run(
         duration_ns=measured.end,
         warmup_ns=span.begin,
         seed=seed,
-        tenants=_with_cold_starts(_tenant_records(roster, engine, measured, fault), ready, stage, engine, measured, rate),
+        tenants=_with_cold_starts(
+            _tenant_records(roster, engine, measured, fault), ready, stage, engine, measured, rate
+        ),
         lanes=tuple(lane.name for lane in layout.lanes),
         jitter_ns=engine.jitter,
         interrupted=engine.stopping,

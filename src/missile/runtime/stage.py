@@ -1,14 +1,14 @@
 """What a run needs on the GPU, made before its clock starts: lanes as streams, events, segments, and every graph run once.
 
 Host-device copies of requests are issued in `_copy_in` and `_copy_out` and nowhere else: on the stream of the request's
-lane, or, with `copies`, through the link's scheduler in that stream's order. Weights that wait on the host are `Residency`'s.
+lane, or, with `copies`, through the link's scheduler in that stream's order. Weights from the host are `Residency`'s matter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import cycle
+from itertools import cycle, pairwise
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from missile.errors import GpuError, InternalError
@@ -295,7 +295,7 @@ class Stage:
         assert weights is not None
         starts = [0, *sorted({part.first for part in weights.parts} - {0}), len(operations)]
         pieces = []
-        for first, until in zip(starts, starts[1:], strict=False):
+        for first, until in pairwise(starts):
             pieces.append(_Piece(until, self._gpu.create_graph(operations[first:until], within=operations)))
             self._resources.callback(pieces[-1].graph.close)
         return tuple(pieces)

@@ -173,7 +173,7 @@ class NativeLane(Lane):
     def run_source(
         self, rows: npt.NDArray[np.int64], host: HostBuffer, device: int, *, early_ns: int, end_ns: int
     ) -> int:
-        """Submit copies of `host` to or from `device` as they arrive, through the entry that `submit` uses, and see their ends.
+        """Submit copies of `host` to or from `device` as they arrive, by the entry that `submit` uses, and see their ends.
 
         rows: shape (n, 8), written in place (`ROW` names the columns), by arrival, ns on the GPU's clock. Blocks, without
         the interpreter's lock, until all that arrived by `end_ns` are over: for a thread of its own, joined before `close`.

@@ -1,0 +1,275 @@
+"""Weights that wait on the host: nothing is read before it is there, nothing locks up, and runs say what it cost."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from missile.errors import MisuseError, UnsupportedError
+from missile.gpu import open_gpu
+from missile.pcie.swap import Segment
+from missile.pcie.ticket import CopyState
+from missile.runtime import loading
+from missile.runtime.loading import load_tenants
+from missile.runtime.residency import HostWeights, Residency, places
+from missile.runtime.run import run
+
+SECOND = 1_000_000_000
+MIB = 1 << 20
+
+
+@given(st.lists(st.integers(1, 50 * MIB), min_size=1, max_size=10), st.integers(50 * MIB, 200 * MIB))
+def test_places_are_inside_the_budget_and_apart_where_all_fit(sizes: list[int], budget: int) -> None:
+    found = places(sizes, budget)
+    assert all(at >= 0 and at + size <= budget for at, size in zip(found, sizes, strict=True))
+    if sum(-(-size // MIB) * MIB for size in sizes) <= budget:
+        ends = [at + size for at, size in zip(found, sizes, strict=True)]
+        assert all(end <= start for end, start in zip(ends, found[1:], strict=False))
+    with pytest.raises(MisuseError, match="don't fit"):
+        places([*sizes, budget + 1], budget)
+
+
+# --- a GPU that does what its streams hold in any order that they allow
+
+
+class Machine:
+    """Streams are queues of steps; a step is ready or not, and does something. Memory remembers whose bytes it holds."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self.ranks: dict[int, float] = {}
+        self.queues: list[deque[tuple[Callable[[], bool], Callable[[], None]]]] = []
+        self.holds: dict[int, int] = {}
+        self.errors: list[str] = []
+
+    def queue(self) -> deque[Any]:
+        self.queues.append(deque())
+        self.ranks[id(self.queues[-1])] = self._rng.random()  # some are starved
+        return self.queues[-1]
+
+    def step(self, rng: random.Random) -> bool:
+        ready = [queue for queue in self.queues if queue and queue[0][0]()]
+        if not ready:
+            return False
+        favourite = min(ready, key=lambda queue: self.ranks[id(queue)])
+        (favourite if rng.random() < 0.8 else rng.choice(ready)).popleft()[1]()
+        return True
+
+    # --- what `Residency` asks of a Gpu
+
+    def create_stream(self) -> Stream:
+        return Stream(self)
+
+    def create_latch(self) -> Any:
+        return SimpleNamespace(value=0, close=lambda: None)
+
+    def create_event(self, *, timing: bool = True) -> Event:
+        return Event()
+
+    def now_ns(self) -> int:
+        return 0
+
+
+class Event:
+    def __init__(self) -> None:
+        self.record = {"over": True}
+
+    def done(self) -> bool:
+        return self.record["over"]
+
+    def time_ns(self) -> int:
+        return 1
+
+    def close(self) -> None: ...
+
+
+def _always() -> bool:
+    return True
+
+
+class Stream:
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._queue = machine.queue()
+
+    def wait(self, event: Event) -> None:
+        record = event.record  # the last one, as it is now
+        self._queue.append((lambda: record["over"], lambda: None))
+
+    def record(self, event: Event) -> None:
+        record = event.record = {"over": False}
+        self._queue.append((_always, lambda: record.update(over=True)))
+
+    def wait_latch(self, latch: Any, value: int) -> None:
+        self._queue.append((lambda: latch.value >= value, lambda: None))
+
+    def raise_latch(self, latch: Any, value: int) -> None:
+        self._queue.append((_always, lambda: setattr(latch, "value", value)))
+
+    def copy_to_device(self, target: int, source: int, *, offset: int, nbytes: int) -> None:
+        self._queue.append(
+            (_always, lambda: self._machine.holds.update(dict.fromkeys(range(target, target + nbytes), source)))
+        )
+
+    def kernel(self, tenant: int, first: int, until: int) -> None:
+        def read() -> None:
+            if any(self._machine.holds.get(at) != tenant for at in range(first, until)):
+                self._machine.errors.append(f"tenant {tenant} read what is not its own in [{first}, {until})")
+
+        self._queue.append((_always, read))
+
+    def close(self) -> None: ...
+
+
+class Scheduled:
+    """`StreamedCopies.bring`: a tenant's copies go in their order, others' at any time."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._queues: dict[str, deque[Any]] = {}
+
+    def bring(
+        self, tenant: str, address: int, source: int, offset: int, nbytes: int, *, after: Event | None, raises: Any
+    ) -> Any:
+        queue = self._queues.get(tenant)
+        if queue is None:
+            queue = self._queues[tenant] = self._machine.queue()
+        calls: list[Callable[[Any], None]] = []
+        ticket = SimpleNamespace(state=CopyState.DONE, finished_ns=1, add_done_callback=calls.append)
+
+        def go() -> None:
+            at = address + offset
+            self._machine.holds.update(dict.fromkeys(range(at, at + nbytes), source))
+            raises[0].value = raises[1]
+            for call in calls:
+                call(ticket)
+
+        queue.append((lambda: after is None or after.done(), go))  # asks the event as it is then
+        return ticket
+
+
+work = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(0, 1), st.integers(1, 4), st.integers(0, 12)), min_size=1, max_size=40
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    layout=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 4)), min_size=4, max_size=4),
+    work=work,
+    scheduled=st.booleans(),
+    seed=st.integers(0, 1 << 30),
+)
+def test_no_kernel_reads_what_is_not_there_and_everything_ends(
+    layout: list[tuple[int, int]], work: list[tuple[int, int, int, int]], scheduled: bool, seed: int
+) -> None:
+    """Four tenants with places anywhere, requests in up to four pieces that others come between, on two lanes."""
+    rng = random.Random(seed)
+    machine = Machine(rng)
+    weights = [
+        HostWeights(tenant, 10 * at, 10 * parts, tuple(Segment(10 * i, 10, i) for i in range(parts)))  # type: ignore[arg-type]
+        for tenant, (at, parts) in enumerate(layout)
+    ]
+    copies: Any = Scheduled(machine) if scheduled else None
+    residency = Residency(machine, [str(t) for t in range(4)], weights, copies)  # type: ignore[arg-type]
+    lanes = [machine.create_stream(), machine.create_stream()]
+    tails: list[Event | None] = [None] * 4
+    lane_of, opened = [-1] * 4, [0] * 4
+    for tenant, lane, pieces, steps in work:
+        stream = lanes[lane]
+        if lane_of[tenant] != lane and (tail := tails[tenant]) is not None:
+            stream.wait(tail)
+        lane_of[tenant] = lane
+        residency.bring(tenant, tails)  # type: ignore[arg-type]
+        for _ in range(pieces):
+            piece = opened[tenant]
+            residency.gate(tenant, stream, piece + 1)  # type: ignore[arg-type]
+            stream.kernel(tenant, weights[tenant].address + 10 * piece, weights[tenant].address + 10 * piece + 10)
+            opened[tenant] = (piece + 1) % len(weights[tenant].parts)
+        tails[tenant] = Event()
+        stream.record(tails[tenant])
+        for _ in range(steps):
+            machine.step(rng)
+    while machine.step(rng):
+        pass
+    assert not machine.errors
+    assert not any(machine.queues)  # nothing waits for ever
+    assert sum(len(residency.cold_starts(tenant)) for tenant in range(4)) >= len({tenant for tenant, *_ in work})
+    residency.close()
+
+
+# --- runs
+
+
+@pytest.mark.parametrize("policy", ["streams", "priority", "temporal", "partition", "missile", "missile:copies=off"])
+def test_two_models_in_memory_for_one_run_under_every_policy(policy: str, tenant: Any) -> None:
+    tenants = [
+        tenant("ls", "LS", "resnet34", rate=100),
+        tenant("one", "BE", "mobilebert", residency="host"),
+        tenant("two", "BE", "resnet152", residency="host"),
+    ]
+    with open_gpu("sim:h100") as gpu, load_tenants(gpu, tenants, swap_bytes=128 * MIB) as roster:
+        one, two = (loaded.weights for loaded in roster.tenants[1:])
+        assert one is not None
+        assert two is not None
+        assert one.overlaps(two)
+        record = run(gpu, roster, policy, seed=0, duration_ns=SECOND // 2)
+        assert not record.fault
+        assert record.tenants[0].cold_bytes == len(record.tenants[0].cold) == 0
+        for hosted in record.tenants[1:]:
+            took = hosted.cold[:, 1] - hosted.cold[:, 0]
+            assert len(hosted.arrival) >= 2
+            assert len(took) >= 2
+            assert took.min() >= 0.97 * hosted.cold_ideal_ns > 0
+
+
+def test_weights_that_stay_are_copied_once(tenant: Any) -> None:
+    tenants = [
+        tenant("one", "BE", "mobilebert", residency="host"),
+        tenant("two", "LS", "resnet34", 50, residency="host"),
+    ]
+    with open_gpu("sim:h100") as gpu, load_tenants(gpu, tenants, swap_bytes=512 * MIB) as roster:
+        record = run(gpu, roster, "missile", seed=0, duration_ns=SECOND // 5)
+        assert [len(found.cold) for found in record.tenants] == [0, 0]  # before the clock started
+        assert all(len(found.arrival) for found in record.tenants)
+        assert not record.fault
+
+
+def test_what_cannot_wait_on_the_host_is_refused_and_nothing_is_held(
+    monkeypatch: pytest.MonkeyPatch, gpu: Any, tenant: Any
+) -> None:
+    model = tenant("one", "BE", "resnet34", residency="host")
+    free = gpu.memory_free()
+    with pytest.raises(MisuseError, match="no memory to swap them into"):
+        load_tenants(gpu, [model])
+    with pytest.raises(MisuseError, match="42 MiB of weights on the host and the swap budget is 10 MiB"):
+        load_tenants(gpu, [model], swap_bytes=10 * MIB)
+    with pytest.raises(MisuseError, match="synthetic model has no weights"):
+        load_tenants(gpu, [tenant("x", residency="host")], swap_bytes=10 * MIB)
+    coloring: Any = SimpleNamespace(sets={"one": (0,)}, check=lambda *_: None)
+    with pytest.raises(UnsupportedError, match="colored memory can't do"):
+        load_tenants(gpu, [model], swap_bytes=256 * MIB, coloring=coloring)
+
+    def broken(*_: object, **__: object) -> None:
+        raise MisuseError("no code")
+
+    monkeypatch.setattr(loading, "bind", broken)
+    with pytest.raises(MisuseError, match="no code"):
+        load_tenants(gpu, [model], swap_bytes=256 * MIB)
+    assert gpu.memory_free() == free
+
+
+def test_weights_on_the_host_do_not_count_against_the_limit(gpu: Any, tenant: Any) -> None:
+    limited = tenant("one", "BE", "bert_large", memory_limit_mb=400)
+    with pytest.raises(Exception, match="its limit is 400 MiB"):
+        load_tenants(gpu, [limited])
+    hosted = limited.model_copy(update={"residency": "host"})
+    with load_tenants(gpu, [hosted], swap_bytes=800 * MIB) as roster:
+        assert roster.ready
