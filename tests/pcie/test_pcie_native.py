@@ -21,7 +21,7 @@ from missile.gpu.calls import DriverCalls
 from missile.pcie.engine import CopyEngine, EngineOptions, Stop
 from missile.pcie.load import Bulk, Requests, Source, run_load
 from missile.pcie.native.build import Chunks, compile_shared, library
-from missile.pcie.native.lane import share_of
+from missile.pcie.native.lane import ROW, share_of
 from missile.pcie.policy import FLOOR_CHUNKS, FairLink, Granularity
 from missile.pcie.ticket import CopyState, Span
 from missile.pcie.weights import Share
@@ -390,21 +390,45 @@ def test_a_rate_limit_holds_on_the_wire(gpu: PretendedGpu) -> None:
 
 
 def test_a_source_in_c_goes_through_the_same_scheduler(gpu: PretendedGpu, driver: Any) -> None:
-    """A chunk takes 0.2 ms here and a bulk copy 200: an urgent copy waits for two chunks at most, whoever submits it."""
-    driver.fake_reset(100.0)
-    options = replace(OPTIONS, h2d_rate=1e7, d2h_rate=1e7)
+    """An urgent copy is given to the GPU at once, behind no more than the window, however many bulk bytes are queued."""
+    driver.fake_reset(20.0)
+    with CopyEngine(gpu, replace(OPTIONS, h2d_rate=5e7, d2h_rate=5e7)) as engine:
+        for name in ("a", "b"):
+            engine.admit(name)
+        engine.admit("ls", Share(latency_sensitive=True))
+        engine.record_chunks()
+        lane = engine.lanes["h2d"]
+        host, device = Buffer(1_000_000), Buffer(1_000_000)
+        for name in ("a", "b"):
+            engine.to_device(name, device, host)
+        engine.step()
+        now = time.perf_counter_ns()
+        rows = np.zeros((20, len(ROW)), np.int64)
+        rows[:, 0] = now + 1_500_000 * np.arange(1, 21)
+        rows[:, 1], rows[:, 2] = lane.flow("ls"), SMALL.short
+        with ThreadPoolExecutor(1) as pool:
+            submitted = pool.submit(lane.run_source, rows, host, device.address, early_ns=200_000, end_ns=now + 10**10)
+            engine.run_until_idle(10**10)
+            assert submitted.result() == 20
+        chunks = [record for record in engine.recorded_chunks() if record.tenant != "ls"]
+    assert sum(chunk.nbytes for chunk in chunks) == 2_000_000
+    assert not rows[:, 7].any()
+    for arrival, _, _, called, returned, issued, done, _ in rows.tolist():
+        assert arrival <= called <= issued <= returned  # by the call that submitted it
+        assert issued + SMALL.short * 20 * 0.9 < done
+        assert sum(chunk.issued_ns <= issued < chunk.done_ns for chunk in chunks) <= 2 * OPTIONS.depth
+
+
+def test_a_load_from_c_is_accounted_for(gpu: PretendedGpu) -> None:
     bulk = [Bulk(name=name, nbytes=2_000_000) for name in ("a", "b")]
-    requests = [Requests(name="ls", nbytes=SMALL.short, rate=100.0)]
-    result = run_load(gpu, CopyEngine(gpu, options), bulk, requests, duration_s=0.5, source=Source.NATIVE)
+    requests = [Requests(name="ls", nbytes=SMALL.short, rate=200.0)]
+    result = run_load(gpu, CopyEngine(gpu, OPTIONS), bulk, requests, duration_s=0.3, source=Source.NATIVE)
     latency, late = result.latency_ns["ls"], result.late_ns["ls"]
-    assert len(late) > 20
     assert (late >= 0).all()
-    assert 0 <= result.unfinished["ls"] == len(late) - len(latency) <= 2
-    own = SMALL.short * 100
-    assert own * 0.8 < np.median(latency) < 5 * own
-    assert sum(int(rows[:, 1].sum()) for rows in result.chunks.values()) > 0.5 * 0.5e7
+    assert result.unfinished["ls"] == len(late) - len(latency) >= 0
     moved = {key.split()[0]: int(rows[:, 1].sum()) for key, rows in result.chunks.items()}
     assert moved["ls"] >= len(latency) * SMALL.short
+    assert min(moved["a"], moved["b"]) > 0
 
 
 def test_a_source_in_c_ends_with_the_gpu(engine: CopyEngine, driver: Any) -> None:
