@@ -2,10 +2,13 @@
 
     python benchmarks/serving_gpu.py -o benchmarks/results/serving-gpu-NAME
 
-For each policy it starts `missile serve`, sends the LS tenant's requests on a Poisson schedule (inputs by system shared
-memory, outputs as binary data), alone and beside a closed loop of whole BE batches, and reports what clients saw and
-where the time went. `--bench` runs the same tenants, arrivals of the same rate, under `missile bench`, whose p99 beside
-over p99 alone is what the server's should equal. Packages are taken from the cache; what is missing is compiled.
+For each setting, in their order, it starts `missile serve`, sends the LS tenant's requests on a Poisson schedule (inputs by
+system shared memory, outputs as binary data), alone and beside a closed loop of whole BE batches, and reports what clients
+saw and where the time went. A setting is a policy, or one with `+colors` (disjoint colors for both, of the map `--map`) or
+`+hosted` (the BE tenant's weights on the host). The setting `bench` runs the same tenants, arrivals of the same
+rate, under `missile bench` with the plain policies among the settings; with it comes a verdict: whether LS beside BE through
+the server is within 5% of the bench's, plus what the server costs alone. Results are written after every setting. Packages
+are taken from the cache, or `--ls` and `--be` name directories; what is missing is compiled.
 """
 
 from __future__ import annotations
@@ -16,8 +19,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from serving_client import Flow, drive, http_request, served, shared_memory, tensor
@@ -31,26 +37,30 @@ grpc_port = -1
 device = "{device}"
 policy = "{policy}"
 cpu_threads = 1
-
+{server_lines}
 [[tenant]]
 name = "ls"
 model = "{ls}"
 class = "LS"
 slo_ms = 20
-
+{ls_lines}
 [[tenant]]
 name = "be"
 model = "{be}"
 class = "BE"
 batch = {{max = {be_batch}}}
+{be_lines}
 """
+
+LS_COLORS, BE_COLORS = [0, 2, 5], [1, 3, 4]  # halves that split nearly every pair of granules of an H200
+SWAP_MIB = 256
 
 SCENARIO = """
 name = "serving"
 device = "{device}"
 seed = 1
 duration_s = {seconds}
-warmup_s = 0.25
+warmup_s = 0.4
 repeats = 1
 policies = [{policies}]
 
@@ -89,15 +99,30 @@ def poisson(rate: float, seconds: float) -> np.ndarray:
     return due[due < seconds]
 
 
-def measure(arguments: argparse.Namespace, policy: str, folder: Path) -> dict[str, object]:
-    values = {**vars(arguments), "policy": policy}
-    config = folder / f"{policy}.toml"
-    config.write_text(CONFIG.format(**values))
+def configuration(arguments: argparse.Namespace, setting: str) -> str:
+    policy, _, variant = setting.partition("+")
+    lines = {"server_lines": "", "ls_lines": "", "be_lines": ""}
+    if variant == "colors":
+        lines |= {"ls_lines": f"colors = {LS_COLORS}", "be_lines": f"colors = {BE_COLORS}"}
+        if arguments.map:
+            lines["server_lines"] = f'channel_map = "{arguments.map.resolve()}"'
+    elif variant == "hosted":
+        lines |= {"server_lines": f"swap_mib = {SWAP_MIB}", "be_lines": 'residency = "host"'}
+    elif variant:
+        raise SystemExit(f"{setting}: there is no variant {variant!r}; known are colors and hosted.")
+    return CONFIG.format(**vars(arguments), **lines, policy=policy)
+
+
+def measure(arguments: argparse.Namespace, setting: str, folder: Path) -> dict[str, object]:
+    config = folder / f"{setting}.toml"
+    config.write_text(configuration(arguments, setting))
     prefix = ["taskset", "-c", arguments.server_cores] if arguments.server_cores else []
-    entry: dict[str, object] = {"policy": policy}
-    log = folder / f"{policy}.log"
+    entry: dict[str, object] = {"setting": setting}
+    log = folder / f"{setting}.log"
+    begun = time.monotonic()
     with ExitStack() as stack:
         address = stack.enter_context(served(config, log=log, prefix=prefix))
+        entry["start_s"] = round(time.monotonic() - begun, 2)
         noise = np.random.default_rng(0).standard_normal(arguments.be_batch * 3 * 224 * 224)
         pixels = noise.astype(np.float32 if arguments.device == "cpu" else np.float16).tobytes()
         names = {who: f"missile-gpu-{os.getpid()}-{who}" for who in ("ls", "be")}
@@ -120,18 +145,30 @@ def measure(arguments: argparse.Namespace, policy: str, folder: Path) -> dict[st
                 for part in ("client", "front", "queue", "copy", "execute")
             )
             rate = f"  BE {len(flows[1].client_ms) * arguments.be_batch / took:.0f} items/s" if beside else ""
-            print(f"{policy:10} {name:6} LS p50/p99 ms: {shown}  errors {flows[0].errors}{rate}", flush=True)
+            print(f"{setting:14} {name:6} LS p50/p99 ms: {shown}  errors {flows[0].errors}{rate}", flush=True)
+            entry[name]["state"] = state(address)  # type: ignore[index]
         if any(flow.errors for flow in flows):
             print(log.read_text()[-2000:], flush=True)
         inside = {k: v["p50_ms"] for k, v in flows[1].result().items() if isinstance(v, dict)}
-        print(f"{policy:10} BE p50 ms: {inside}", flush=True)
+        print(f"{setting:14} BE p50 ms: {inside}; started in {entry['start_s']} s", flush=True)
+    entry["log"] = [line for line in log.read_text().splitlines() if "tenant" in line][-12:]
     return entry
+
+
+def state(address: tuple[str, int]) -> dict[str, object]:
+    """What the server says it has granted its tenants, and what they used."""
+    with urllib.request.urlopen("http://{}:{}/missile/state".format(*address), timeout=10) as answer:
+        tenants = json.load(answer)["tenants"]
+    return {tenant["name"]: {k: v for k, v in tenant.get("granted", {}).items() if v is not None} for tenant in tenants}
 
 
 def bench(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     """The same tenants under `missile bench`: p50 and p99 of LS, ms, alone and under each policy."""
-    policies = ", ".join(f'"{policy}"' for policy in arguments.policies.split(","))
-    (folder / "scenario.toml").write_text(SCENARIO.format(**{**vars(arguments), "policies": policies}))
+    plain = [setting for setting in arguments.settings.split(",") if "+" not in setting and setting != "bench"]
+    policies = ", ".join(f'"{policy}"' for policy in dict.fromkeys(plain))
+    device = "sim:h100" if arguments.device == "cpu" else arguments.device
+    values = {**vars(arguments), "policies": policies, "device": device}
+    (folder / "scenario.toml").write_text(SCENARIO.format(**values))
     out = folder / "bench"
     command = [sys.executable, "-m", "missile", "bench", str(folder / "scenario.toml"), "-o", str(out), "--json"]
     ended = subprocess.run(command, capture_output=True, text=True)
@@ -146,11 +183,48 @@ def bench(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     return dict(found)
 
 
+def verdicts(result: dict[str, Any]) -> list[dict[str, object]]:
+    """Each plain policy's LS p99 beside BE through the server, and what it may be: 1.05 times the bench's, plus what the
+    server costs alone (its p99 less the bench's)."""
+    summary = result.get("bench", {}).get("summary")
+    if not summary:
+        return []
+    alone = _value(summary["solo_ls"][0]["p99"])
+    benched = {entry["policy"]: _value(entry["ls"][0]["p99"]) for entry in summary["policies"]}
+    found: list[dict[str, object]] = []
+    for run in result["runs"]:
+        policy = run["setting"]
+        there = benched.get(policy)
+        if alone is None or there is None or "beside" not in run:
+            continue  # the bench gives no p99 of few requests
+        served_alone, beside = (run[when]["ls"]["client"]["p99_ms"] for when in ("alone", "beside"))
+        bound = 1.05 * there + max(0.0, served_alone - alone)
+        found.append({"policy": policy, "p99_ms": beside, "bench_p99_ms": there, "bound_ms": round(bound, 4)})
+        print(
+            f"{policy}: LS p99 beside BE {beside:.3f} ms through the server, {there:.3f} in the bench; "
+            f"alone {served_alone:.3f} and {alone:.3f}: {'within' if beside <= bound else 'above'} {bound:.3f} ms",
+            flush=True,
+        )
+    return found
+
+
+def _value(spread: dict[str, float] | None) -> float | None:
+    """The percentile of a bench's entry, ms, without its bounds."""
+    return None if spread is None else spread["value"]
+
+
+def write(folder: Path | None, result: dict[str, object]) -> None:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--device", default="cuda:0", help="cuda:N, or cpu to try the benchmark itself")
-    parser.add_argument("--policies", default="priority,partition")
+    parser.add_argument("--settings", default="missile,bench,priority,partition")
+    parser.add_argument("--map", type=Path, help="the GPU's channel map, for +colors")
     parser.add_argument("--ls", default="resnet34")
     parser.add_argument("--be", default="densenet161")
     parser.add_argument("--be-batch", type=int, default=32)
@@ -158,28 +232,33 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=300.0)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--server-cores", default="", help="the server's processors, as taskset takes them (0,1)")
-    parser.add_argument("--bench", action="store_true")
+    parser.add_argument("--most-seconds", type=float, default=1e9, help="start no setting later than this")
     parser.add_argument("--note", default="", help="kept with the results (stand-in weights, say)")
     arguments = parser.parse_args()
     result: dict[str, object] = {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "note": arguments.note}
-    failure = None
-    with tempfile.TemporaryDirectory() as folder:
-        runs = []
-        for policy in arguments.policies.split(","):
-            try:
-                runs.append(measure(arguments, policy, Path(folder)))
-            except SystemExit as error:  # one policy that fails leaves the others' numbers
-                failure = error
-                print(policy, error, flush=True)
-        result["runs"] = runs
-        if arguments.bench:
-            result["bench"] = bench(arguments, Path(folder))
     if arguments.device != "cpu":
         with open_gpu(arguments.device) as gpu:
             result["machine"] = {"gpu": gpu.info.name, "driver": gpu.info.driver, "runtime": gpu.info.runtime}
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    failure = None
+    begun = time.monotonic()
+    runs: list[dict[str, object]] = []
+    result["runs"] = runs
+    with tempfile.TemporaryDirectory() as folder:
+        for setting in arguments.settings.split(","):
+            if time.monotonic() - begun > arguments.most_seconds:
+                print(f"{setting}: no time is left", flush=True)
+                continue
+            try:
+                if setting == "bench":
+                    result["bench"] = bench(arguments, Path(folder))
+                else:
+                    runs.append(measure(arguments, setting, Path(folder)))
+            except (SystemExit, OSError) as error:  # one setting that fails leaves the others' numbers
+                failure = error
+                print(setting, error, flush=True)
+            write(arguments.output, result)
+    result["verdicts"] = verdicts(result)
+    write(arguments.output, result)
     if failure is not None:
         raise failure
 

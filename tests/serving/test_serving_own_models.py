@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from missile.compiler.package import ModelPackage, TensorSpec, write_package
 from missile.errors import MisuseError, UnsupportedError
@@ -16,6 +15,8 @@ from missile.gpu import open_gpu
 from missile.serving.config import TenantConfig, parse_config
 from missile.serving.engine.compile_worker import build
 from missile.serving.engine.compiling import compiled_package, package_name
+
+torch = pytest.importorskip("torch")
 
 INFO = open_gpu("sim:h100").info
 
