@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import random
 import socket
 import time
@@ -295,9 +296,11 @@ GOOD = (
 )
 
 
-def _mutated(chance: random.Random) -> bytes:
-    data = bytearray(GOOD)
+def _mutated(good: bytes, chance: random.Random) -> bytes:
+    data = bytearray(good)
     for _ in range(chance.randint(1, 6)):
+        if not data:
+            break
         at = chance.randrange(len(data))
         kind = chance.randrange(4)
         if kind == 0:
@@ -322,16 +325,82 @@ def _answer(served: Any, data: bytes) -> bytes:
 
 
 def _fuzz(served: Any, count: int, seed: int) -> None:
+    """Binary heads and data, as bytes on a socket."""
     chance = random.Random(seed)
     for index in range(count):
-        status = _answer(served, _mutated(chance))
+        status = _answer(served, _mutated(GOOD, chance))
         # A mutation may leave the request valid. 500 would be ours, and there must be none.
         assert status == b"" or status.split(b" ")[1][:1] in (b"2", b"4") or b" 501 " in status, (index, status)
 
 
-def test_mutated_binary_requests(served: Any) -> None:
+def _fuzz_json(served: Any, count: int, seed: int) -> None:
+    """JSON bodies of which one or a few entries are something else, over connections that stay."""
+    chance = random.Random(seed)
+    connection = http.client.HTTPConnection(served.http, timeout=10)
+    for index in range(count):
+        body = json.loads(json.dumps(one()))
+        for _ in range(chance.randint(1, 3)):
+            _spoil(body, chance)
+        connection.request("POST", "/v2/models/finite/infer", json.dumps(body))
+        answer = connection.getresponse()
+        text = answer.read()
+        assert answer.status in (200, 400, 501), (index, answer.status, body)
+        assert answer.status == 200 or json.loads(text)["error"].endswith("."), (body, text)
+    connection.close()
+
+
+def _spoil(value: Any, chance: random.Random) -> None:
+    """Change, drop or add one entry somewhere in a JSON object or list."""
+    while True:
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        if not keys:
+            return
+        key = chance.choice(keys)
+        if not isinstance(value[key], (dict, list)) or not value[key] or chance.random() < 0.3:
+            break
+        value = value[key]
+    strange = (
+        None,
+        True,
+        -1,
+        2**63,
+        1e308,
+        0.5,
+        "",
+        "FP64",
+        "x" * 500,
+        [],
+        {},
+        [[]],
+        [1, [2]],
+        {"a": {}},
+        "NaN",
+        [None] * 9,
+    )
+    if chance.random() < 0.2:
+        del value[key]
+    else:
+        value[key] = chance.choice(strange)
+
+
+def _fuzz_grpc(served: Any, count: int, seed: int) -> None:
+    """Messages of which bytes were changed, over one channel."""
+    chance = random.Random(seed)
+    good = _request().SerializeToString()
+    with grpc.insecure_channel(served.grpc) as channel:
+        call = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+        for index in range(count):
+            raw = _mutated(good, chance)
+            error = call.future(raw, timeout=10).exception()
+            code = "OK" if error is None else error.code().name
+            assert code in ("OK", "INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "DEADLINE_EXCEEDED"), (index, error)
+
+
+def test_mutated_requests(served: Any) -> None:
     starts = served.server.services.supervisor.starts
-    _fuzz(served, 1500, seed=1)
+    _fuzz(served, 1000, seed=1)
+    _fuzz_json(served, 1000, seed=1)
+    _fuzz_grpc(served, 500, seed=1)
     assert ask(served, "/v2/health/ready", method="GET")[0] == 200
     assert served.server.services.supervisor.starts == starts
     give_up = time.monotonic() + 5  # requests whose client hung up are given back when the engine has answered
@@ -345,10 +414,15 @@ def test_a_hundred_thousand_mutated_requests_leak_nothing(served: Any) -> None:
     from missile.serving.state import resident_bytes
 
     pid = served.server.services.supervisor.pid
-    _fuzz(served, 5_000, seed=2)
-    before = resident_bytes(pid), resident_bytes(__import__("os").getpid())
-    _fuzz(served, 95_000, seed=3)
-    after = resident_bytes(pid), resident_bytes(__import__("os").getpid())
+    starts = served.server.services.supervisor.starts
+    for fuzz in (_fuzz, _fuzz_json, _fuzz_grpc):
+        fuzz(served, 2_000, 2)
+    before = resident_bytes(pid), resident_bytes(os.getpid())
+    _fuzz(served, 34_000, seed=3)
+    _fuzz_json(served, 30_000, seed=3)
+    _fuzz_grpc(served, 30_000, seed=3)
+    after = resident_bytes(pid), resident_bytes(os.getpid())
+    assert served.server.services.supervisor.starts == starts
     assert ask(served, "/v2/health/ready", method="GET")[0] == 200
     assert served.server.services.gateway.arena_used == 0
     for one_before, one_after in zip(before, after, strict=True):

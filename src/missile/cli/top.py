@@ -129,6 +129,8 @@ _GPU_COLUMNS = (
     ("link_granted", "link"),
     ("link_used", "used"),
     ("preemptions", "preempted"),
+    ("cold_starts", "cold"),
+    ("guard_hits", "guard"),
 )
 
 

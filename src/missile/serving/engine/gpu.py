@@ -47,8 +47,8 @@ _USE_NS = 100_000_000  # shortest time over which used SMs are averaged
 _ISOLATION = {
     "priority": "LS streams have priority; SMs, caches, memory and link are shared",
     "partition": "SMs are split between LS and BE tenants; caches, memory and link are shared",
-    "missile": "LS has priority, BE gives SMs back while LS requests are there; caches, memory and link are shared, "
-    "but for tenants with colors of their own",
+    "missile": "LS has priority, BE gives SMs back while LS requests are there, long copies share the link by weight; "
+    "caches and memory are shared, but for tenants with colors of their own",
 }
 
 
