@@ -10,7 +10,7 @@ from missile.errors import MisuseError
 from missile.gpu.interface import Access
 from missile.probe.channel_map import ChannelMap
 
-__all__ = ["FULL", "QUICK", "Cell", "MicroPlan", "Scheme", "cells_of", "halves_of", "schemes_of"]
+__all__ = ["FULL", "QUICK", "Cell", "MicroPlan", "Scheme", "cells_of", "chip_halves", "halves_of", "schemes_of"]
 
 MIB = 1 << 20
 
@@ -95,8 +95,8 @@ class Cell:
 def schemes_of(channel_map: ChannelMap) -> tuple[Scheme, ...]:
     """The color sets that are compared: all colors for both; halves, and both on the same half; the least shares.
 
-    The halves are those that tenants get (`coloring.halves`). MisuseError for a map with
-    fewer than two colors: there is nothing to keep apart.
+    The halves are those that tenants get (`coloring.halves`); where every color stands in one half of the chip, the chip's
+    halves are compared, too. MisuseError for a map with fewer than two colors: there is nothing to keep apart.
     """
     count = len(channel_map.colors)
     every = tuple(range(count))
@@ -107,6 +107,12 @@ def schemes_of(channel_map: ChannelMap) -> tuple[Scheme, ...]:
         Scheme(f"{len(other)}/{count} + {len(one)}/{count} swapped", other, one),
         Scheme(f"same {len(one)}/{count}", one, one),
     ]
+    near = chip_halves(channel_map)
+    if near is not None and near[0] != one:
+        found += [
+            Scheme(f"{len(near[0])}/{count} + {len(near[1])}/{count} by side", *near),
+            Scheme(f"{len(near[1])}/{count} + {len(near[0])}/{count} by side, swapped", near[1], near[0]),
+        ]
     for few in (1, 2):
         if 2 * few < count:
             found += [Scheme(f"{few}/{count} + {count - few}/{count}", every[:few], every[few:])]
@@ -119,6 +125,17 @@ def halves_of(channel_map: ChannelMap) -> tuple[tuple[int, ...], tuple[int, ...]
     if halves is None:
         raise MisuseError("This channel map has one color: there are no disjoint sets of colors to compare.")
     return halves.sets
+
+
+def chip_halves(channel_map: ChannelMap) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Colors by the half of the chip that they stand in, color 0 in the first; None where one is in both, or all in one."""
+    half = channel_map.topology.slice_half
+    sides = [{half[slice_] for slice_ in color} for color in channel_map.colors]
+    if any(len(side) != 1 or -1 in side for side in sides):
+        return None
+    first = tuple(color for color, side in enumerate(sides) if side == sides[0])
+    rest = tuple(color for color in range(len(sides)) if color not in first)
+    return (first, rest) if rest else None
 
 
 def cells_of(plan: MicroPlan, schemes: Sequence[Scheme], sms: int) -> Iterator[Cell]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from missile.bench.isolation.lab import ColoredUnits, Sample, measure, pages_for
-from missile.bench.isolation.plan import Cell, MicroPlan, cells_of, schemes_of
+from missile.bench.isolation.plan import Cell, MicroPlan, Scheme, cells_of, schemes_of
 from missile.bench.isolation.record import header_of
 from missile.bench.isolation.results import IsolationResults, MeasuredCell, measured_schemes, outcomes
 from missile.coloring.pool import ColoredPool
@@ -28,20 +28,21 @@ def run_micro(
     path: Path,
     *,
     known: ChannelMap | Path | None = None,
+    wanted: Callable[[Scheme], bool] = lambda scheme: True,
     seed: int = 0,
     progress: Progress = lambda done, all_, text: None,
 ) -> IsolationResults:
     """Measure every cell of `plan` on `gpu`, otherwise idle, and keep what there is in `path` all the time.
 
-    Cells that `path` holds already from this chip are not measured again. known: see `map_for`. On Ctrl-C the file says
-    `interrupted` and holds what was measured. Raises what `map_for` raises, OutOfMemoryError, and MisuseError for a
-    `path` with another GPU's results.
+    Cells that `path` holds already from this chip are not measured again. known: see `map_for`. wanted: which schemes are
+    measured. On Ctrl-C the file says `interrupted` and holds what was measured. Raises what `map_for` raises,
+    OutOfMemoryError, and MisuseError for a `path` with another GPU's results.
     """
     begin = time.monotonic()
     before = IsolationResults.before(path, gpu)
     # A pool's pages are classified one by one anyway: a probe of few of them is sure enough.
     channel_map = map_for(gpu, known=known, pages=512, seed=seed, progress=lambda text: progress(0, 0, text))
-    schemes = schemes_of(channel_map)
+    schemes = tuple(filter(wanted, schemes_of(channel_map)))
     cells = list(cells_of(plan, schemes, gpu.info.sms))
     results = IsolationResults(
         **header_of(gpu),
