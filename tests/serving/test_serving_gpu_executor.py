@@ -301,7 +301,8 @@ def test_weights_come_in_from_the_host_within_the_budget(policy: str, tmp_path: 
     facts = [executors[0].tenant_facts(slot) for slot in (1, 2, 3)]
     assert facts[0].cold_starts is None
     assert all((one.cold_starts or 0) >= 2 for one in facts[1:])  # each has displaced the other
-    assert [one.link_granted for one in facts] == [0.2 if policy == "missile" else None, 0.4, 0.4]
+    assert [one.link_granted for one in facts] == ([0.2, 0.4, 0.4] if policy == "missile" else [None] * 3)
+    assert facts[2].preemptions == (0 if policy == "missile" else None)  # hosted, and can be preempted
     assert client.ask({"op": "unload", "slot": 3})["op"] == "unloaded"
     client.call(next(numbers), 2, 1, 0)
     assert client.answer()[1] == Outcome.DONE
@@ -324,7 +325,7 @@ def test_what_can_not_be_hosted_is_refused_and_leaves_nothing(tmp_path: Path) ->
 
     with pytest.raises(MisuseError, match=r"needs server\.swap_mib"):
         install("", 0)
-    with pytest.raises(MisuseError, match="swap budget"):
+    with pytest.raises(MisuseError, match=r"server\.swap_mib is 1"):
         install("", 1 << 20)
     with pytest.raises(UnsupportedError, match="colored memory"):
         install("colors = [0, 1]", 64 << 20)

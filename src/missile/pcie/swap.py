@@ -138,13 +138,6 @@ class Swapper:
                 raise MisuseError(f"A weight segment of tenant {model.tenant!r} lies outside its image: {part}.")
         self._models[model.tenant] = _Loaded(model, stream)
 
-    def remove(self, tenant: str) -> None:
-        """Forget a tenant's model; its place is free then, its image the caller's. MisuseError while it has runs."""
-        if any(run.tenant == tenant for run in (*self._queue, *self._running)):
-            raise MisuseError(f"Tenant {tenant!r} can't leave the swap while its model runs.")
-        self._extents.drop(tenant)
-        self._models.pop(tenant, None)
-
     @property
     def address(self) -> int:
         """Where the budget begins on the device."""

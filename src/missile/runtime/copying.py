@@ -48,24 +48,17 @@ class ScheduledCopies(StreamedCopies):
     through the host costs an output tens of microseconds: such a direction is left to the streams.
     """
 
-    def __init__(self, gpu: Gpu, tenants: Sequence[LoadedTenant], engine: CopyEngine | None = None) -> None:
-        """engine: one that others copy through too, the caller's; then all copies to the device are scheduled, since theirs
-        may be long. None: one of its own. After an error nothing is held."""
-        scheduled = {direction for direction in Direction if _longest(tenants, direction) > LONG}
-        shared = engine is not None
+    def __init__(self, gpu: Gpu, tenants: Sequence[LoadedTenant]) -> None:
+        """After an error nothing is held."""
+        scheduled = [direction for direction in Direction if _longest(tenants, direction) > LONG]
         with ExitStack() as undo:
-            if engine is None:
-                # Requests' memory is pinned: no staging.
-                engine = CopyEngine(gpu, replace(link_options(gpu), staging_slots=0))
-                undo.callback(engine.close)
-            else:
-                scheduled.add(Direction.H2D)
+            # Requests' memory is pinned: no staging.
+            engine = CopyEngine(gpu, replace(link_options(gpu), staging_slots=0))
+            undo.callback(engine.close)
             super().__init__(gpu, engine, scheduled)
             undo.callback(super().close)
             for loaded in tenants:
                 self.admit(loaded.tenant.name, share_of(loaded.tenant))
-                if shared:
-                    undo.callback(engine.remove, loaded.tenant.name)
             self._resources = undo.pop_all()
 
     @classmethod

@@ -165,6 +165,13 @@ class Residency:
         self._harvest()
         return tuple(self._cold[tenant])
 
+    def take_cold_starts(self, tenant: int) -> int:
+        """How many were over since the last call or `forget`; they are no longer kept."""
+        self._harvest()
+        count = len(self._cold[tenant])
+        self._cold[tenant].clear()
+        return count
+
     def forget(self) -> None:
         """Count cold starts from now on. Everything has ended."""
         self._harvest()

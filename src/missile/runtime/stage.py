@@ -204,6 +204,10 @@ class Stage:
         """Those of the tenant since `rehearse`, as far as they are over."""
         return self._residency.cold_starts(tenant)
 
+    def take_cold_starts(self, tenant: int) -> int:
+        """How many of the tenant were over since the last call; for runs without an end, they are not kept."""
+        return self._residency.take_cold_starts(tenant)
+
     def _change_lane(self, tenant: int, lane: int) -> None:
         tail = self._tail[tenant]
         if tail is not None:

@@ -29,7 +29,7 @@ _GRANTED = {
 _COUNTED = {
     "preemptions": "Launches of the tenant that were preempted",
     "guard_hits": "Accesses that the translation guard caught",
-    "cold_starts": "Batches for which the tenant's weights had to be brought to the GPU",
+    "cold_starts": "Times the tenant's weights were brought to the GPU",
 }
 
 

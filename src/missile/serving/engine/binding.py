@@ -21,8 +21,11 @@ from missile.errors import MissileError, MisuseError, OutOfMemoryError, Unsuppor
 from missile.gpu.interface import Gpu
 from missile.probe import ChannelMap, map_for
 from missile.runtime.coloring import ColoredTenants, Coloring
+from missile.runtime.hosted import load_image, weight_bytes, weight_parts
+from missile.runtime.residency import LEAST_PART, PARTS, HostWeights
 from missile.serving.config import TenantConfig
 from missile.serving.engine.compiling import compiled_package
+from missile.serving.engine.swapping import SwapSpace
 
 __all__ = ["Binder", "Found", "Placed"]
 
@@ -44,27 +47,34 @@ class Placed:
     """A model on the GPU; it and its memory belong to whoever gave the exit stack.
 
     escapes: device address of the count (8 bytes) of its accesses outside its colored memory; 0 where nobody counts.
+    weights: where they wait on the host; None where they are on the device.
     """
 
     bound: BoundModel
     colors: tuple[int, ...] | None
     notes: tuple[str, ...]
     escapes: int = 0
+    weights: HostWeights | None = None
 
 
 class Binder:
     """preempt: make BE tenants' blocks leave on demand, where their code allows it. channel_map: a file of this GPU, or of
     its kind; None takes the cache's. It is tested on the GPU when the first tenant with colors comes, and measured anew
-    where it does not hold."""
+    where it does not hold. swap_bytes: device memory for weights that wait on the host, all together."""
 
-    def __init__(self, gpu: Gpu, *, preempt: bool, channel_map: Path | None = None) -> None:
+    def __init__(self, gpu: Gpu, *, preempt: bool, channel_map: Path | None = None, swap_bytes: int = 0) -> None:
         self._gpu = gpu
         self._preempt = preempt
         self._path = channel_map
         self._map: ChannelMap | None = None
+        self._swap = SwapSpace(gpu, swap_bytes)
 
     def find(self, tenant: TenantConfig, folder: Path) -> Found:
         """The tenant's package, compiled now when there is none yet (minutes). Doesn't touch the GPU otherwise."""
+        if tenant.residency == "host" and tenant.colors is not None:
+            raise UnsupportedError(
+                f"Tenant {tenant.name!r}: weights on the host and colored memory can't be had in one."
+            )
         package, directory = self._package(tenant, folder)
         if package.batch < tenant.batch.max:
             raise MisuseError(
@@ -93,7 +103,7 @@ class Binder:
         return find_package(tenant.model, tenant.batch.max, self._gpu.info)
 
     def _wants_preemption(self, tenant: TenantConfig) -> bool:
-        return self._preempt and tenant.tenant_class == "BE" and tenant.residency == "device"
+        return self._preempt and tenant.tenant_class == "BE"
 
     def _with_code(self, tenant: TenantConfig, found: Found, shape: Shape | None) -> Found:
         """`found` with code that can be preempted, for a translation of `shape`, or a note why there is none."""
@@ -113,8 +123,23 @@ class Binder:
         """
         if tenant.colors is not None:
             return self._place_colored(tenant, found, others, undo)
+        if tenant.residency == "host":
+            return self._place_hosted(tenant, found, undo)
         bound = bind(found.package, found.directory, self._gpu, tenant=tenant.name)
         return self._preemptible(tenant, found, Placed(bound, None, found.notes), undo)
+
+    def _place_hosted(self, tenant: TenantConfig, found: Found, undo: ExitStack) -> Placed:
+        """Read the weights into pinned memory, and bind the model to their place in the budget."""
+        package, directory, gpu = found.package, found.directory, self._gpu
+        image = load_image(package, directory, gpu, tenant=tenant.name)
+        undo.callback(image.free)
+        nbytes = weight_bytes(package)
+        address = self._swap.take(nbytes, tenant.name, undo)
+        parts = weight_parts(package, at_least=max(LEAST_PART, nbytes // PARTS))
+        bound = bind(package, directory, gpu, tenant=tenant.name, weights_at=address)
+        notes = (*found.notes, "weights on the host: brought in when a request comes and they are not there")
+        placed = Placed(bound, None, notes, weights=HostWeights(image, address, nbytes, parts))
+        return self._preemptible(tenant, found, placed, undo)
 
     def _preemptible(self, tenant: TenantConfig, found: Found, placed: Placed, undo: ExitStack) -> Placed:
         """`placed` with a model that can be preempted, where it should and can be; it is given to `undo`."""

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from missile.compiler.bind import BoundModel
-from missile.errors import GpuError, MissileError, MisuseError, UnsupportedError
+from missile.errors import GpuError, MissileError, UnsupportedError
 from missile.gpu.interface import Gpu, HostBuffer, Launch, Level
 from missile.runtime.loading import BE_DEPTH, LS_DEPTH, LoadedTenant
 from missile.runtime.policies import create_policy
@@ -31,7 +31,6 @@ from missile.serving.config import TenantConfig
 from missile.serving.engine.binding import Binder, Found
 from missile.serving.engine.escapes import EscapeCounter
 from missile.serving.engine.executor import Batch, DeviceFacts, Loaded, TenantFacts
-from missile.serving.engine.hosting import HostedTenants
 from missile.serving.engine.live import Ended, LiveEngine
 from missile.serving.engine.packages import Views, empty, fill, package_signature, views
 from missile.serving.link import ring
@@ -77,9 +76,10 @@ class _Model:
     flying: deque[Batch] = field(default_factory=deque)
     sm_ns: int = 0
     preempted: int = 0
+    cold: int = 0  # times its weights have come in from the host
     used_from: int = 0
     used_sms: float = 0.0
-    moved: int = 0  # bytes of inputs, since `used_from`
+    moved: int = 0  # bytes to the device, since `used_from`
     used_link: float | None = None
     executed_ns: int = 0  # when the last of its batches that has ended did so
 
@@ -99,12 +99,10 @@ class GpuExecutor:
         self._gpu = gpu
         self._policy = policy
         preempt = getattr(create_policy(policy), "preempt", False)
-        self._binder = Binder(gpu, preempt=preempt, channel_map=channel_map)
+        self._binder = Binder(gpu, preempt=preempt, channel_map=channel_map, swap_bytes=swap_bytes)
         self._models: dict[int, _Model] = {}
         self._order: list[_Model] = []  # by number in the live engine
         self._live: LiveEngine | None = None
-        self._swap_bytes = swap_bytes
-        self._hosted: HostedTenants | None = None
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._filled: deque[_Model] = deque()  # a batch of it lies in its buffer
@@ -132,7 +130,7 @@ class GpuExecutor:
 
     @property
     def polling(self) -> bool:
-        return (self._live is not None and self._live.busy) or (self._hosted is not None and self._hosted.busy)
+        return self._live is not None and self._live.busy
 
     # --- models
 
@@ -143,8 +141,6 @@ class GpuExecutor:
     def install(self, slot: int, tenant: TenantConfig, prepared: Found) -> Loaded:
         """The others pause while the policy is set up anew with this tenant: the GPU is split once for all of them."""
         self._settle()
-        if tenant.residency == "host":
-            return self._install_hosted(slot, tenant, prepared)
         model = self._load(tenant, prepared)
         try:
             self._set_up([*self._models.values(), model])
@@ -154,31 +150,9 @@ class GpuExecutor:
         self._models[slot] = model
         return Loaded(model.signature, model.bound.nbytes, model.notes, depth=model.depth)
 
-    def _install_hosted(self, slot: int, tenant: TenantConfig, found: Found) -> Loaded:
-        first = self._hosted is None
-        if first and not self._swap_bytes:
-            raise MisuseError(
-                f"Tenant {tenant.name!r}: residency = host needs server.swap_mib: device memory for such weights."
-            )
-        hosted = self._hosted or HostedTenants(self._gpu, self._swap_bytes, self._arena, self._work.put)
-        try:
-            loaded = hosted.install(slot, tenant, found, self._name_for(tenant))
-            if first and self._models:  # the others' copies have to go by the same scheduler from now on
-                self._hosted = hosted
-                self._set_up(list(self._models.values()))
-        except BaseException as error:
-            if first and not _lost(error):
-                self._hosted = None
-                if self._live is None:
-                    self._set_up(list(self._models.values()))
-                hosted.close()
-            raise
-        self._hosted = hosted
-        return loaded
-
     def _name_for(self, tenant: TenantConfig) -> str:
         taken = {m.loaded.tenant.name for m in self._models.values()}
-        return _free_name(tenant.name, taken | set(self._hosted.names if self._hosted is not None else ()))
+        return _free_name(tenant.name, taken)
 
     def _load(self, tenant: TenantConfig, found: Found) -> _Model:
         signature = package_signature(found.package, tenant.outputs, batched=tenant.batched)
@@ -195,7 +169,7 @@ class GpuExecutor:
                 escapes = EscapeCounter(self._gpu, placed.escapes, tenant=tenant.name, undo=undo)
             colors = placed.colors or ()
             runtime = _runtime_tenant(tenant, self._name_for(tenant))
-            loaded = LoadedTenant(runtime, bound, inputs, outputs, depth, colors=colors)
+            loaded = LoadedTenant(runtime, bound, inputs, outputs, depth, colors=colors, weights=placed.weights)
             return _Model(
                 tenant=tenant,
                 signature=signature,
@@ -239,8 +213,7 @@ class GpuExecutor:
         self._order = []
         if models:
             depth = [min(m.depth, LS_DEPTH if m.tenant.tenant_class == "LS" else BE_DEPTH) for m in models]
-            engine = None if self._hosted is None else self._hosted.engine
-            self._live = LiveEngine(self._gpu, self._policy, [m.loaded for m in models], depth, engine=engine)
+            self._live = LiveEngine(self._gpu, self._policy, [m.loaded for m in models], depth)
         self._order = list(models)
         for number, model in enumerate(models):
             model.number, model.given, model.sm_ns = number, 0, 0
@@ -249,33 +222,18 @@ class GpuExecutor:
     def _settle(self) -> None:
         """Bring everything that was started to its end; `poll` hands it out later."""
         give_up = time.monotonic() + _SETTLE_S
-        while any(model.flying for model in self._order) or (self._hosted is not None and self._hosted.busy):
+        while any(model.flying for model in self._order):
             self._move(_LOOK_NS)
             if time.monotonic() > give_up:
                 raise MissileError("Batches on the GPU did not end, so its tenants can't be changed.")
 
     def unload(self, slot: int) -> None:
-        if self._hosted is not None and slot in self._hosted:
-            self._unload_hosted(self._hosted, slot)
-            return
         model = self._models.pop(slot, None)
         if model is not None:
             self._set_up(list(self._models.values()))
             model.resources.close()
 
-    def _unload_hosted(self, hosted: HostedTenants, slot: int) -> None:
-        self._settle()
-        hosted.unload(slot)
-        if not len(hosted):
-            self._hosted = None
-            self._set_up(list(self._models.values()))  # they have let go of its scheduler then
-            hosted.close()
-
     def tune(self, slot: int, tenant: TenantConfig) -> None:
-        if self._hosted is not None and slot in self._hosted:
-            self._settle()
-            self._hosted.tune(slot, tenant)
-            return
         model = self._models[slot]
         model.tenant = tenant
         fresh = _runtime_tenant(tenant, model.loaded.tenant.name)
@@ -285,8 +243,6 @@ class GpuExecutor:
             self._set_up(list(self._models.values()))
 
     def tenant_facts(self, slot: int) -> TenantFacts:
-        if self._hosted is not None and slot in self._hosted:
-            return self._hosted.facts(slot, self._weights())
         model = self._models[slot]
         self._note_use()
         return TenantFacts(
@@ -297,6 +253,7 @@ class GpuExecutor:
             link_used=None if model.used_link is None else round(model.used_link, 4),
             colors=model.loaded.colors or None,
             preemptions=model.preempted if model.preemptible else None,
+            cold_starts=None if model.loaded.weights is None else model.cold,
             guard_hits=None if model.escapes is None else model.escapes.read(),
         )
 
@@ -312,12 +269,7 @@ class GpuExecutor:
         """The tenant's entitlement to the host link, where copies are scheduled: its weight among all."""
         if self._live is None or self._live.link_rate is None:
             return None
-        return round(model.tenant.weight / self._weights(), 4)
-
-    def _weights(self) -> float:
-        """Of all tenants together, on the link."""
-        hosted = 0.0 if self._hosted is None else self._hosted.weight
-        return sum(model.tenant.weight for model in self._models.values()) + hosted
+        return round(model.tenant.weight / sum(other.tenant.weight for other in self._order), 4)
 
     def _note_use(self) -> None:
         """Take over what the live engine has counted since the last time."""
@@ -326,6 +278,10 @@ class GpuExecutor:
             return
         now = self._gpu.now_ns()
         for model in self._order:
+            if model.loaded.weights is not None:
+                cold = live.cold_starts(model.number)
+                model.cold += cold
+                model.moved += cold * model.loaded.weights.nbytes
             took = now - model.used_from
             if took >= _USE_NS:
                 model.used_sms = (live.sm_ns[model.number] - model.sm_ns) / took
@@ -341,9 +297,6 @@ class GpuExecutor:
         return True
 
     def start(self, batch: Batch, *, latency_sensitive: bool) -> None:
-        if self._hosted is not None and batch.slot in self._hosted:
-            self._hosted.start(batch)
-            return
         model = self._models[batch.slot]
         batch.start_ns = time.monotonic_ns()
         model.flying.append(batch)
@@ -372,13 +325,8 @@ class GpuExecutor:
         return ended
 
     def _move(self, patience_ns: int) -> None:
-        """One step: filled batches to the live engine, ended ones from it; and those of hosted tenants."""
-        live, hosted = self._live, self._hosted
-        if hosted is not None and hosted.busy:
-            sensitive = hosted.latency_sensitive or any(m.flying and m.tenant.tenant_class == "LS" for m in self._order)
-            hosted.step(0 if live is not None and live.busy else patience_ns, held_back=sensitive)
-            self._finished += hosted.finished
-            hosted.finished.clear()
+        """One step: filled batches to the live engine, ended ones from it."""
+        live = self._live
         if live is None:
             return
         while self._filled:
@@ -427,8 +375,6 @@ class GpuExecutor:
         self._gpu.synchronize()
         for slot in list(self._models):
             self.unload(slot)
-        if self._hosted is not None:
-            self._hosted.close()
         self._work.put(None)
         self._copier.join(5.0)
         self._gpu.close()
@@ -458,6 +404,7 @@ def _runtime_tenant(tenant: TenantConfig, name: str) -> Tenant:
             "model": tenant.model,
             "batch": tenant.batch.max,
             "arrivals": {"kind": "poisson", "rate_per_s": 1.0},
+            "residency": tenant.residency,
             "slo_ms": tenant.slo_ms if tenant.tenant_class == "LS" else None,
             "weight": tenant.weight,
         }

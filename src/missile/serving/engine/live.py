@@ -13,7 +13,6 @@ import numpy as np
 
 from missile.errors import InternalError
 from missile.gpu.interface import Gpu
-from missile.pcie.engine import CopyEngine
 from missile.runtime.copying import ScheduledCopies, link_options
 from missile.runtime.engine import NEVER, Engine, Span
 from missile.runtime.loading import LoadedTenant
@@ -74,27 +73,15 @@ class LiveEngine(Engine):
 
     depth: requests of each tenant that the GPU may have at once. Request n of a tenant uses its buffers n modulo their
     number, so the caller keeps no more outstanding than there are. Construction runs every model once in each partition and
-    blocks; after an error nothing is held. engine: the link's scheduler where others
-    copy through it too, the caller's. Errors are those of the policy (see `create_policy`) and the GPU.
+    blocks; after an error nothing is held. Errors are those of the policy (see `create_policy`) and the GPU.
     link_rate: of the host link to the GPU, bytes/s, where the policy schedules copies; else None.
     """
 
-    def __init__(
-        self,
-        gpu: Gpu,
-        policy: str,
-        tenants: Sequence[LoadedTenant],
-        depth: Sequence[int],
-        *,
-        engine: CopyEngine | None = None,
-    ) -> None:
+    def __init__(self, gpu: Gpu, policy: str, tenants: Sequence[LoadedTenant], depth: Sequence[int]) -> None:
         options = {"admission": 0.0} if policy.partition(":")[0] == "missile" else {}  # the server itself sheds
         chosen = create_policy(policy, options)
         self.layout: Layout = chosen.setup([loaded.tenant for loaded in tenants], gpu.info)
-        copies = None
-        if getattr(chosen, "copies", False):
-            shared = engine is not None
-            copies = ScheduledCopies(gpu, tenants, engine) if shared else ScheduledCopies.where_needed(gpu, tenants)
+        copies = ScheduledCopies.where_needed(gpu, tenants) if getattr(chosen, "copies", False) else None
         stage = Stage(gpu, tenants, self.layout, copies)
         self.link_rate = None if copies is None else link_options(gpu).h2d_rate
         try:
@@ -173,6 +160,10 @@ class LiveEngine(Engine):
         before = self._preempted[tenant]
         super()._preempt(tenant)
         self.preemptions[tenant] += self._preempted[tenant] and not before
+
+    def cold_starts(self, tenant: int) -> int:
+        """How often the tenant's weights have come in from the host since the last call."""
+        return self._stage.take_cold_starts(tenant)
 
     def close(self) -> None:
         """Take the lanes down. Idempotent. Nothing may run any more."""
