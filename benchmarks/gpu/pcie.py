@@ -1,6 +1,8 @@
 """What the PCIe scheduler must show on hardware, in one process; writes results.json and pcie.png.
 
-PYTHONPATH=src python3 benchmarks/gpu/pcie.py -o OUT [--device cuda:0] [--scale S]
+PYTHONPATH=src python3 benchmarks/gpu/pcie.py -o OUT [--device cuda:0] [--scale S] [--packages DIR]
+
+Parts in order of worth; each is written when it is done, so that whatever ends the run leaves what came before.
 """
 
 from __future__ import annotations
@@ -12,20 +14,24 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from pcie_mix import mix, package_of, show
 
 from missile.compiler.library import find_package
 from missile.files import write_whole
 from missile.gpu import open_gpu
-from missile.gpu.interface import Copy, Gpu
+from missile.gpu.interface import Gpu
+from missile.pcie.direct import Copier, Direct, DirectCopier
 from missile.pcie.engine import CopyEngine
-from missile.pcie.load import Bulk, run_load
+from missile.pcie.load import Bulk, Requests, Source, run_load
 from missile.pcie.plot import plot_report
-from missile.pcie.report import Plan, Report, measure
+from missile.pcie.report import SHARE_CASES, Plan, Report, measure
 from missile.pcie.runner import CopyThread, Sleeper
-from missile.pcie.summary import windows
-from missile.pcie.swap import HostModel, Swapper, SwapRun, WeightSlice, segments
+from missile.pcie.summary import latency_summary, share_deviation, windows
+from missile.pcie.swap import Swapper, SwapRun
 from missile.pcie.ticket import CopyState, CopyTicket, Direction
 from missile.pcie.weights import MIB, Share
 from missile.runtime.hosted import host_model, weight_bytes
@@ -37,23 +43,65 @@ COLD_MODELS = (
 BOTH = (Direction.H2D, Direction.D2H)
 
 
-def throughput(gpu: Gpu, report: Report, seconds: float) -> dict[str, Any]:
+def latencies(gpu: Gpu, report: Report, seconds: float) -> dict[str, Any]:
+    """What `measure` leaves out: the other ways of copying to the host, and the scheduler with a source that sleeps."""
+    requests = [
+        Requests(name="ls 1 MiB", nbytes=MIB, rate=report.plan.rate),
+        Requests(name="ls 4 KiB", nbytes=4 << 10, rate=report.plan.rate),
+    ]
+    back = [replace(tenant, direction=Direction.D2H) for tenant in requests]
+    bulk = [Bulk(name=f"bulk {index + 1}", nbytes=report.plan.bulk_bytes) for index in range(3)]
+    bulk_back = [replace(tenant, directions=BOTH[1:]) for tenant in bulk]
+    cases: dict[str, tuple[Copier, list[Bulk], list[Requests], Source]] = {
+        "sleeping source, alone": (CopyEngine(gpu, report.options), [], requests, Source.SLEEPING),
+        "sleeping source, beside": (CopyEngine(gpu, report.options), bulk, requests, Source.SLEEPING),
+        "spinning source, alone to host": (CopyEngine(gpu, report.options), [], back, Source.SPINNING),
+    }
+    cases |= {f"{how}, to host": (DirectCopier(gpu, how), bulk_back, back, Source.SPINNING) for how in Direct}
+    out = {}
+    for name, (copier, others, mine, source) in cases.items():
+        result = run_load(gpu, copier, others, mine, duration_s=seconds, source=source)
+        out[name] = {
+            "latency": {tenant: latency_summary(times) for tenant, times in result.latency_ns.items()},
+            "submitted_late": {tenant: latency_summary(times) for tenant, times in result.late_ns.items()},
+            "unfinished": result.unfinished,
+            "bytes_per_s": sum(result.rate(direction) for direction in Direction),
+        }
+    return out
+
+
+def shares(gpu: Gpu, report: Report, seconds: float, rounds: int) -> dict[str, Any]:
+    """Every case of shares by weight again, `rounds` times: what one run of half a second says differs from run to run."""
+    out: dict[str, Any] = {}
+    for _ in range(rounds):
+        for case, weights in SHARE_CASES:
+            named = {f"tenant {index + 1}": weight for index, weight in enumerate(weights)}
+            tenants = [Bulk(name=name, share=Share(weight=weight), nbytes=64 * MIB) for name, weight in named.items()]
+            result = run_load(gpu, CopyEngine(gpu, report.options), tenants, [], duration_s=seconds)
+            found = share_deviation(result, named)
+            out.setdefault(case, []).append({"worst": found["worst"], "jain": found["jain"]})
+    return out
+
+
+def throughput(gpu: Gpu, report: Report, seconds: float, rounds: int) -> dict[str, Any]:
     """One bulk tenant, each direction and both at once, against the raw link; and what the scheduler costs the CPU."""
     out: dict[str, Any] = {}
-    for name, directions in (("h2d", BOTH[:1]), ("d2h", BOTH[1:]), ("both", BOTH)):
+    cases = [("h2d", BOTH[:1]), ("d2h", BOTH[1:]), *(("both", BOTH) for _ in range(rounds))]
+    for name, directions in cases:
         bulk = Bulk(name="bulk", directions=directions)
         result = run_load(gpu, CopyEngine(gpu, report.options), [bulk], [], duration_s=seconds)
         raw = (
             report.link.both if name == "both" else {direction: report.link.raw(direction) for direction in directions}
         )
-        out[name] = {
+        found = {
             "bytes_per_s": {direction: result.rate(direction) for direction in directions},
             "of_raw": {direction: round(result.rate(direction) / raw[direction], 4) for direction in directions},
             "cpu_cores": round(result.cpu_seconds * 1e9 / result.duration_ns, 4),
             "engine_cpu_cores": round(result.engine_cpu_seconds * 1e9 / result.duration_ns, 4),
             "steps_per_s": round(result.steps * 1e9 / result.duration_ns),
         }
-        print(f"  {name}: {out[name]}", flush=True)
+        out.setdefault(name, []).append(found)
+        print(f"  {name}: {found}", flush=True)
     return out
 
 
@@ -87,52 +135,7 @@ def minimums(gpu: Gpu, report: Report, seconds: float) -> dict[str, Any]:
     }
 
 
-def cold_start(gpu: Gpu, report: Report, repeats: int) -> dict[str, Any]:
-    """Cold starts of a model with BERT-large's bytes in fp16, alone and beside two bulk tenants of the same weight.
-
-    A stand-in: 24 layers of 28 MB, each executed as one device copy that reads all its weights. Two of them share a budget
-    for one, so that every start is cold.
-    """
-    layers, layer = 24, 28_000_256
-    total = layers * layer
-    ideal = report.link.raw(Direction.H2D)
-    out: dict[str, Any] = {"bytes": total, "synthetic": True}
-    images = [gpu.allocate_host(total) for _ in range(2)]
-    for image in images:
-        image.array[:] = 1
-    output = gpu.allocate(layer)
-
-    def plan(base: int) -> list[Copy]:
-        return [Copy(output.address, base + index * layer, layer) for index in range(layers)]
-
-    parts = segments([WeightSlice(index * layer, layer, index) for index in range(layers)])
-    for case, floods, share in (("alone", 0, 1.0), ("beside two bulk tenants", 2, 1 / 3)):
-        with CopyEngine(gpu, report.options) as engine:
-            swapper = Swapper(gpu, engine, total)
-            for index, image in enumerate(images):
-                engine.admit(f"model {index}")
-                swapper.add(HostModel(f"model {index}", image, total, parts, plan), gpu.create_stream())
-            flood = Flood(gpu, engine, floods)
-            sleeper = Sleeper(gpu)
-            ratios = []
-            for index in range(repeats):
-                run = finish(gpu, engine, swapper, sleeper, swapper.start(f"model {index % 2}"))
-            ratios.append(run.slowdown(ideal * share))
-            flood.on = False
-            engine.run_until_idle()
-            swapper.close()
-            flood.close()
-        ratios.sort()
-        out[case] = {
-            "starts": repeats,
-            "median": ratios[len(ratios) // 2],
-            "worst": ratios[-1],
-            "ideal_ms": total / ideal / share * 1e3,
-        }
-    return out
-
-
-def cold_models(gpu: Gpu, report: Report, repeats: int) -> dict[str, Any]:
+def cold_models(gpu: Gpu, report: Report, repeats: int, packages: Path | None) -> dict[str, Any]:
     """Cold and warm starts of compiled models that displace each other, alone and beside two bulk tenants of equal weight.
 
     weights: when the last of them had arrived; whole: when the end of the model was seen; against bytes over the link's rate
@@ -140,7 +143,7 @@ def cold_models(gpu: Gpu, report: Report, repeats: int) -> dict[str, Any]:
     Each is (median, worst).
     """
     rate = report.link.raw(Direction.H2D)
-    found = {name: find_package(name, batch, gpu.info) for name, batch in COLD_MODELS}
+    found = {name: find_package(package_of(name, packages), batch, gpu.info) for name, batch in COLD_MODELS}
     budget = max(weight_bytes(package) for package, _ in found.values())
     out: dict[str, Any] = {}
     with CopyEngine(gpu, report.options) as engine, ExitStack() as undo:
@@ -235,6 +238,9 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--scale", type=float, default=1.0, help="of all durations and repeats")
+    parser.add_argument(
+        "--packages", type=Path, help="where compiled packages lie, in MODEL-bN (else: the usual cache)"
+    )
     options = parser.parse_args()
     scale = options.scale
     options.output.mkdir(parents=True, exist_ok=True)
@@ -249,13 +255,15 @@ def main() -> None:
         report = measure(gpu, plan, progress=lambda text: print(f"- {text}", flush=True))
         out["report"] = report.as_dict()
         save()
-        plot_report(report, options.output / "pcie.png")
         parts: dict[str, Callable[[], Any]] = {
-            "throughput": lambda: throughput(gpu, report, 1.5 * scale),
-            "idle": lambda: idle_cpu(gpu, report, 1.0 * scale),
+            "throughput": lambda: throughput(gpu, report, max(0.3, 1.5 * scale), 3),
+            "idle": lambda: idle_cpu(gpu, report, max(0.3, scale)),
+            "shares": lambda: shares(gpu, report, plan.shares_s, 2),
+            "mix": lambda: mix(gpu, options.packages, max(0.4, 4 * scale)),
+            "cold models": lambda: cold_models(gpu, report, max(4, round(11 * scale)), options.packages),
+            "latencies": lambda: latencies(gpu, report, 2.0 * scale),
             "minimums": lambda: minimums(gpu, report, max(0.4, scale)),
-            "cold start": lambda: cold_start(gpu, report, max(4, round(20 * scale))),
-            "cold models": lambda: cold_models(gpu, report, max(4, round(11 * scale))),
+            "plot": lambda: plot_report(report, options.output / "pcie.png"),
         }
         for name, part in parts.items():
             try:
@@ -265,8 +273,29 @@ def main() -> None:
                 out[name] = {"error": traceback.format_exc()}
                 traceback.print_exc()
             save()
-    link = out["report"].pop("link")
-    print(json.dumps({"link": {key: link[key] for key in ("both", "latency", "bypass")}, **out}, indent=1))
+    show_all(out)
+
+
+def show_all(out: dict[str, Any]) -> None:
+    """What was measured, in short."""
+    report = out["report"]
+    both = {str(key): round(value / 1e9, 2) for key, value in report["link"]["both"].items()}
+    print(f"chosen {report['chosen']}\nboth raw {both}")
+    rows = {"alone": report["alone"], **report["compared"], "missile to host": report["to_host"]}
+    rows |= {f"loop in C, {name}": row for name, row in report["native_source"].items()}
+    rows |= out.get("latencies", {})
+    for name, row in rows.items():
+        if isinstance(row, dict) and "latency" in row:
+            cells = [
+                f"{tenant} {found['p50_us']} {found['p99_us']} {found['p999_us']}"
+                for tenant, found in row["latency"].items()
+            ]
+            print(f"{name:32} {' | '.join(cells)} | {row['bytes_per_s'] / 1e9:.1f} GB/s, {row['unfinished']}")
+    print("shares", {case: (found["worst"], found["jain"]) for case, found in report["shares"].items()})
+    for name in ("shares", "throughput", "idle", "minimums", "cold models"):
+        print(name, json.dumps(out.get(name)))
+    if "alone" in out.get("mix", {}):
+        show(out["mix"])
 
 
 if __name__ == "__main__":

@@ -230,6 +230,22 @@ def test_two_models_in_memory_for_one_run_under_every_policy(policy: str, tenant
             assert took.min() >= 0.97 * hosted.cold_ideal_ns > 0
 
 
+@pytest.mark.parametrize("policy", ["missile", "missile:copies=off"])
+def test_a_run_may_end_in_the_middle_of_a_request(policy: str, tenant: Any) -> None:
+    """An LS tenant makes the others come in segments; what was copied for the rest of a request nobody waits for."""
+    tenants = [
+        tenant("ls", "LS", "synthetic-tiny", rate=500),
+        tenant("one", "BE", "mobilebert", residency="host"),
+        tenant("two", "BE", "resnet152", residency="host"),
+    ]
+    with open_gpu("sim:h100") as gpu, load_tenants(gpu, tenants, swap_bytes=128 * MIB) as roster:
+        free = gpu.memory_free()
+        for extra in range(8):
+            record = run(gpu, roster, policy, seed=extra, duration_ns=20_000_000 + 700_000 * extra)
+            assert not record.fault
+        assert gpu.memory_free() == free
+
+
 def test_weights_that_stay_are_copied_once(tenant: Any) -> None:
     tenants = [
         tenant("one", "BE", "mobilebert", residency="host"),

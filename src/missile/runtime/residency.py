@@ -95,6 +95,7 @@ class Residency:
         self._arriving: list[
             tuple[int, int, Event]
         ] = []  # of plain copies: tenant, begun, and the event behind the last one
+        self._under_way = 0  # tenants' copies with the scheduler
         self._events: list[Event] = []
         self._marks: list[Event] = []
         with ExitStack() as undo:
@@ -160,6 +161,11 @@ class Residency:
         """Whether all later work of the tenant comes behind its last weights anyway."""
         return self._gated[tenant] == len(self._firsts[tenant])
 
+    @property
+    def busy(self) -> bool:
+        """Whether the scheduler still has copies, which end only while somebody waits through it. Plain ones end anyway."""
+        return self._under_way > 0
+
     def cold_starts(self, tenant: int) -> tuple[ColdStart, ...]:
         """Those that are over, since `forget`."""
         self._harvest()
@@ -213,6 +219,7 @@ class Residency:
             )
             if not index and after is not None:
                 ticket.add_done_callback(partial(self._give_back, after))
+        self._under_way += 1
         ticket.add_done_callback(lambda ticket: self._arrived(tenant, begun, ticket))
 
     def _value(self, tenant: int, index: int) -> int:
@@ -228,6 +235,7 @@ class Residency:
         self._marks.append(mark)
 
     def _arrived(self, tenant: int, begun: int, ticket: CopyTicket) -> None:
+        self._under_way -= 1
         if ticket.state is CopyState.DONE:
             self._cold[tenant].append(ColdStart(begun, ticket.finished_ns))
 

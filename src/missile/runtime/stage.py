@@ -25,6 +25,7 @@ MOST_PIECES = 16
 """Pieces of one tenant's requests (what one `Advance` gives the GPU) that may be in flight at once."""
 
 _LOOK_UP_NS = 10_000_000
+_PATIENCE_NS = 10_000_000_000
 
 
 class Slot(NamedTuple):
@@ -322,8 +323,11 @@ class Stage:
     def clear(self) -> None:
         """Leave no control with its flag up or in the middle of a request: the models outlive the stage.
 
-        Nothing that was preempted may be on the GPU.
+        Nothing that was preempted may be on the GPU. Weights that nobody waits for any more are let in: streams wait for them.
         """
+        give_up = self._gpu.now_ns() + _PATIENCE_NS
+        while self._residency.busy and self._gpu.now_ns() < give_up:
+            self.wait([], self._gpu.now_ns() + _LOOK_UP_NS)
         for tenant, control in enumerate(self._controls):
             lane = self._lane_of[tenant]
             if control is None or lane is None:
