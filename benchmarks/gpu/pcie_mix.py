@@ -59,6 +59,7 @@ def mix(gpu: Gpu, packages: Path | None, seconds: float) -> dict[str, Any]:
                 "per_s": round(len(record.arrival) / run.span_s, 2),
                 "latency": latency_summary(record.latency),
                 "unfinished": record.unfinished,
+                "refused": record.rejected,
             }
             if record.cold_bytes:
                 took = (record.cold[:, 1] - record.cold[:, 0]) / 1e6
@@ -81,7 +82,7 @@ def show(found: dict[str, Any]) -> None:
             latency, cold = row["latency"], row.get("cold")
             print(
                 f"  {policy:22} {name:8} {row['per_s']:8.1f}/s p50 {latency['p50_us']} p99 {latency['p99_us']} us, "
-                f"{row['unfinished']} unfinished" + (f", cold {cold}" if cold else "")
+                f"{row['unfinished']} unfinished, {row['refused']} refused" + (f", cold {cold}" if cold else "")
             )
 
 

@@ -323,7 +323,7 @@ class Stage:
     def clear(self) -> None:
         """Leave no control with its flag up or in the middle of a request: the models outlive the stage.
 
-        Nothing that was preempted may be on the GPU. Weights that nobody waits for any more are let in: streams wait for them.
+        Nothing that was preempted may be on the GPU. Weights under way are let in, wanted or not: streams wait for them.
         """
         give_up = self._gpu.now_ns() + _PATIENCE_NS
         while self._residency.busy and self._gpu.now_ns() < give_up:
