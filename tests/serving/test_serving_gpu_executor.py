@@ -249,6 +249,43 @@ def test_colors_are_granted_kept_apart_and_given_back(tmp_path: Path) -> None:
     executor.close()
 
 
+def test_translated_code_is_made_aside_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which code is needed is known when the memory is there; the engine's thread does not wait for it."""
+    from missile.compiler.preemptible_code import PreemptibleKernels
+    from missile.serving.engine import binding
+
+    with open_gpu("sim:h100") as gpu:
+        write_map(map_for(gpu, cache=tmp_path, interference=False), tmp_path / "map.json")
+    package, _ = find_package("resnet34", 1, open_gpu("sim:h100").info)
+    made: list[tuple[Any, str]] = []
+
+    def color(package: ModelPackage, directory: Path, shape: Any, *, mixed: bool = False) -> None:
+        made.append((shape, threading.current_thread().name))
+
+    monkeypatch.setattr(binding.Binder, "_package", lambda self, tenant, folder: (package, tmp_path))
+    monkeypatch.setattr(binding, "colored_kernels", color)
+    monkeypatch.setattr(binding, "is_colored", lambda directory, shape, **_: shape in [one for one, _ in made])
+    monkeypatch.setattr(binding, "is_preemptible", lambda directory, shape=None: True)
+    monkeypatch.setattr(
+        binding, "preemptible_kernels", lambda package, directory, shape=None: PreemptibleKernels(shape, {})
+    )
+    text = '[[tenant]]\nname = "t"\nmodel = "resnet34"\nclass = "BE"\ncolors = [1, 2]\n'
+    (tenant,) = parse_config(text).tenants
+    client = _Client(
+        lambda arena: GpuExecutor(arena, open_gpu("sim:h100"), policy="missile", channel_map=tmp_path / "map.json"),
+        tmp_path,
+    )
+    for slot in (1, 2):
+        assert client.load(slot, tenant)["op"] == "loaded"
+        client.call(slot, slot, 1, 0)
+        assert client.answer()[1] == Outcome.DONE
+        assert client.ask({"op": "unload", "slot": slot})["op"] == "unloaded"
+    (shape, thread), *again = made
+    assert thread != client.thread.name
+    assert [one for one, _ in again] in ([], [shape])  # what is kept is read, by whoever wants it
+    client.stop()
+
+
 HOSTED = """
 [[tenant]]
 name = "{name}"

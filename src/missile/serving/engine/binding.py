@@ -12,11 +12,13 @@ from missile.coloring.shape import Escape, Shape
 from missile.coloring.shares import Demand
 from missile.compiler.bind import BoundModel, bind
 from missile.compiler.bind_colored import bind_colored
+from missile.compiler.colored import colored_kernels, is_colored
 from missile.compiler.library import find_package
 from missile.compiler.package import BufferKind, ModelPackage
+from missile.compiler.placements import PlacementTable
 from missile.compiler.planning import needed_bytes
 from missile.compiler.preemptible import preempt_model
-from missile.compiler.preemptible_code import PreemptibleKernels, preemptible_kernels
+from missile.compiler.preemptible_code import PreemptibleKernels, is_preemptible, preemptible_kernels
 from missile.errors import MissileError, MisuseError, OutOfMemoryError, UnsupportedError
 from missile.gpu.interface import Gpu
 from missile.probe import ChannelMap, map_for
@@ -27,19 +29,27 @@ from missile.serving.config import TenantConfig
 from missile.serving.engine.compiling import compiled_package
 from missile.serving.engine.swapping import SwapSpace
 
-__all__ = ["Binder", "Found", "Placed"]
+__all__ = ["Binder", "CodeMissing", "Found", "Placed"]
 
 log = logging.getLogger("missile.engine")
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A tenant's package and where it lies (None: recorded). kernels: its code that can be preempted, None for none."""
+    """A tenant's package and where it lies (None: recorded). kernels: its code that can be preempted, None for none.
+
+    shape: of the translation that there is code for, None for plain memory.
+    """
 
     package: ModelPackage
     directory: Path | None
     kernels: PreemptibleKernels | None = None
     notes: tuple[str, ...] = ()
+    shape: Shape | None = None
+
+
+class CodeMissing(Exception):
+    """A tenant's memory turned out to need a translation for which its package has no code: `Binder.find` makes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +78,9 @@ class Binder:
         self._path = channel_map
         self._map: ChannelMap | None = None
         self._swap = SwapSpace(gpu, swap_bytes)
+        self._shapes: dict[
+            tuple[str, tuple[int, ...]], Shape
+        ] = {}  # that tenants' memory asked for, by name and colors
 
     def find(self, tenant: TenantConfig, folder: Path) -> Found:
         """The tenant's package, compiled now when there is none yet (minutes). Doesn't touch the GPU otherwise."""
@@ -83,9 +96,14 @@ class Binder:
         if any(buffer.kind is BufferKind.STATE for buffer in package.buffers):
             raise UnsupportedError(f"Tenant {tenant.name!r}: its model keeps state from request to request.")
         notes = (f"compiled for a batch of {package.batch}; smaller ones run padded",) if package.batch > 1 else ()
-        if directory is not None and tenant.colors is None and self._wants_preemption(tenant):
-            return self._with_code(tenant, Found(package, directory, notes=notes), None)
-        return Found(package, directory, notes=notes)
+        shape = self._shapes.get((tenant.name, _colors(tenant)))
+        found = Found(package, directory, notes=notes, shape=shape)
+        if directory is None or (tenant.colors is not None and shape is None):
+            return found
+        if shape is not None:
+            log.info("tenant %s: its kernels get the translation of its memory", tenant.name)
+            colored_kernels(package, directory, shape, mixed=_mixed(tenant))
+        return self._with_code(found) if self._wants_preemption(tenant) else found
 
     def _package(self, tenant: TenantConfig, folder: Path) -> tuple[ModelPackage, Path | None]:
         local = folder / tenant.model
@@ -105,11 +123,11 @@ class Binder:
     def _wants_preemption(self, tenant: TenantConfig) -> bool:
         return self._preempt and tenant.tenant_class == "BE"
 
-    def _with_code(self, tenant: TenantConfig, found: Found, shape: Shape | None) -> Found:
-        """`found` with code that can be preempted, for a translation of `shape`, or a note why there is none."""
+    def _with_code(self, found: Found) -> Found:
+        """`found` with code that can be preempted, or a note why there is none."""
         assert found.directory is not None
         try:
-            return replace(found, kernels=preemptible_kernels(found.package, found.directory, shape))
+            return replace(found, kernels=preemptible_kernels(found.package, found.directory, found.shape))
         except UnsupportedError as error:
             return replace(found, notes=(*found.notes, f"can't be preempted: {error}"))
 
@@ -118,7 +136,8 @@ class Binder:
     ) -> Placed:
         """Load a model; `undo` gives it back. others: the colors of the tenants that are there, by name.
 
-        MisuseError for colors that overlap theirs, OutOfMemoryError naming the tenant. Nothing may run on the GPU when the
+        MisuseError for colors that overlap theirs, OutOfMemoryError naming the tenant. CodeMissing: to be found again, which
+        takes up to a minute, and placed then. Nothing may run on the GPU when the
         first tenant with colors comes, since its map is tested then.
         """
         if tenant.colors is not None:
@@ -158,7 +177,7 @@ class Binder:
     def _place_colored(
         self, tenant: TenantConfig, found: Found, others: Mapping[str, tuple[int, ...]], undo: ExitStack
     ) -> Placed:
-        colors = tuple(sorted(set(tenant.colors or ())))
+        colors = _colors(tenant)
         for name, theirs in others.items():
             if set(theirs) & set(colors) and set(theirs) != set(colors):
                 raise MisuseError(
@@ -176,13 +195,26 @@ class Binder:
             raise held.errors.get(tenant.name) or OutOfMemoryError(
                 f"Tenant {tenant.name!r}: there is no memory in its colors.", tenant=tenant.name
             )
-        if found.directory is not None and self._wants_preemption(tenant):
-            found = self._with_code(tenant, found, memory.translation.shape)
-        # LS models are not preempted, so that their kernels need not be of one form.
-        mixed = tenant.tenant_class == "LS"
-        bound = bind_colored(found.package, found.directory, self._gpu, memory, mixed=mixed)
+        shape = memory.translation.shape
+        if found.directory is not None and found.shape != shape:
+            found = replace(found, shape=shape)
+            if not self._is_kept(tenant, found):
+                self._shapes[tenant.name, colors] = shape
+                raise CodeMissing
+            found = self._with_code(found) if self._wants_preemption(tenant) else found
+        bound = bind_colored(found.package, found.directory, self._gpu, memory, mixed=_mixed(tenant))
         notes = (*found.notes, f"memory in colors {', '.join(map(str, colors))}")
         return self._preemptible(tenant, found, Placed(bound, colors, notes, memory.escapes), undo)
+
+    def _is_kept(self, tenant: TenantConfig, found: Found) -> bool:
+        """Whether the package has the code that the tenant needs for `found.shape`."""
+        package, directory, shape = found.package, found.directory, found.shape
+        assert directory is not None
+        assert shape is not None
+        mixed = _mixed(tenant) and bool(PlacementTable.load(package.gpu).shadowed.get(shape.form))
+        if not is_colored(directory, shape, mixed=mixed):
+            return False
+        return not self._wants_preemption(tenant) or is_preemptible(directory, shape)
 
     def _channel_map(self) -> ChannelMap:
         if self._map is None:
@@ -193,3 +225,12 @@ class Binder:
             except MissileError as error:
                 raise UnsupportedError(f"Colors need a channel map of this GPU: {error}") from error
         return self._map
+
+
+def _colors(tenant: TenantConfig) -> tuple[int, ...]:
+    return tuple(sorted(set(tenant.colors or ())))
+
+
+def _mixed(tenant: TenantConfig) -> bool:
+    """Whether its kernels may be of different forms: LS models are not preempted, so that they need not be of one."""
+    return tenant.tenant_class == "LS"

@@ -96,8 +96,9 @@ class Executor(Protocol):
     def prepare(self, tenant: TenantConfig, folder: Path) -> Any:
         """Do what takes long (reading, building, compiling) while others run. MissileError when it can't be done."""
 
-    def install(self, slot: int, tenant: TenantConfig, prepared: Any) -> Loaded:
-        """Take what `prepare` gave. MissileError when it does not fit; nothing is held then."""
+    def install(self, slot: int, tenant: TenantConfig, prepared: Any) -> Loaded | None:
+        """Take what `prepare` gave. None: it knows more now, and is to be prepared again. MissileError when it does not fit;
+        nothing is held then."""
 
     def unload(self, slot: int) -> None:
         """Give back what `slot` holds. None of its batches runs."""

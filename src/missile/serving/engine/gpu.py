@@ -28,7 +28,7 @@ from missile.runtime.loading import BE_DEPTH, LS_DEPTH, LoadedTenant
 from missile.runtime.policies import create_policy
 from missile.runtime.tenant import Tenant
 from missile.serving.config import TenantConfig
-from missile.serving.engine.binding import Binder, Found
+from missile.serving.engine.binding import Binder, CodeMissing, Found
 from missile.serving.engine.escapes import EscapeCounter
 from missile.serving.engine.executor import Batch, DeviceFacts, Loaded, TenantFacts
 from missile.serving.engine.live import Ended, LiveEngine
@@ -138,10 +138,13 @@ class GpuExecutor:
         """The tenant's package, compiled now when there is none yet (minutes; what runs is disturbed meanwhile)."""
         return self._binder.find(tenant, folder)
 
-    def install(self, slot: int, tenant: TenantConfig, prepared: Found) -> Loaded:
+    def install(self, slot: int, tenant: TenantConfig, prepared: Found) -> Loaded | None:
         """The others pause while the policy is set up anew with this tenant: the GPU is split once for all of them."""
         self._settle()
-        model = self._load(tenant, prepared)
+        try:
+            model = self._load(tenant, prepared)
+        except CodeMissing:
+            return None
         try:
             self._set_up([*self._models.values(), model])
         except BaseException as error:

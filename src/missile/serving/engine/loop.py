@@ -222,7 +222,7 @@ class EngineLoop:
             operation = message["op"]
             if operation == "load":
                 tenant = TenantConfig.model_validate(message["tenant"])
-                threading.Thread(target=self._load, args=(message["slot"], tenant), daemon=True).start()
+                self._start_load(message["slot"], tenant)
             elif operation == "unload":
                 self._unloading.add(message["slot"])
                 if message["slot"] not in self._running:
@@ -234,6 +234,9 @@ class EngineLoop:
                 self._unloading.update(self._limits)
                 for slot in [s for s in self._unloading if s not in self._running]:
                     self._unload(slot)
+
+    def _start_load(self, slot: int, tenant: TenantConfig) -> None:
+        threading.Thread(target=self._load, args=(slot, tenant), daemon=True).start()
 
     def _load(self, slot: int, tenant: TenantConfig) -> None:
         """On a thread of its own: loading takes seconds and the others go on."""
@@ -257,6 +260,9 @@ class EngineLoop:
                 if isinstance(result, MissileError):
                     raise result
                 result = self._executor.install(slot, tenant, result)
+                if result is None:
+                    self._start_load(slot, tenant)
+                    continue
             except MissileError as error:
                 if isinstance(error, GpuError) and error.usable == "nothing":
                     raise
