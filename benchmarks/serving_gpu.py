@@ -185,7 +185,10 @@ def bench(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
 
 def verdicts(result: dict[str, Any]) -> list[dict[str, object]]:
     """Each plain policy's LS p99 beside BE through the server, and what it may be: 1.05 times the bench's, plus what the
-    server costs alone (its p99 less the bench's; client and loopback are in it). with_front_ms: plus the front end's own p99."""
+    server costs alone (its p99 less the bench's; client and loopback are in it).
+
+    with_front_ms: 1.05 times the bench's, plus the front end's own p99 beside BE.
+    """
     summary = result.get("bench", {}).get("summary")
     if not summary:
         return []
