@@ -85,6 +85,32 @@ def test_a_short_copy_that_finds_the_link_idle_stays_in_its_stream(gpu: Gpu) -> 
         copies.close()
 
 
+def test_short_copies_stay_in_their_streams_until_somebody_copies_much_at_once(gpu: Gpu) -> None:
+    with CopyEngine(gpu, EngineOptions(h2d_rate=54e9, d2h_rate=54e9)) as engine:
+        copies = StreamedCopies(gpu, engine, stays=MIB)
+        copies.admit("ls", Share(latency_sensitive=True))
+        copies.admit("be", Share())
+        stream, other = gpu.create_stream(), gpu.create_stream()
+        short, long = gpu.allocate_host(MIB), gpu.allocate_host(64 * MIB)
+        inside, outside = gpu.allocate(short.nbytes), gpu.allocate(long.nbytes)
+        for _ in range(3):  # each behind the output of the one before, which has not ended
+            before = _recorded(gpu, stream)
+            assert copies.to_device("ls", stream, inside.address, short, after=before) is None
+            assert copies.to_host("ls", stream, short, inside.address) is None
+        assert copies.to_device("be", other, outside.address, long) is not None
+        assert copies.to_device("ls", stream, inside.address, short) is not None  # does not wait for all of the long one
+        assert copies.to_host("ls", stream, short, inside.address) is None  # nobody copies much in this direction
+        done = _recorded(gpu, stream)
+        begin = gpu.now_ns()
+        _until(copies, gpu, done)
+        assert gpu.now_ns() - begin < 500_000 < 64 * MIB / 54
+        _until(copies, gpu, _recorded(gpu, other))
+        engine.run_until_idle()
+        totals = {(row.tenant, str(row.direction)): row.totals.copies for row in engine.statistics() if row.totals.copies}
+        assert totals == {("ls", "h2d"): 4, ("ls", "d2h"): 4, ("be", "h2d"): 1}
+        copies.close()
+
+
 def _recorded(gpu: Gpu, stream: Stream) -> Event:
     event = gpu.create_event(timing=False)
     stream.record(event)

@@ -19,12 +19,18 @@ class StreamedCopies:
     Only copies in the directions `scheduled` go through the engine, the others stay in their stream: where nobody's copies
     are long, first come first served is as fair, and it is faster. Later work of the stream waits for a scheduled copy on
     the GPU, by a latch: the host gives it its kernels at once, whenever the copy will go.
+    stays: copies of at most so many bytes stay in their stream while nobody's copy is with the engine, also those that the
+    stream is not ready for yet. A flood that begins meanwhile may hold them up, once; but a request behind another one of
+    its tenant does not wait for the host to see that one's end.
     Owns its latches and events, not the engine; belongs to the engine's thread, which waits through `wait`.
     """
 
-    def __init__(self, gpu: Gpu, engine: CopyEngine, scheduled: Collection[Direction] = tuple(Direction)) -> None:
+    def __init__(
+        self, gpu: Gpu, engine: CopyEngine, scheduled: Collection[Direction] = tuple(Direction), *, stays: int = 0
+    ) -> None:
         self._gpu = gpu
         self._scheduled = frozenset(scheduled)
+        self._stays = stays
         self._engine = engine
         self._latches: dict[tuple[str, Direction], tuple[Latch, int]] = {}
         self._marks: list[Event] = []
@@ -48,10 +54,11 @@ class StreamedCopies:
         if Direction.H2D not in self._scheduled:
             stream.copy_to_device(address, source)
             return None
-        if (after is None or after.done()) and self._engine.would_start(Direction.H2D, source.nbytes):
-            stream.copy_to_device(
-                address, source
-            )  # it starts now: there is nothing to schedule, and no latch to wait for
+        if self._stay(Direction.H2D, source.nbytes) or (
+            # It starts now: there is nothing to schedule, and no latch to wait for.
+            (after is None or after.done()) and self._engine.would_start(Direction.H2D, source.nbytes)
+        ):
+            stream.copy_to_device(address, source)
             self._engine.account(tenant, Direction.H2D, source.nbytes)
             return None
         raises = self._next(tenant, Direction.H2D)
@@ -89,6 +96,10 @@ class StreamedCopies:
         if Direction.D2H not in self._scheduled:
             stream.copy_to_host(target, address)
             return None
+        if self._stay(Direction.D2H, target.nbytes):
+            stream.copy_to_host(target, address)
+            self._engine.account(tenant, Direction.D2H, target.nbytes)
+            return None
         raises = self._next(tenant, Direction.D2H)
         mark = self._marks.pop() if self._marks else self._gpu.create_event(timing=False)
         stream.record(mark)
@@ -98,6 +109,9 @@ class StreamedCopies:
 
     def wait(self, events: Sequence[Event], deadline_ns: int) -> None:
         """As `Gpu.wait`, with the copies going on; may return early. Raises the error of a copy that has failed."""
+        if not self._engine.busy and self._error is None:
+            self._gpu.wait(events, deadline_ns)
+            return
         due = self._engine.step()
         if self._error is not None:
             error, self._error = self._error, None
@@ -113,6 +127,9 @@ class StreamedCopies:
             mark.close()
         self._latches.clear()
         self._marks.clear()
+
+    def _stay(self, direction: Direction, nbytes: int) -> bool:
+        return nbytes <= self._stays and not self._engine.lanes[direction].busy
 
     def _next(self, tenant: str, direction: Direction) -> tuple[Latch, int]:
         latch, value = self._latches[tenant, direction]

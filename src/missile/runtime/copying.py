@@ -45,7 +45,8 @@ class ScheduledCopies(StreamedCopies):
     """The copies of one run's tenants, with an engine of their own; in directions in which somebody's copies are long.
 
     Where nobody copies more at once than others would wait for anyway, scheduling could not make a wait shorter, and its way
-    through the host costs an output tens of microseconds: such a direction is left to the streams.
+    through the host costs an output tens of microseconds: such a direction is left to the streams. So are short copies
+    elsewhere while no long one is under way.
     """
 
     def __init__(self, gpu: Gpu, tenants: Sequence[LoadedTenant]) -> None:
@@ -55,7 +56,7 @@ class ScheduledCopies(StreamedCopies):
             # Requests' memory is pinned: no staging.
             engine = CopyEngine(gpu, replace(link_options(gpu), staging_slots=0))
             undo.callback(engine.close)
-            super().__init__(gpu, engine, scheduled)
+            super().__init__(gpu, engine, scheduled, stays=LONG)
             undo.callback(super().close)
             for loaded in tenants:
                 self.admit(loaded.tenant.name, share_of(loaded.tenant))

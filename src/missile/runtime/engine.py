@@ -275,7 +275,7 @@ class Engine:
             if isinstance(action, Start):
                 self._start(action.tenant, action.lane)
             elif isinstance(action, Advance):
-                self._advance(action.tenant, action.lane, action.segments)
+                self._advance(action.tenant, action.lane, action.segments, action.after)
             elif isinstance(action, Wake):
                 self._wake_at = min(self._wake_at, action.at_ns)
             elif isinstance(action, Preempt):
@@ -310,7 +310,7 @@ class Engine:
             self._oldest[tenant] = int(log.arrival[request + 1])
         return request
 
-    def _advance(self, tenant: int, lane: int, count: int) -> None:
+    def _advance(self, tenant: int, lane: int, count: int, after: tuple[int, ...]) -> None:
         first, log = self._launched[tenant], self.logs[tenant]
         last = first + count
         if not 0 < count <= self._segments[tenant] - first or self._preempted[tenant]:
@@ -318,7 +318,7 @@ class Engine:
         if self._given[tenant] - self._taken[tenant] >= MOST_PIECES:
             raise self._refuse(f"gave the GPU more than {MOST_PIECES} pieces of one tenant at once")
         request = log.started - 1 if first else self._open(tenant)
-        slot, mark, launched = self._stage.advance(tenant, lane, request, first, last)
+        slot, mark, launched = self._stage.advance(tenant, lane, request, first, last, after)
         if not first:
             log.dispatch[request] = launched - self._origin
             log.lane[request] = lane

@@ -101,6 +101,7 @@ class Stage:
         count = len(self._tenants)
         self._lane_of: list[int | None] = [None] * count
         self._tail: list[Event | None] = [None] * count  # the end of the last thing that each tenant was given
+        self._end: list[Event | None] = [None] * count  # the end of the kernels of its last request that was given whole
         self._residency.forget()
         self._copied_in = [-1] * count  # the last request whose input was copied
         self._left: list[Left | None] = [None] * count  # where a stopped tenant goes on
@@ -131,14 +132,18 @@ class Stage:
         self._copy_out(tenant, stream, request)
         stream.record(slot.done)
         self._tail[tenant] = slot.done
+        self._end[tenant] = slot.end
         return slot, launched
 
-    def advance(self, tenant: int, lane: int, request: int, first: int, last: int) -> tuple[Slot, Event, int]:
+    def advance(
+        self, tenant: int, lane: int, request: int, first: int, last: int, after: Sequence[int] = ()
+    ) -> tuple[Slot, Event, int]:
         """Give segments [first, last) of the cut tenant's request to the GPU, after what it was given before. Never blocks.
 
         Returns the request's slot, the event at this piece's end (the slot's `done` where it ends the request), and the
         host's time when its kernels had been launched. A segment may be given again after it was preempted; the input is
-        not copied again, since kernels may have worked in place on it.
+        not copied again, since kernels may have worked in place on it. after: tenants whose whole requests, as far as they
+        were given, have their kernels end first; a new request's input copy does not wait for them.
         """
         mine = self._cuts[tenant]
         if mine is None:
@@ -156,7 +161,10 @@ class Stage:
             self._copy_in(tenant, stream, request)
             if control is not None:
                 control.begin(stream)
+            self._await(stream, after)
             stream.record(slot.start)
+        else:
+            self._await(stream, after)
         self._residency.bring(tenant, self._tail)
         for segment, graph in zip(mine.segments[first:last], mine.graphs[first:last], strict=True):
             self._residency.gate(tenant, stream, segment.last)
@@ -208,6 +216,11 @@ class Stage:
     def take_cold_starts(self, tenant: int) -> int:
         """How many of the tenant were over since the last call; for runs without an end, they are not kept."""
         return self._residency.take_cold_starts(tenant)
+
+    def _await(self, stream: Stream, tenants: Sequence[int]) -> None:
+        for tenant in tenants:
+            if (end := self._end[tenant]) is not None:
+                stream.wait(end)
 
     def _change_lane(self, tenant: int, lane: int) -> None:
         tail = self._tail[tenant]

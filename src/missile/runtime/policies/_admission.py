@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from missile.errors import MisuseError
 from missile.runtime.policies.interface import Action, Reject, Snapshot, Start, TenantBrief, Wake
 from missile.runtime.tenant import Tenant
@@ -45,6 +47,10 @@ class Admission:
     def service_ns(self) -> float:
         """What a request of the tenant takes at present, from the time when its turn has come."""
         return self._usual_ns
+
+    def ends_at(self) -> float:
+        """When the requests that run are expected to have ended, ns; minus infinity where none does."""
+        return self._since + self.running * self._usual_ns if self.running else -math.inf
 
     def starts(self, snapshot: Snapshot) -> list[Action]:
         """What to do with what is queued. Call it whenever something is, and when `running` has changed: it also watches how

@@ -34,6 +34,8 @@ class Filling:
         self._exclusive: tuple[int, ...] = ()
         self._served = [0.0] * len(self._numbers)  # ns of GPU time over weight
         self._given = [0] * len(self._numbers)  # segments of the open request, as far as `fill` knows
+        self._begun = [0] * len(self._numbers)  # when what is first on the GPU began to run, as far as can be told
+        self._was_pending = [0] * len(self._numbers)
         self._clock = 0.0  # what the tenant whose turn it last was had been served
         self._window = max(_IN_FLIGHT, len(self._numbers))
         self.work_ns = (
@@ -55,19 +57,46 @@ class Filling:
             for _ in range(min(snapshot.queued[number], snapshot.depth[number] - snapshot.running[number]))
         ]
 
-    def make_way(self, snapshot: Snapshot) -> list[Preempt]:
-        """An LS request has come: stop what can be stopped. `fill` then waits until it has left."""
+    def watch(self, snapshot: Snapshot) -> None:
+        """Note what the GPU has finished since; `make_way` and its patience go by that."""
+        for place, number in enumerate(self._numbers):
+            pending = snapshot.pending[number]
+            if pending < self._was_pending[place]:
+                self._begun[place] = snapshot.now_ns
+            self._was_pending[place] = pending
+
+    def make_way(self, snapshot: Snapshot, patience_ns: float = 0.0) -> list[Preempt]:
+        """An LS request has come: stop what can be stopped and would not end by itself within `patience_ns`. `fill` then
+        waits until it has left."""
         return [
             Preempt(number)
             for place, number in enumerate(self._numbers)
-            if self._preemptible[place] and snapshot.pending[number] and self._alone[place] != self._beside[place]
+            if self._preemptible[place]
+            and snapshot.pending[number]
+            and self._alone[place] != self._beside[place]
+            and (not patience_ns or self._left_ns(place, snapshot) > patience_ns)
         ]
 
-    def fill(self, snapshot: Snapshot, *, beside_ls: bool, stopped: Collection[int] = ()) -> Advance | None:
+    def _left_ns(self, place: int, snapshot: Snapshot) -> float:
+        """How long a tenant's segments on the GPU would go on, by their lengths alone."""
+        number, lengths = self._numbers[place], self._lengths[place]
+        pending = snapshot.pending[number]
+        first = snapshot.launched[number] - pending
+        left = sum(lengths[(first + index) % len(lengths)] for index in range(pending))
+        return left - min(float(snapshot.now_ns - self._begun[place]), lengths[first % len(lengths)])
+
+    def fill(
+        self,
+        snapshot: Snapshot,
+        *,
+        beside_ls: bool,
+        stopped: Collection[int] = (),
+        after: tuple[int, ...] = (),
+    ) -> Advance | None:
         """The segment to give the GPU next, or None; `work_ns` and `is_full` are about it.
 
         One at a time, because an LS request that arrives meanwhile should not wait for two. stopped: tenants that were
-        preempted just now.
+        preempted just now. after: LS tenants whose requests it comes behind.
         """
         self.work_ns = 0.0
         pending = snapshot.pending
@@ -96,13 +125,15 @@ class Filling:
         if chosen < 0:
             return None
         number, lane = self._numbers[chosen], lanes[chosen]
+        if not pending[number]:
+            self._begun[chosen] = snapshot.now_ns
         self.is_full = room == 1
         lengths, segment = self._lengths[chosen], snapshot.launched[number]
         self._given[chosen] = (segment + 1) % len(lengths)
         self.work_ns += lengths[segment]
         self._clock = least
         self._served[chosen] = least + lengths[segment] / self._weights[chosen]
-        return None if lane is None else Advance(number, lane)
+        return None if lane is None else Advance(number, lane, 1, after)
 
     def _take_back(self, place: int, launched: int) -> None:
         """A preempted tenant's request is back at segment `launched`: what was given since then counts as not had, though

@@ -123,11 +123,15 @@ class Start(NamedTuple):
 class Advance(NamedTuple):
     """Give the GPU the next `segments` segments of a cut tenant's request on lane `lane`; starts the oldest queued one when
     no started one has segments left. They run after the tenant's former ones, whatever their lanes. At most those left of
-    the one request, and `stage.MOST_PIECES` advances of a tenant in flight."""
+    the one request, and `stage.MOST_PIECES` advances of a tenant in flight.
+
+    after: tenants whose requests, as far as the GPU has them, end first: it waits for that, not the host, and goes on at
+    once when their kernels have ended (output copies may still be under way)."""
 
     tenant: int
     lane: int
     segments: int = 1
+    after: tuple[int, ...] = ()
 
 
 class Preempt(NamedTuple):

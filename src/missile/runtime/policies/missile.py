@@ -13,7 +13,7 @@ from missile.gpu.interface import GpuInfo, Level, Priority
 from missile.runtime.policies._admission import Admission
 from missile.runtime.policies._common import latency_first, part_of
 from missile.runtime.policies._filling import NEVER, Filling, Floor
-from missile.runtime.policies.interface import Action, Lane, Layout, Snapshot, TenantBrief, Wake
+from missile.runtime.policies.interface import Action, Advance, Lane, Layout, Snapshot, TenantBrief, Wake
 from missile.runtime.tenant import Tenant
 
 __all__ = ["MissilePolicy"]
@@ -31,6 +31,10 @@ class MissilePolicy:
     admission: turn away LS requests that can't meet their objective any more.
     segment_us: how long a BE segment takes alone; two are on the GPU at a time. linger_us: how long BE keeps off after the
     last LS request has ended. queue_limit: LS requests of one tenant that may wait.
+    arm_us: a BE that pauses is given its next segments so long before the LS requests there should have ended, and the GPU
+    begins them when they have (0: only after the host has seen that). Another LS request that arrives meanwhile makes them
+    leave. patience_us: BE work that ends by itself within so long is not stopped. stop_first: BE is told to leave before
+    the LS request is launched (off: after).
     """
 
     name = "missile"
@@ -49,6 +53,9 @@ class MissilePolicy:
         segment_us: float = 80.0,
         linger_us: float = 0.0,
         queue_limit: float = 256,
+        arm_us: float = 0.0,
+        patience_us: float = 0.0,
+        stop_first: float = True,
     ) -> None:
         if not 0.0 < ls_share <= 1.0:
             raise MisuseError(f"Policy 'missile': ls_share must be above 0 and at most 1, not {ls_share:g}.")
@@ -62,6 +69,8 @@ class MissilePolicy:
             ("segment_us", segment_us, 0.0),
             ("linger_us", linger_us, 0.0),
             ("queue_limit", queue_limit, 1.0),
+            ("arm_us", arm_us, 0.0),
+            ("patience_us", patience_us, 0.0),
         ):
             if not least <= value < float("inf"):
                 raise MisuseError(f"Policy 'missile': {name} must be at least {least:g}, not {value:g}.")
@@ -71,12 +80,16 @@ class MissilePolicy:
         self._pauses = self.elastic and (self.pause or ls_share == 1.0)
         self._segment_ns, self._linger_ns = segment_us * 1e3, int(linger_us * 1e3)
         self._queue_limit = int(queue_limit)
+        self._patience_ns, self._stop_first = patience_us * 1e3, bool(stop_first)
+        # Beside LS requests, or when it lingers, BE has nothing to wait for at their end.
+        self._arm_ns = int(arm_us * 1e3) if self._pauses and not linger_us else 0
         self._ls: tuple[int, ...] = ()
         self._gates: tuple[Admission, ...] = ()
         self._be = Filling((), (), (), ())
         self._floor = Floor(0.0)
         self._keep_off_until = 0
         self._ls_was_there = False
+        self._armed = False  # BE has segments on the GPU that begin when the LS requests there have ended
 
     def setup(self, tenants: Sequence[Tenant], info: GpuInfo) -> Layout:
         if info.level < Level.PRIORITIES:
@@ -134,10 +147,13 @@ class MissilePolicy:
             return self._be.start_whole(snapshot)
         actions: list[Action] = []
         now = snapshot.now_ns
-        there = False
+        there = arrived = False
+        if self._patience_ns:
+            self._be.watch(snapshot)
         for number, gate in zip(self._ls, self._gates, strict=True):
             queued, running = snapshot.queued[number], snapshot.running[number]
             there = there or queued > 0 or running > 0
+            arrived = arrived or queued > 0
             if queued or running != gate.running:
                 actions += gate.starts(snapshot)
         if there:
@@ -146,16 +162,34 @@ class MissilePolicy:
             there = True
             actions.append(Wake(self._keep_off_until))
         stopped: list[int] = []
-        if there and not self._ls_was_there:
-            stops = self._be.make_way(snapshot)
+        if there and (not self._ls_was_there or (self._armed and arrived)):
+            stops = self._be.make_way(snapshot, self._patience_ns)
             stopped = [stop.tenant for stop in stops]
-            actions[:0] = stops  # before all else: LS kernels wait for the SMs that this frees
+            place = 0 if self._stop_first else len(actions)  # LS kernels wait for the SMs that this frees
+            actions[place:place] = stops
+            self._armed = False
         self._ls_was_there = there
+        self._armed = self._armed and there
         if there and self._pauses and (owed_at := self._floor.owed_at(now)) > now:
             if owed_at < NEVER:
                 actions.append(Wake(owed_at))
-            return actions
+            return self._arm(snapshot, actions, stopped) if self._arm_ns else actions
         segment = self._be.fill(snapshot, beside_ls=there, stopped=stopped)
+        return self._give(now, segment, actions)
+
+    def _arm(self, snapshot: Snapshot, actions: list[Action], stopped: Sequence[int]) -> list[Action]:
+        """Give BE segments that begin behind the LS requests, when these are about to end."""
+        now = snapshot.now_ns
+        at = max(gate.ends_at() for gate in self._gates) - self._arm_ns
+        if at > now:
+            actions.append(Wake(int(at)))
+            return actions
+        running = tuple(number for number, gate in zip(self._ls, self._gates, strict=True) if gate.running)
+        segment = self._be.fill(snapshot, beside_ls=False, stopped=stopped, after=running)
+        self._armed = self._armed or segment is not None
+        return self._give(now, segment, actions)
+
+    def _give(self, now: int, segment: Advance | None, actions: list[Action]) -> list[Action]:
         self._floor.gave(now, self._be.work_ns)
         if segment is not None:
             actions.append(segment)
