@@ -98,7 +98,9 @@ def test_short_copies_stay_in_their_streams_until_somebody_copies_much_at_once(g
             assert copies.to_device("ls", stream, inside.address, short, after=before) is None
             assert copies.to_host("ls", stream, short, inside.address) is None
         assert copies.to_device("be", other, outside.address, long) is not None
-        assert copies.to_device("ls", stream, inside.address, short) is not None  # does not wait for all of the long one
+        assert (
+            copies.to_device("ls", stream, inside.address, short) is not None
+        )  # does not wait for all of the long one
         assert copies.to_host("ls", stream, short, inside.address) is None  # nobody copies much in this direction
         done = _recorded(gpu, stream)
         begin = gpu.now_ns()
@@ -106,7 +108,9 @@ def test_short_copies_stay_in_their_streams_until_somebody_copies_much_at_once(g
         assert gpu.now_ns() - begin < 500_000 < 64 * MIB / 54
         _until(copies, gpu, _recorded(gpu, other))
         engine.run_until_idle()
-        totals = {(row.tenant, str(row.direction)): row.totals.copies for row in engine.statistics() if row.totals.copies}
+        totals = {
+            (row.tenant, str(row.direction)): row.totals.copies for row in engine.statistics() if row.totals.copies
+        }
         assert totals == {("ls", "h2d"): 4, ("ls", "d2h"): 4, ("be", "h2d"): 1}
         copies.close()
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from missile.errors import MisuseError, UnsupportedError
+from missile.gpu import open_gpu
 from missile.gpu.interface import GpuInfo, Level, Priority
 from missile.gpu.sim import Faults, SimulatedGpu, load_spec
 from missile.gpu.sim.spec import KernelFault
@@ -71,10 +72,20 @@ few = st.lists(st.integers(0, 2), min_size=4, max_size=4)
 flags = st.lists(st.booleans(), min_size=4, max_size=4)
 
 
-@given(queued=counts, running=few, launched=few, pending=few, stopping=flags, preemptible=st.booleans())
-def test_what_it_asks_for_can_be_done(queued, running, launched, pending, stopping, preemptible):
+@given(
+    queued=counts,
+    running=few,
+    launched=few,
+    pending=few,
+    stopping=flags,
+    preemptible=st.booleans(),
+    options=st.fixed_dictionaries(
+        {"arm_us": st.sampled_from([0, 50, 1e4]), "patience_us": st.sampled_from([0, 60]), "stop_first": st.booleans()}
+    ),
+)
+def test_what_it_asks_for_can_be_done(queued, running, launched, pending, stopping, preemptible, options):
     running = [max(r, p > 0, bool(n)) for r, p, n in zip(running, pending, launched, strict=True)]
-    policy, lanes = ready(preemptible)
+    policy, lanes = ready(preemptible, **options)
     state = snapshot(queued, running, launched, pending, stopping)
     there = any(queued[i] or running[i] for i in LS)
     preempted = set()
@@ -105,7 +116,9 @@ def test_what_it_asks_for_can_be_done(queued, running, launched, pending, stoppi
                     assert not pending[tenant]  # one request at a time
             launched[tenant] = (launched[tenant] + 1) % SEGMENTS
             pending[tenant] += 1
-            assert ("all SMs" in lanes[action.lane]) is not there
+            assert ("all SMs" in lanes[action.lane]) is (not there or bool(action.after))
+            assert there or not action.after
+            assert set(action.after) <= {i for i in LS if queued[i] or running[i]}
         else:
             assert isinstance(action, Wake)
 
@@ -136,6 +149,54 @@ def test_it_preempts_once_and_before_it_starts_anything():
     assert not any(isinstance(action, Preempt) for action in policy.decide(snapshot(queued=(0, 1, 0, 0), **pending)))
     off, _ = ready(preemptible=True, preempt=False)
     assert not any(isinstance(action, Preempt) for action in off.decide(snapshot(queued=(0, 1, 0, 0), **pending)))
+
+
+def test_armed_be_is_given_what_begins_when_the_ls_requests_have_ended():
+    policy, lanes = ready(preemptible=True, arm_us=100)
+    started, wake = policy.decide(snapshot(queued=(2, 1, 0, 0), now=0))
+    assert (started, wake) == (Start(1, 0), Wake(200_000))  # it takes 300 us
+    running = {"running": (0, 1, 0, 0), "now": 200_000}
+    first, again = policy.decide(snapshot(queued=(2, 0, 0, 0), **running))
+    assert first.after == (1,)
+    assert "all SMs" in lanes[first.lane]
+    assert again == Wake(200_000)
+    given = {"running": (1, 1, 0, 0), "launched": (1, 0, 0, 0), "pending": (1, 0, 0, 0)}
+    second, *none = policy.decide(snapshot(queued=(1, 0, 0, 0), now=210_000, **given))
+    assert (second.tenant, second.after, none) == (0, (1,), [])
+    given |= {"launched": (2, 0, 0, 0), "pending": (2, 0, 0, 0)}
+    assert policy.decide(snapshot(queued=(1, 0, 0, 0), now=220_000, **given)) == []
+    # Another LS request comes before this one has ended: what was armed leaves, and is armed again behind that one.
+    stop, start, wake = policy.decide(snapshot(queued=(1, 0, 1, 0), now=230_000, **given))
+    assert (stop, start.tenant) == (Preempt(0), 2)
+    assert wake == Wake(430_000)
+    left = snapshot(queued=(1, 0, 0, 0), running=(1, 0, 1, 0), launched=(2, 0, 0, 0), now=440_000)
+    third, _ = policy.decide(left)
+    assert third.after == (2,)
+    # Gone: BE goes on as ever.
+    after, _ = policy.decide(snapshot(queued=(1, 0, 0, 0), running=(1, 0, 0, 0), launched=(3, 0, 0, 0), now=540_000))
+    assert after.after == ()
+
+
+def test_what_ends_soon_enough_is_not_stopped():
+    pending = {"running": (1, 0, 0, 0), "launched": (2, 0, 0, 0), "pending": (2, 0, 0, 0)}
+    for patience, stops in ((60, True), (110, False)):  # two segments of 50 us
+        policy, _ = ready(preemptible=True, patience_us=patience)
+        actions = policy.decide(snapshot(queued=(0, 1, 0, 0), now=0, **pending))
+        assert any(isinstance(action, Preempt) for action in actions) is stops
+    policy, _ = ready(preemptible=True, patience_us=60)
+    policy.decide(snapshot(now=0, **pending))
+    one_left = pending | {"pending": (1, 0, 0, 0)}
+    policy.decide(snapshot(now=50_000, **one_left))
+    late = policy.decide(snapshot(queued=(0, 1, 0, 0), now=90_000, **one_left))
+    assert not any(isinstance(action, Preempt) for action in late)
+
+
+def test_be_may_be_stopped_when_the_ls_request_has_been_launched():
+    policy, _ = ready(preemptible=True, stop_first=False)
+    pending = {"running": (1, 0, 0, 0), "launched": (2, 0, 0, 0), "pending": (2, 0, 0, 0)}
+    start, stop = policy.decide(snapshot(queued=(0, 1, 0, 0), **pending))
+    assert start.tenant == 1
+    assert stop == Preempt(0)
 
 
 def test_with_the_whole_share_be_pauses_and_with_linger_it_waits():
@@ -225,6 +286,8 @@ def test_queues_are_bounded_even_without_an_objective():
         ("be_min=1", "below 1"),
         ("segment_us=-1", "segment_us"),
         ("queue_limit=0", "queue_limit"),
+        ("arm_us=-1", "arm_us"),
+        ("patience_us=-1", "patience_us"),
         ("share=1", "ls_share"),
     ],
 )
@@ -292,6 +355,23 @@ def test_preempted_requests_finish_once_each_and_the_next_run_starts_clean(gpu, 
     lengths = second.end - second.start
     assert np.max(lengths) < 1.1 * np.min(lengths)  # nothing of a preempted request is left over
     assert np.all(first.end - first.start >= 0.9 * np.min(lengths))
+
+
+def test_armed_be_follows_an_ls_request_at_once_and_nothing_is_run_twice(tenant):
+    tenants = [tenant("ls", "LS", "mobilenet_v3_large", rate=1500), tenant("be", "BE", "decoder_1b")]
+    with open_gpu("sim:h200", seed=1) as gpu, make_preemptible(load_tenants(gpu, tenants)).roster as roster:
+        alone = solo(gpu, roster, "be", seed=2, duration_ns=300 * MS).tenants[0]
+        seen, armed = (
+            run(gpu, roster, f"missile:arm_us={arm}", seed=2, duration_ns=300 * MS).tenants for arm in (0, 100)
+        )
+        after = solo(gpu, roster, "be", seed=2, duration_ns=300 * MS).tenants[0]
+    assert len(armed[1].done) > 1.01 * len(seen[1].done)
+    assert np.percentile(armed[0].latency, 99) < 1.1 * np.percentile(seen[0].latency, 99)
+    be = armed[1]
+    assert len(set(be.end.tolist())) == len(be.end)
+    assert np.all(be.end - be.start >= 0.9 * np.min(alone.end - alone.start))  # every request ran whole
+    assert np.all(be.start[1:] >= be.end[:-1])
+    assert len(after.done) == pytest.approx(len(alone.done), rel=0.02)  # and left nothing behind
 
 
 def test_a_tenant_that_dies_in_the_middle_of_a_request_leaves_the_others_results(tenant):

@@ -88,6 +88,8 @@ def test_separated_memory_and_preemption_help():
     shared = predict(Share(64), [ls(), hungry], MACHINE)
     apart = predict(Share(64, separated=True), [ls(), hungry], MACHINE)
     leaving = predict(Share(64), [ls(), replace(hungry, preemptible=True)], MACHINE)
+    staying = predict(Share(64, preempts=False), [ls(), replace(hungry, preemptible=True)], MACHINE)
+    assert staying == replace(shared, share=staying.share)
     assert apart.p99_ns["ls"] < shared.p99_ns["ls"]
     assert apart.be_rate > shared.be_rate
     assert leaving.p99_ns["ls"] < shared.p99_ns["ls"]
@@ -127,6 +129,34 @@ def test_the_plan_is_what_measured_best_among_those_that_held():
     assert plan.chosen.measured == Measured({"ls": 0.995}, {"ls": 0.7 * MS}, 0.9)
     assert all(create_policy(candidate.policy).name == "missile" for candidate in plan.considered)
     assert plan.remedies == ()
+
+
+def test_be_that_pauses_is_always_tried_also_without_stopping_it():
+    trial, asked = trial_of({"missile:preempt=off": (1.0, 0.93)}, (1.0, 0.9))
+    plan = make_plan([ls(slo_ms=20.0), be(preemptible=True)], MACHINE, trial=trial, tried=2)
+    assert set(asked) == {"missile", "missile:preempt=off"}
+    assert plan.chosen.policy == "missile:preempt=off"
+    assert create_policy(plan.chosen.policy).preempt is False
+    assert "when its work has ended" in explain(plan)
+    assert Share(132, preempts=False) not in candidates(MACHINE, 0.2, preempts=True)
+
+
+def test_each_coming_and_going_of_ls_requests_costs_be():
+    few = ls(rate=100.0, service_ms=3.0)
+    many = ls(rate=1000.0, service_ms=0.3)
+    leaves, stays = be(preemptible=True), be()
+    lost = [1.0 - predict(Share(132), [demand, leaves], MACHINE, turn_ns=60_000.0).be_rate for demand in (few, many)]
+    assert lost == [pytest.approx(0.3 + 0.7 * rate * 60e-6) for rate in (100, 1000)]
+    # What is not stopped runs on beside the LS request, at half its speed for two segments.
+    kept = predict(Share(132), [many, stays], MACHINE, turn_ns=60_000.0, segment_ns=80_000.0)
+    assert kept.be_rate == pytest.approx(1.0 - lost[1] + 0.7 * 1000 * 80e-6)
+    assert kept.p99_ns["ls"] > predict(Share(132), [many, leaves], MACHINE).p99_ns["ls"]
+
+
+def test_be_has_no_sms_that_ls_kernels_hold():
+    small, full = KernelWork(16, solo_ns=10_000.0), KernelWork(1320, solo_ns=10_000.0)
+    rates = [predict(Share(64), [ls(rate=2000, works=(work,)), be()], MACHINE).be_rate for work in (small, full)]
+    assert rates[0] > rates[1]
 
 
 def test_a_trial_whose_tail_is_close_to_the_objective_counts_only_where_no_other_holds():

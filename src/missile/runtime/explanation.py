@@ -54,6 +54,7 @@ def _candidate_data(candidate: Candidate) -> dict[str, Any]:
         "policy": candidate.policy,
         "ls_sms": predicted.share.ls_sms,
         "colors": predicted.share.separated,
+        "preempts": predicted.share.preempts,
         "predicted": {
             "load": predicted.load,
             "p99_ms": {name: _finite(ns / 1e6) for name, ns in predicted.p99_ns.items()},
@@ -71,7 +72,12 @@ def _candidate_data(candidate: Candidate) -> dict[str, Any]:
 
 def _why(plan: Plan) -> str:
     sms, kept = plan.machine.sms, plan.chosen.predicted.share.ls_sms
-    beside = "pauses while one is" if kept >= sms else f"has {sms - kept} of {sms} while one is"
+    pauses = (
+        "pauses while one is"
+        if plan.chosen.predicted.share.preempts
+        else "pauses while one is, when its work has ended,"
+    )
+    beside = pauses if kept >= sms else f"has {sms - kept} of {sms} while one is"
     measured = plan.chosen.measured
     held = f"keep {ATTAINMENT:.0%} of requests within their objectives"
     if not plan.accepted:

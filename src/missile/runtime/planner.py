@@ -21,7 +21,7 @@ ATTAINMENT = 0.99
 MARGIN = 0.85
 """What share of its objective a tenant's p99 may take up in a trial, which is too short to show the one in a hundred."""
 
-_TRIED = 3
+_TRIED = 4
 _MOST_FACTOR = 64.0
 _RATE_CHANGE = 1.3
 _ALIKE = 0.02
@@ -78,26 +78,29 @@ class Plan:
     remedies: tuple[str, ...]
 
 
-def candidates(machine: Machine, be_min: float = 0.0, *, colors: bool = False) -> tuple[Share, ...]:
+def candidates(
+    machine: Machine, be_min: float = 0.0, *, colors: bool = False, preempts: bool = False
+) -> tuple[Share, ...]:
     """BE pausing, and splits of about three quarters, a half and a quarter of the SMs for LS.
 
     be_min: the least rate that BE was promised: with it, BE has to run beside LS requests. colors: the splits also with
-    tenants' memory in different colors; BE that pauses does not meet LS requests in memory.
+    tenants' memory in different colors; BE that pauses does not meet LS requests in memory. preempts: some BE work can be
+    stopped; then BE may also pause when what it has on the GPU has ended by itself.
     """
     counts = []
     for share in (0.75, 0.5, 0.25):
         count = round(share * machine.sms / machine.unit) * machine.unit
         if machine.least <= count <= machine.sms - machine.least and count <= (1.0 - be_min) * machine.sms:
             counts.append(count)
-    whole = () if be_min else (machine.sms,)
-    plain = tuple(Share(count) for count in dict.fromkeys((*whole, *counts)))
+    whole = () if be_min else (Share(machine.sms), *((Share(machine.sms, preempts=False),) if preempts else ()))
+    plain = (*whole, *(Share(count) for count in dict.fromkeys(counts)))
     return (*plain, *(Share(count, separated=True) for count in dict.fromkeys(counts))) if colors else plain
 
 
 def policy_text(share: Share, machine: Machine, be_min: float = 0.0) -> str:
     """The policy that carries a share out."""
     if share.ls_sms >= machine.sms:
-        return "missile"
+        return "missile" if share.preempts else "missile:preempt=off"
     options = f"pause=off,ls_share={share.ls_sms / machine.sms:.3f}"
     options += f",be_min={be_min:g}" if be_min else ""
     return f"missile:{options}" + (",colors=on" if share.separated else "")
@@ -114,12 +117,17 @@ def make_plan(
     """The candidate with the most BE work of those whose objectives hold.
 
     be_min: least BE rate, as a share of that alone. Colors are considered when it is known what they cost every tenant
-    (`Demand.colored_ns`). trial: measures a candidate; the `tried` most promising ones are measured, and the choice is made
-    by what was measured. Without it, the prediction decides.
+    (`Demand.colored_ns`). trial: measures a candidate; the `tried` most promising ones are measured, those in which BE pauses
+    among them, and the choice is made by what was measured. Without it, the prediction decides.
     MisuseError for shares that can't be promised, and for an objective below the time that the tenant takes alone.
     """
     _check(demands, be_min)
-    shares = candidates(machine, be_min, colors=all(demand.colored_ns is not None for demand in demands))
+    shares = candidates(
+        machine,
+        be_min,
+        colors=all(demand.colored_ns is not None for demand in demands),
+        preempts=any(demand.preemptible for demand in demands if not demand.latency_sensitive),
+    )
     if not shares:
         raise MisuseError(f"No split of {machine.sms} SMs leaves BE the {be_min:.0%} that it was promised.")
     predictions = sorted(
@@ -129,10 +137,10 @@ def make_plan(
     considered = [Candidate(policy_text(found.share, machine, be_min), found) for found in predictions]
     chosen, accepted = considered[0], predictions[0].slack >= 1.0
     if trial is not None:
-        considered = [
-            replace(candidate, measured=trial(candidate.policy)) if place < tried else candidate
-            for place, candidate in enumerate(considered)
-        ]
+        # BE that pauses is what LS requests feel least, however its rate was predicted: it is always tried.
+        order = sorted(range(len(considered)), key=lambda place: considered[place].predicted.share.ls_sms < machine.sms)
+        for place in sorted(order[:tried]):
+            considered[place] = replace(considered[place], measured=trial(considered[place].policy))
         chosen, accepted = _best([(c, c.measured) for c in considered if c.measured is not None])
     first, factor = _breaks(chosen, demands, machine)
     return Plan(

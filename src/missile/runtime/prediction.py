@@ -18,6 +18,9 @@ __all__ = ["Demand", "Machine", "Prediction", "Share", "predict", "service_on", 
 # goes (docs/simulator.md has both, with what they were fitted to).
 _HEADROOM = 0.6
 _QUEUE_LIMIT = 0.8
+# What BE loses each time LS requests come and go, beyond their time: the way of its blocks off the GPU and back. With LS at 30%
+# of capacity, 90 us on an H200, of which 30 are the check in its kernels (docs/runtime.md).
+_TURN_NS = 60_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +55,11 @@ class Demand:
 @dataclass(frozen=True, slots=True)
 class Share:
     """ls_sms: SMs that BE keeps off while an LS request is there; all of them: BE pauses. separated: LS and BE tenants'
-    memory is in different colors."""
+    memory is in different colors. preempts: BE work that can be stopped is, when an LS request comes (else it ends)."""
 
     ls_sms: int
     separated: bool = False
+    preempts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,16 @@ def service_on(demand: Demand, machine: Machine, sms: int) -> float:
     return demand.service_ns * stretched / alone
 
 
+def occupancy(demands: Sequence[Demand], machine: Machine) -> float:
+    """Share of the SMs that the tenants' kernels hold while they run on the whole GPU, by time, 0..1; 0.0 where none was
+    profiled."""
+    took = held = 0.0
+    for work in (work for demand in demands for work in demand.works):
+        took += work.solo_ns
+        held += work.solo_ns * min(work.blocks / (max(work.blocks_per_sm, 1) * machine.sms), 1.0)
+    return held / took if took else 0.0
+
+
 def memory_use(demands: Sequence[Demand], machine: Machine) -> float:
     """Share of VRAM's rate that the tenants ask for in turn, alone, 0..1; 0.0 where it is not known."""
     took = sum(work.solo_ns for demand in demands for work in demand.works)
@@ -116,13 +130,15 @@ def predict(
     demands: Sequence[Demand],
     machine: Machine,
     *,
-    segment_ns: float = 60_000.0,
+    segment_ns: float = 80_000.0,
     leave_ns: float = 50_000.0,
+    turn_ns: float = _TURN_NS,
     rate_factor: float = 1.0,
 ) -> Prediction:
     """What `share` gives. rate_factor: on all arrival rates.
 
     segment_ns: of BE; two are on the GPU when an LS request comes, and leave within `leave_ns` where they can be preempted.
+    turn_ns: of GPU time that BE loses each time LS requests come and go, beyond what these take.
     """
     alone = {demand.name: demand.service_ns for demand in demands}
     if share.separated:
@@ -138,7 +154,8 @@ def predict(
     sms = share.ls_sms if be else machine.sms
     services = {demand.name: service_on(demand, machine, sms) * growth for demand in ls}
     # Until BE has left, an LS request goes about half as fast.
-    react = max((min(2 * segment_ns, leave_ns) if d.preemptible else 2 * segment_ns) / 2 for d in be) if be else 0.0
+    stops = [share.preempts and demand.preemptible for demand in be]
+    react = max((min(2 * segment_ns, leave_ns) if stop else 2 * segment_ns) / 2 for stop in stops) if be else 0.0
     load = min(sum(services[d.name] * d.rate_per_s * rate_factor for d in ls) / 1e9, 1.0)
     mean = sum(services[d.name] * d.rate_per_s for d in ls) / max(sum(d.rate_per_s for d in ls), 1e-9)
     p99 = {d.name: services[d.name] + wait_p99(load, mean or services[d.name]) + react for d in ls}
@@ -148,11 +165,17 @@ def predict(
         whole = work / sum(d.service_ns for d in be)
         if not pauses:
             left = machine.sms - share.ls_sms
-            beside = work / sum(service_on(d, machine, left) for d in be) / growth
+            # LS requests run on all SMs, before BE: where they hold them, BE has none.
+            beside = work / sum(service_on(d, machine, left) for d in be) / growth * (1.0 - occupancy(ls, machine))
+        # How often LS requests come when none is there, and what each time costs BE. What is not stopped goes on at about
+        # half its speed for two segments.
+        turns = sum(d.rate_per_s for d in ls) / 1e9 * rate_factor * (1.0 - load)
+        kept = 0.0 if any(stops) else min(segment_ns, mean / 2)
+        whole *= max(1.0 - load - turns * (turn_ns - kept), 0.0)
     return Prediction(
         share=share,
         load=load,
         p99_ns=p99,
         slo_ns={demand.name: demand.slo_ns for demand in ls if demand.slo_ns is not None},
-        be_rate=(1.0 - load) * whole + load * beside if be else 0.0,
+        be_rate=min(whole + load * beside, 1.0) if be else 0.0,
     )

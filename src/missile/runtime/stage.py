@@ -101,7 +101,7 @@ class Stage:
         count = len(self._tenants)
         self._lane_of: list[int | None] = [None] * count
         self._tail: list[Event | None] = [None] * count  # the end of the last thing that each tenant was given
-        self._end: list[Event | None] = [None] * count  # the end of the kernels of its last request that was given whole
+        self._end: list[Event | None] = [None] * count  # of the kernels of its last whole request
         self._residency.forget()
         self._copied_in = [-1] * count  # the last request whose input was copied
         self._left: list[Left | None] = [None] * count  # where a stopped tenant goes on
