@@ -117,8 +117,8 @@ def make_plan(
     """The candidate with the most BE work of those whose objectives hold.
 
     be_min: least BE rate, as a share of that alone. Colors are considered when it is known what they cost every tenant
-    (`Demand.colored_ns`). trial: measures a candidate; the `tried` most promising ones are measured, those in which BE pauses
-    among them, and the choice is made by what was measured. Without it, the prediction decides.
+    (`Demand.colored_ns`). trial: measures a candidate; the `tried` most promising ones are measured, those in which BE
+    pauses among them, and the choice is made by what was measured. Without it, the prediction decides.
     MisuseError for shares that can't be promised, and for an objective below the time that the tenant takes alone.
     """
     _check(demands, be_min)

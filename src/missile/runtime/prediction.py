@@ -18,8 +18,8 @@ __all__ = ["Demand", "Machine", "Prediction", "Share", "predict", "service_on", 
 # goes (docs/simulator.md has both, with what they were fitted to).
 _HEADROOM = 0.6
 _QUEUE_LIMIT = 0.8
-# What BE loses each time LS requests come and go, beyond their time: the way of its blocks off the GPU and back. With LS at 30%
-# of capacity, 90 us on an H200, of which 30 are the check in its kernels (docs/runtime.md).
+# What BE loses each time LS requests come and go, beyond their time: the way of its blocks off the GPU and back. With LS at
+# 30% of capacity 90 us on an H200, of which 30 are the check in its kernels (docs/runtime.md).
 _TURN_NS = 60_000.0
 
 
