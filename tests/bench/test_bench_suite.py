@@ -20,6 +20,7 @@ from missile.bench.suite.claims import check_claims, compare_with_baselines
 from missile.bench.suite.files import SuiteFolder, SuiteSettings, SuiteState
 from missile.bench.suite.report import SuiteReport, write_suite_report
 from missile.bench.suite.run import SuiteRun
+from missile.bench.suite.sampling import sample, settings_that_won
 from missile.bench.suite.summary import CellSummary, Point, geometric_mean, summarize_cells, summarize_families
 from missile.bench.summary import Spread
 from missile.bench.testbed import describe_policy
@@ -68,6 +69,7 @@ def test_every_setting_is_a_policy() -> None:
         for setting in settings:
             assert describe_policy(setting)
             assert family(setting) == name
+        assert settings_of(settings) == settings  # none stands for a whole family
 
 
 def test_settings_are_a_family_s_or_one_of_one_s_own() -> None:
@@ -85,6 +87,53 @@ def test_cells_are_chosen_by_name_and_model() -> None:
         select(cells, models=["resnet33"])
     with pytest.raises(MisuseError, match="poisson60"):
         select(cells, ["gauss*"])
+
+
+def test_a_sample_is_fair_to_models_and_loads() -> None:
+    cells = paper_cells()
+    ls = [name for name, info in MODELS.items() if info.kind == "ls"]
+    whole = sample(cells, 32)
+    for load in ("poisson30", "poisson60", "poisson90"):
+        pairs = [cell.name.split("--")[1:] for cell in whole if cell.name.startswith(load)]
+        assert sorted(one for one, _ in pairs) == sorted(ls)
+        assert {[b for _, b in pairs].count(be) for be in MODELS if MODELS[be].kind == "be"} == {2}
+    # Over the loads a LS model meets three BE models.
+    for one in ls:
+        assert len({cell.name.split("--")[2] for cell in whole if cell.name.split("--")[1:2] == [one]}) >= 3
+    assert {"mix", "DISB", "Azure LLM, code", "Azure LLM, conversation"} < {cell.group for cell in whole}
+    everything = sample(cells, 42)
+    assert len({cell.name for cell in everything}) == 42
+    assert everything[:32] == whole
+    for count in (0, 43):
+        with pytest.raises(MisuseError, match="1 to 42"):
+            sample(cells, count)
+
+
+@given(st.integers(1, 42))
+def test_a_short_sample_is_balanced_too(count: int) -> None:
+    groups = [cell.group for cell in sample(paper_cells(), count)]
+    poisson = [groups.count(f"Poisson, {load}% of capacity") for load in (30, 60, 90)]
+    assert max(poisson) - min(poisson) <= 1
+    assert sum(poisson) >= min(3 * count // 4, 24)
+
+
+def test_settings_that_never_won_are_left_out_and_others_stay() -> None:
+    cells = [
+        summary(
+            point("mps:priority=off", 0.5, 9.0, 0.9),
+            point("mps:be_share=0.5,priority=on", 0.995, 2.0, 0.4),
+            point("streams", 0, 9, 1),
+        ),
+        summary(
+            point("mps:priority=off", 0.995, 2.0, 0.9), point("orion:dur_threshold=2", 0.9, 2.0, 0.4), name="other"
+        ),
+    ]
+    kept = settings_that_won(("mps", "orion", "partition:ls_share=0.4", "missile", "missile:preempt=off"), cells)
+    assert kept == (
+        "mps:priority=off", "mps:be_share=0.5,priority=on", "orion:dur_threshold=2", "partition:ls_share=0.4",
+        "missile", "missile:preempt=off",
+    )  # fmt: skip
+    assert settings_that_won(("mps:be_share=0.25,priority=on",), cells) == ("mps:be_share=0.25,priority=on",)
 
 
 # --- running them

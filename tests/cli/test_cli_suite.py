@@ -48,6 +48,17 @@ def test_what_is_there_is_not_run_again_and_settings_are_kept(folder: Path, caps
     assert path.stat().st_mtime_ns == before
 
 
+def test_a_sample_with_settings_that_won_says_how_it_was_chosen(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sample"
+    chosen = ["--sample", "1", "--tuned-by", str(folder), "--policies", "temporal,partition:ls_share=0.5"]
+    assert main([*SHORT, *chosen, "-o", str(out)]) == 0
+    tables = (out / "tables.md").read_text()
+    assert "1 cells asked for: a fixed sample" in tables
+    assert "in at least one of 1 cells measured before" in tables
+    assert "| poisson60--mobilenet_v3_large--resnet152 | temporal |" in tables
+    assert "Latin square" in (out / "report.html").read_text()
+
+
 def test_a_report_can_be_predicted_without_the_gpu(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "simulated")
@@ -76,6 +87,9 @@ def test_the_report_can_be_made_again(folder: Path, tmp_path: Path, capsys: pyte
         (["--suite", "paper", "--policies", "fair"], "'fair'"),
         (["--suite", "paper", "scenario.toml"], "one of them"),
         (["--budget-s", "3"], "--suite"),
+        (["--sample", "3"], "--suite"),
+        (["--suite", "paper", "--sample", "0"], "1 to 42"),
+        (["--suite", "paper", "--tuned-by", "nowhere"], "suite.json"),
         (["--predict", "sim:h100"], "--suite"),
     ],
 )

@@ -60,6 +60,16 @@ def command(
         float | None,
         typer.Option("--budget-s", metavar="SECONDS", help="With --suite: begin no cell that goes beyond it."),
     ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="With --suite: the first N cells of a sample that is fair to all kinds."),
+    ] = None,
+    tuned_by: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="With --suite: of each baseline only settings that were its best in this suite."
+        ),
+    ] = None,
     redo: Annotated[
         bool, typer.Option("--redo", help="With --suite: make cells again that were made otherwise.")
     ] = False,
@@ -78,8 +88,8 @@ def command(
 
     Options given here replace what the scenario file says. Ctrl-C keeps what has been measured so far.
     """
-    if suite is None and (cells, models, budget, redo) != (None, None, None, False):
-        raise MisuseError("--cells, --models, --budget-s and --redo go with --suite.")
+    if suite is None and (cells, models, budget, redo, sample, tuned_by) != (None, None, None, False, None, None):
+        raise MisuseError("--cells, --models, --sample, --tuned-by, --budget-s and --redo go with --suite.")
     if predict is not None and suite is None and (report is None or not report.is_dir()):
         raise MisuseError("--predict goes with --suite, or with --report and a suite's folder.")
     if sum(choice is not None for choice in (scenario, report, suite)) > 1:
@@ -93,6 +103,8 @@ def command(
             device=device,
             patterns=_names(cells),
             models=_names(models),
+            sampled=sample,
+            tuned_by=tuned_by,
             budget_s=budget,
             redo=redo,
             predict_on=predict,

@@ -13,10 +13,11 @@ from rich.text import Text
 
 from missile.bench.fidelity import compare
 from missile.bench.scenario import Scenario
-from missile.bench.suite.cells import SUITES, Cell, select
+from missile.bench.suite.cells import SETTINGS, SUITES, Cell, select, settings_of
 from missile.bench.suite.files import SuiteFolder, SuiteSettings, SuiteState
 from missile.bench.suite.report import SuiteReport, write_suite_report
 from missile.bench.suite.run import SuiteRun, predict
+from missile.bench.suite.sampling import SAMPLE_RULE, sample, settings_that_won
 from missile.bench.suite.summary import summarize_cells
 from missile.bench.suite.tables import claim_table, family_table, to_terminal
 from missile.bench.summary import summarize
@@ -35,6 +36,8 @@ def run_suite(
     device: str | None,
     patterns: Sequence[str],
     models: Sequence[str],
+    sampled: int | None,
+    tuned_by: Path | None,
     budget_s: float | None,
     redo: bool,
     predict_on: str | None,
@@ -43,7 +46,8 @@ def run_suite(
     """Run what is missing of suite `name` in `out`, then report it.
 
     given: settings of the command line, by field of `SuiteSettings`; others are the folder's, or the defaults.
-    predict_on: a simulated GPU to run every measured cell on as well.
+    sampled: run so many cells of the suite's sample. tuned_by: an earlier suite: baselines run only at settings that were
+    their best somewhere in it. predict_on: a simulated GPU to run every measured cell on as well.
     """
     if name not in SUITES:
         raise MisuseError(f"Unknown suite {name!r}; known: {', '.join(SUITES)}.")
@@ -51,7 +55,11 @@ def run_suite(
         raise MisuseError(f"--budget-s must be above 0, not {budget_s:g}.")
     _check_prediction(predict_on)
     cells = SUITES[name]()
-    chosen = select(cells, patterns, models)
+    chosen = select(cells if sampled is None else sample(cells, sampled), patterns, models)
+    how = [] if len(chosen) == len(cells) else [_how(len(chosen), patterns, models, sampled)]
+    if tuned_by is not None:
+        given["policies"], text = _tuned(tuned_by, given.get("policies") or tuple(SETTINGS))
+        how.append(text)
     folder = SuiteFolder(out)
     folder.require(name, None, given)
     concrete, why = resolve(device or "auto")
@@ -65,6 +73,7 @@ def run_suite(
         simulated=info.simulated,
         settings=SuiteSettings.given(given),
     )
+    state = state.model_copy(update={"chosen": tuple(dict.fromkeys((*state.chosen, *how)))})
     stopped: KeyboardInterrupt | None = None
     with progress_bar() as bar:
         task = bar.add_task("starting", total=None)
@@ -93,6 +102,30 @@ def run_suite(
         report_suite(out, out, as_json=as_json)
     if stopped is not None:
         raise stopped
+
+
+def _how(count: int, patterns: Sequence[str], models: Sequence[str], sampled: int | None) -> str:
+    """How cells were chosen, as a report says it."""
+    parts = [] if sampled is None else [SAMPLE_RULE]
+    parts += [f"names like {', '.join(patterns)}"] if patterns else []
+    parts += [f"models {', '.join(models)} only"] if models else []
+    return f"{count} cells asked for: {'; '.join(parts)}."
+
+
+def _tuned(source: Path, policies: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """`policies` as an earlier suite leaves them, and that in a sentence."""
+    folder = SuiteFolder(source)
+    if (state := folder.state()) is None:
+        raise MisuseError(f"{source} holds no suite: there is no suite.json in it.")
+    cells: tuple[Cell, ...] = SUITES[state.suite]()
+    found = summarize_cells(cells, folder.read(cells))
+    kept = settings_that_won(policies, found)
+    gone = [setting for setting in settings_of(policies) if setting not in kept]
+    text = (
+        f"Baselines run at the settings that were their best in at least one of {len(found)} cells measured before "
+        f"({state.gpu}); left out: {', '.join(gone) or 'none'}."
+    )
+    return kept, text
 
 
 def report_suite(source: Path, out: Path, *, as_json: bool, predict_on: str | None = None) -> None:

@@ -32,7 +32,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "priority": ("priority",),
     "partition": tuple(f"partition:ls_share={share}" for share in (0.25, 0.5, 0.75, 0.9)),
     "mps": (
-        "mps",
+        "mps:priority=off",
         "mps:priority=on",
         "mps:be_share=0.75,priority=on",
         "mps:be_share=0.5,priority=on",
@@ -40,7 +40,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "mps:ls_share=0.5,be_share=0.5",
     ),
     "orion": (
-        "orion",
+        "orion:dur_threshold=0.025",
         "orion:dur_threshold=0.1",
         "orion:dur_threshold=0.5",
         "orion:dur_threshold=2",
@@ -52,6 +52,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }
 """What each family is tried at: a baseline over its own knobs, `missile` as it plans itself, and each of its ablations.
 
+A family of several settings has none that is called as it is: its name stands for all of them.
 With pause=on nothing is planned: BE always pauses while an LS request is there.
 
 Colors are the other way round: translated kernels take longer, so `missile` separates memory only when it is told to."""

@@ -54,7 +54,8 @@ class SuiteSettings(BaseModel):
 
 
 class SuiteState(BaseModel):
-    """capacity: requests/s of LS models alone, by name, as first measured: later runs add to them and change none."""
+    """capacity: requests/s of LS models alone, by name, as first measured: later runs add to them and change none.
+    chosen: how the cells, and the settings, were chosen where it was not all of them, a sentence each."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -64,6 +65,7 @@ class SuiteState(BaseModel):
     simulated: bool
     settings: SuiteSettings
     capacity: dict[str, float] = Field(default_factory=dict)
+    chosen: tuple[str, ...] = ()
 
 
 class SuiteFolder:

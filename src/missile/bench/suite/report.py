@@ -11,7 +11,7 @@ from pathlib import Path
 from missile.bench.fidelity import Comparison
 from missile.bench.page import render_page
 from missile.bench.results import Results
-from missile.bench.suite.cells import BASELINES, SETTINGS, SLO_FACTOR, family
+from missile.bench.suite.cells import BASELINES, SLO_FACTOR, family, settings_of
 from missile.bench.suite.charts import curves, family_class
 from missile.bench.suite.claims import Claim, check_claims
 from missile.bench.suite.files import SuiteState
@@ -101,7 +101,7 @@ def _head(report: SuiteReport) -> str:
     if len(report.cells) < report.planned:
         warnings.append(
             f"<strong>Part of the suite.</strong> {len(report.cells)} of its {report.planned} cells have been run, whole; "
-            "the others are in no figure here."
+            "the others are in no figure here. " + " ".join(escape(text) for text in state.chosen)
         )
     badge = "simulated" if state.simulated else "measured"
     label = "simulated" if state.simulated else "measured on hardware"
@@ -207,14 +207,17 @@ def _left_out(report: SuiteReport) -> str:
 
 def _method(report: SuiteReport) -> str:
     settings = report.state.settings
+    ran = settings_of(settings.policies)
     tried = "; ".join(
-        f"{name}: {', '.join(policy.partition(':')[2] or 'as it is' for policy in policies)}"
-        for name, policies in SETTINGS.items()
-        if name in BASELINES
+        f"{name}: {', '.join(policy.partition(':')[2] or 'as it is' for policy in ran if family(policy) == name)}"
+        for name in BASELINES
+        if any(family(policy) == name for policy in ran)
     )
     points = [
+        *report.state.chosen,
         f"Every LS tenant's objective is {SLO_FACTOR:g} × its solo p99 under the same arrivals. Solo runs are made in the "
-        "same session as the cell's, on the same GPU with all models loaded.",
+        "same session as the cell's, on the same GPU with all models loaded; cells in which a tenant has the same arrivals "
+        "share its solo runs.",
         "Loads are shares of a model's capacity, the rate it finishes alone in a closed loop: "
         + ", ".join(f"{model} {rate:.0f}/s" for model, rate in report.state.capacity.items())
         + ".",
@@ -276,6 +279,7 @@ def _markdown(report: SuiteReport) -> str:
     parts = [
         f"# Suite {state.suite}: {what}\n",
         f"{state.settings.repeats} × {state.settings.duration_s:g} s per setting; how to read it: docs/benchmarks.md.\n",
+        *(f"{text}\n" for text in state.chosen),
     ]
     if report.claims:
         parts += ["## What was to be shown\n", to_markdown(claim_table(report.claims))]

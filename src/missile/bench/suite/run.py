@@ -45,7 +45,8 @@ class SuiteRun:
     _began: float = field(default=0.0, init=False)
 
     def run(self, budget_s: float | None = None) -> list[str]:
-        """Run until all is there, or the next cell would not fit in `budget_s`, judged by the one before it.
+        """Run until all is there, or the next cell would not fit in `budget_s`, judged by the length of its runs and the
+        slowest cell before it.
 
         Returns the names of the cells that are still missing.
 
@@ -55,12 +56,17 @@ class SuiteRun:
         missing = [cell for cell in self.cells if not self._done(cell)]
         if not missing:
             return []
-        with self.open_testbed(self._everything(missing)) as testbed:
+        self.folder.keep_state(self.state)
+        everything = self._everything(missing)
+        with self.open_testbed(everything) as testbed:
+            # All at once, where there is room for all: processes start side by side, and serve several cells.
+            testbed.prepare(everything.tenants, everything.policies)
             self._measure_capacities(missing, testbed)
             left = list(missing)
-            longest = 0.0
+            pace = 0.0  # the slowest cell so far, per second of its runs
             while left:
-                if budget_s is not None and self.clock() - began + longest > budget_s:
+                expected = pace * _run_s(self._scenario(left[0]))
+                if budget_s is not None and self.clock() - began + expected > budget_s:
                     self._say(f"out of time: {len(left)} of {len(self.cells)} cells are missing")
                     break
                 cell = left.pop(0)
@@ -68,7 +74,7 @@ class SuiteRun:
                 testbed.prepare(scenario.tenants, scenario.policies)
                 start = self.clock()
                 self._run_cell(cell, scenario, testbed)
-                longest = self.clock() - start
+                pace = max(pace, (self.clock() - start) / _run_s(scenario))
         return [cell.name for cell in left]
 
     def _done(self, cell: Cell) -> bool:
@@ -143,6 +149,11 @@ class SuiteRun:
                 alone.execute(Step("solo", tenant.name, repeat))
             self._solos[key] = alone.runs
         return self._solos[key]
+
+
+def _run_s(scenario: Scenario) -> float:
+    """Seconds of all runs of a cell."""
+    return scenario.duration_s * scenario.repeats * (len(scenario.policies) + len(scenario.tenants))
 
 
 def _lost(testbed: Testbed, error: MissileError) -> bool:
