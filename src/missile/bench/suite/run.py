@@ -56,9 +56,9 @@ class SuiteRun:
         missing = [cell for cell in self.cells if not self._done(cell)]
         if not missing:
             return []
-        self.folder.keep_state(self.state)
         everything = self._everything(missing)
         with self.open_testbed(everything) as testbed:
+            self.folder.keep_state(self.state)
             # All at once, where there is room for all: processes start side by side, and serve several cells.
             testbed.prepare(everything.tenants, everything.policies)
             self._measure_capacities(missing, testbed)
