@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from missile.bench.results import Results, TenantRun, read_results, write_results
+from missile.bench.results import Results, Run, TenantRun, read_results, write_results
 from missile.errors import MisuseError
 
 
@@ -26,6 +27,17 @@ def test_a_record_survives_its_raw_form(toy_results: Results) -> None:
     assert record.latency.dtype == np.int64
     assert (record.latency > 0).all()
     assert (record.queueing + record.service == record.latency).all()
+
+
+def test_of_many_long_passes_their_distribution_is_kept(toy_results: Results) -> None:
+    record = toy_results.runs[0].record()
+    many = np.random.default_rng(1).permutation(np.arange(20_000, 24_096))
+    kept = Run.from_record(replace(record, jitter_ns=many), kind="solo", policy="solo", repeat=0).jitter_ns
+    assert len(kept) == 256
+    assert (kept[0], kept[-1]) == (20_000, 24_095)
+    assert np.percentile(kept, 99) == pytest.approx(np.percentile(many, 99), rel=1e-3)
+    few = Run.from_record(replace(record, jitter_ns=many[:9]), kind="solo", policy="solo", repeat=0).jitter_ns
+    assert few == sorted(many[:9])
 
 
 def test_damaged_files_are_refused(toy_results: Results, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from missile.bench.scenario import Scenario
@@ -84,8 +85,22 @@ class TenantRun(_Strict):
         )
 
 
+_MOST_JITTER = 256
+
+
+def _thinned(times: npt.NDArray[np.int64]) -> list[int]:
+    """`times` in order, or if they are many, evenly spaced ones of them, the smallest and the largest among them."""
+    ordered = np.sort(times)
+    if len(ordered) > _MOST_JITTER:
+        ordered = ordered[np.linspace(0, len(ordered) - 1, _MOST_JITTER).round().astype(np.int64)]
+    return [int(time) for time in ordered]
+
+
 class Run(_Strict):
-    """One run: all tenants under `policy` (as the scenario wrote it), or (kind "solo") one tenant alone."""
+    """One run: all tenants under `policy` (as the scenario wrote it), or (kind "solo") one tenant alone.
+
+    jitter_ns: the engine's long passes (`Engine.jitter`), sorted; of more than 256 so many order statistics, evenly spaced.
+    """
 
     kind: Literal["solo", "policy"]
     policy: str
@@ -111,7 +126,7 @@ class Run(_Strict):
             warmup_ns=record.warmup_ns,
             lanes=list(record.lanes),
             tenants=[TenantRun.from_record(tenant) for tenant in record.tenants],
-            jitter_ns=record.jitter_ns.tolist(),
+            jitter_ns=_thinned(record.jitter_ns),
             interrupted=record.interrupted,
             fault=record.fault,
             notes=list(record.notes),
