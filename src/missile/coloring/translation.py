@@ -295,8 +295,8 @@ class PairTranslation(_Translation):
         return np.asarray((frame * 2 + self._choices[frame]) << self.shape.frame_bits, np.int64)
 
     def table(self) -> npt.NDArray[np.uint32]:
-        """A bit for each frame, placed so that turning its word left by the frame's number brings it to the address bit."""
+        """A bit for each frame, placed so that turning its word left by the frame's number brings it to the top."""
         frame = np.arange(len(self._choices))
         bits = np.zeros(-(-len(frame) // 32) * 32, np.uint8)
-        bits[(frame & ~31) | (self.shape.frame_bits - frame & 31)] = self._choices
+        bits[(frame & ~31) | (31 - frame & 31)] = self._choices
         return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)

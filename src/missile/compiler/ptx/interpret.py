@@ -395,6 +395,17 @@ def _unary(function: Callable[[int], int]) -> Handler:
     return lambda parts, v, width, signed: (function(_signed(v[0], width) if signed else v[0]), width)
 
 
+def _permute(parts: tuple[str, ...], v: list[int], width: int, signed: bool) -> tuple[int, int]:
+    both = v[1] << 32 | v[0]
+    out = 0
+    for place in range(4):
+        chosen = v[2] >> (4 * place) & 15
+        byte = both >> (8 * (chosen & 7)) & 255
+        # The selector's highest bit takes the byte's sign instead.
+        out |= (255 * (byte >> 7) if chosen & 8 else byte) << (8 * place)
+    return out, 32
+
+
 def _lop3(parts: tuple[str, ...], v: list[int], width: int, signed: bool) -> tuple[int, int]:
     out = 0
     for bit in range(32):
@@ -428,6 +439,7 @@ _ARITHMETIC: dict[str, Handler] = {
     "popc": lambda parts, v, width, signed: (v[0].bit_count(), 32),
     "clz": lambda parts, v, width, signed: (width - v[0].bit_length(), 32),
     "lop3": _lop3,
+    "prmt": _permute,
     "selp": _plain(lambda a, b: a),
 }
 _COMPARISONS: dict[str, Callable[[int, int], bool]] = {

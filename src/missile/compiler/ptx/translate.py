@@ -20,6 +20,9 @@ PARAMETER = f".param .align 8 .b8 {CONSTANTS}[{Field.BYTES}]"
 # Of tables, which nobody writes while kernels run, and which are used again and again.
 _LOAD = "ld.global.L1::evict_last"
 
+_BYTE = 8
+_BYTE_AND_WORD = 0x6540  # prmt: the first operand's lowest byte, below the second one's three lowest
+
 
 @dataclass
 class Parts:
@@ -276,24 +279,22 @@ class Emitter:
         return self._joined(place, code)
 
     def _pair(self, frame: str, low: str, parts: Parts) -> str:
-        bit = self._shape.frame_bits
-        word, bits, entry, turned = self._word(), self._word(), self.wide(), self._word()
+        word, bits, entry = self._word(), self._word(), self.wide()
+        turned, unit = self._word(), self._word()
         parts.key, code = word, parts.rest
         parts.before.append(f"shr.u32 {word}, {frame}, 5;")
         table = self._constant("u64", Field.TABLE, parts.lookup)
         parts.lookup += [f"mad.wide.u32 {entry}, {word}, 4, {table};", f"{_LOAD}.b32 {bits}, [{entry}];"]
-        within = self._within(low, code)
-        code += [f"shf.l.wrap.b32 {turned}, {bits}, {bits}, {frame};", f"and.b32 {turned}, {turned}, {1 << bit};"]
-        place = self._word()
-        if self._shape.wide:
-            code.append(f"or.b32 {place}, {within}, {turned};")
-            return self._physical(frame, 2 << bit, place, code)
+        # The bit comes to the top, from where a funnel shift puts it behind the frame's number.
         code += [
-            f"shl.b32 {place}, {frame}, {bit + 1};",
-            f"or.b32 {place}, {place}, {within};",
-            f"or.b32 {place}, {place}, {turned};",
+            f"shf.l.wrap.b32 {turned}, {bits}, {bits}, {frame};",
+            f"shf.l.wrap.b32 {unit}, {turned}, {frame}, 1;",
         ]
-        return self._joined(place, code)
+        if self._shape.frame_bits == _BYTE and not self._shape.wide:
+            place = self._word()
+            code.append(f"prmt.b32 {place}, {low}, {unit}, {_BYTE_AND_WORD:#x};")
+            return self._joined(place, code)
+        return self._physical(unit, self._shape.unit_bytes, self._within(low, code), code)
 
 
 def module_declarations(shape: Shape) -> list[str]:
