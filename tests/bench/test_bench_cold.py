@@ -16,6 +16,8 @@ from missile.bench.scenario import parse_scenario
 from missile.bench.summary import summarize
 from missile.bench.table import render_table
 from missile.bench.testbed import open_testbed
+from missile.compiler.bind import BoundModel
+from missile.compiler.preemptible import control_of
 
 SCENARIO = """
 device = "sim:h100"
@@ -73,6 +75,44 @@ def test_policies_that_cannot_have_them_are_left_out_and_say_why(results: Result
     assert len(notes) == 2
     assert any("mps" in note and "processes" in note for note in notes)
     assert any("missile:colors=on" in note and "colored memory" in note for note in notes)
+
+
+def test_missile_stops_them_like_others_and_their_weights_are_there_once() -> None:
+    ls = (
+        '[[tenant]]\nname = "ls"\nclass = "LS"\nmodel = "resnet34"\nslo_ms = 3\n'
+        'arrivals = { kind = "poisson", rate_per_s = 300 }\n'
+    )
+    scenario = parse_scenario(SCENARIO + ls)
+    with open_testbed(scenario) as testbed:
+        free = testbed.gpu.memory_free()
+        variant = testbed._variants.of("missile")
+        assert variant is not None
+        assert [loaded.tenant.name for loaded in variant.roster.tenants] == ["one", "two"]
+        assert not variant.refused
+        for mine, plain in zip(variant.roster.tenants, testbed.roster.tenants, strict=False):
+            assert isinstance(mine.model, BoundModel)
+            assert control_of(mine.model)
+            assert mine.weights is plain.weights
+        assert free - testbed.gpu.memory_free() < 32 << 20  # marks, no weights
+        for policy in ("missile", "streams", "missile"):
+            record = testbed.shared(scenario.tenants, policy, seed=1, duration_ns=300_000_000, warmup_ns=0)
+            assert not record.fault
+            assert all(len(tenant.done) > 1 for tenant in record.tenants)
+
+
+def test_an_ls_request_does_not_cost_others_the_weights_that_are_on_their_way() -> None:
+    """LS requests come ten times as often as a model's weights take to come: stopped each time, none would ever finish."""
+    text = SCENARIO.replace("mobilebert", "decoder_1b").replace("resnet152", "bert_large").replace("= 128", "= 2304")
+    ls = (
+        '[[tenant]]\nname = "ls"\nclass = "LS"\nmodel = "resnet34"\nslo_ms = 3\n'
+        'arrivals = { kind = "poisson", rate_per_s = 300 }\n'
+    )
+    scenario = parse_scenario(text + ls)
+    with open_testbed(scenario) as testbed:
+        record = testbed.shared(scenario.tenants, "missile", seed=1, duration_ns=500_000_000, warmup_ns=0)
+        one, two, _ = record.tenants
+        assert min(len(one.done), len(two.done)) >= 3
+        assert len(one.cold) <= len(one.done) + 2  # each comes once for a request
 
 
 def test_without_such_tenants_nothing_is_said(toy_results: Any) -> None:

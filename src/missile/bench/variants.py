@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 from missile.coloring.halves import find_halves
+from missile.compiler.bind import BoundModel
 from missile.errors import UnsupportedError
 from missile.gpu.interface import Gpu
 from missile.probe import map_for
 from missile.runtime.coloring import Coloring
-from missile.runtime.loading import Roster, load_tenants
+from missile.runtime.loading import LoadedTenant, Roster, load_tenants
 from missile.runtime.policies import create_policy
 from missile.runtime.policies.missile import MissilePolicy
 from missile.runtime.preempting import Preempting, make_preemptible
@@ -45,19 +47,23 @@ class ModelVariants:
         return self._made[kind]
 
     def _make(self, colored: bool, preemptible: bool) -> Preempting:
-        hosted = [loaded.tenant.name for loaded in self._roster.ready if loaded.weights is not None]
+        hosted = [loaded for loaded in self._roster.ready if loaded.weights is not None]
         if colored and hosted:
             raise UnsupportedError(
-                f"tenant {hosted[0]!r} keeps its weights on the host, which colored memory can't do."
+                f"tenant {hosted[0].tenant.name!r} keeps its weights on the host, which colored memory can't do."
             )
         tenants = [
             loaded.tenant
             for loaded in self._roster.ready
             if loaded.weights is None and (colored or not loaded.tenant.latency_sensitive)
         ]
-        if not tenants:
-            return Preempting(Roster(self._gpu, (), ExitStack()), {})
-        roster = load_tenants(self._gpu, tenants, coloring=self._coloring(tenants) if colored else None)
+        views = [_view(loaded) for loaded in hosted if not loaded.tenant.latency_sensitive]
+        roster = Roster(self._gpu, views, ExitStack())
+        if tenants:
+            made = load_tenants(self._gpu, tenants, coloring=self._coloring(tenants) if colored else None)
+            resources = ExitStack()
+            resources.callback(made.close)
+            roster = Roster(self._gpu, (*made.tenants, *views), resources)
         if not preemptible:
             return Preempting(roster, {})
         try:
@@ -81,3 +87,9 @@ class ModelVariants:
             for made in self._made.values():
                 undo.callback(made.roster.close)
             self._made = {}
+
+
+def _view(loaded: LoadedTenant) -> LoadedTenant:
+    """`loaded` with a model that owns nothing: weights on the host are there once, and other code works on the same."""
+    assert isinstance(loaded.model, BoundModel)
+    return replace(loaded, model=replace(loaded.model, _resources=ExitStack()))

@@ -95,7 +95,7 @@ class Residency:
         self._arriving: list[
             tuple[int, int, Event]
         ] = []  # of plain copies: tenant, begun, and the event behind the last one
-        self._under_way = 0  # tenants' copies with the scheduler
+        self._under_way = [0] * len(self._weights)  # how often each tenant's weights are being copied in
         self._events: list[Event] = []
         self._marks: list[Event] = []
         with ExitStack() as undo:
@@ -164,7 +164,13 @@ class Residency:
     @property
     def busy(self) -> bool:
         """Whether the scheduler still has copies, which end only while somebody waits through it. Plain ones end anyway."""
-        return self._under_way > 0
+        return self._copies is not None and any(self._under_way)
+
+    def arriving(self, tenant: int) -> bool:
+        """Whether the tenant's weights are on their way: what it was given last waits for them, and for no SM."""
+        if self._under_way[tenant] and self._copies is None:
+            self._harvest()
+        return self._under_way[tenant] > 0
 
     def cold_starts(self, tenant: int) -> tuple[ColdStart, ...]:
         """Those that are over, since `forget`."""
@@ -204,6 +210,7 @@ class Residency:
         event = self._events.pop() if self._events else self._gpu.create_event()
         stream.record(event)
         self._arriving.append((tenant, begun, event))
+        self._under_way[tenant] += 1
 
     def _schedule(self, tenant: int, weights: HostWeights, after: Event | None, begun: int) -> None:
         assert self._copies is not None
@@ -219,7 +226,7 @@ class Residency:
             )
             if not index and after is not None:
                 ticket.add_done_callback(partial(self._give_back, after))
-        self._under_way += 1
+        self._under_way[tenant] += 1
         ticket.add_done_callback(lambda ticket: self._arrived(tenant, begun, ticket))
 
     def _value(self, tenant: int, index: int) -> int:
@@ -235,7 +242,7 @@ class Residency:
         self._marks.append(mark)
 
     def _arrived(self, tenant: int, begun: int, ticket: CopyTicket) -> None:
-        self._under_way -= 1
+        self._under_way[tenant] -= 1
         if ticket.state is CopyState.DONE:
             self._cold[tenant].append(ColdStart(begun, ticket.finished_ns))
 
@@ -246,6 +253,7 @@ class Residency:
             if event.done():
                 self._cold[tenant].append(ColdStart(begun, event.time_ns()))
                 self._events.append(event)
+                self._under_way[tenant] -= 1
             else:
                 still.append((tenant, begun, event))
         self._arriving = still

@@ -186,13 +186,17 @@ class Stage:
         return 0 if mine is None else len(mine.segments)
 
     def preempt(self, tenant: int) -> bool:
-        """Make the tenant's blocks leave as they start. False, and nothing done, where its kernels don't look at a flag.
+        """Make the tenant's blocks leave as they start. False, and nothing done, where its kernels don't look at a flag, or
+        wait for its weights.
 
         `settle` follows when what it has on the GPU has ended; until then it is given nothing. All of that is one request's:
         the next one's input would be copied over that of a request that is not whole.
         """
         control = self._controls[tenant]
         if control is None or self._cuts[tenant] is None:
+            return False
+        if self._residency.arriving(tenant):
+            # It is on no SM. With the flag up it would leave when its weights have come, and others would displace them.
             return False
         control.raise_flag()
         return True
