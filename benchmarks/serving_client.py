@@ -38,6 +38,8 @@ class Flow:
     closed loop with one request outstanding on each connection.
 
     client_ms: from when a request was due to its whole answer read. parts: what the server says of the same requests.
+    answers: of each, when it was due (s from the start), what it took (ms) and whether it was a good one. quiet: refusals
+    are expected, and not shown.
     """
 
     name: str
@@ -46,8 +48,10 @@ class Flow:
     connections: int = 8
     client_ms: list[float] = field(default_factory=list)
     parts: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
+    answers: list[tuple[float, float, bool]] = field(default_factory=list)
     errors: int = 0
     sent: int = 0
+    quiet: bool = False
 
     def result(self, warm: float = 0.1) -> dict[str, object]:
         """Percentiles, ms, without the first `warm` of the requests. outside: the client's time less the engine's."""
@@ -61,8 +65,9 @@ class Flow:
 
 
 class _Connection:
-    def __init__(self, flow: Flow, address: tuple[str, int]) -> None:
+    def __init__(self, flow: Flow, address: tuple[str, int], start: float = 0.0) -> None:
         self.flow = flow
+        self.start = start
         self._address = address
         self._connect()
         self.waiting: deque[float] = deque()
@@ -102,13 +107,15 @@ class _Connection:
         if len(self.received) < end + 4 + int(length[1] if length else 0):
             return False
         took = (time.perf_counter() - (self.since or 0.0)) * 1000.0
-        if head.startswith(b"HTTP/1.1 200"):
+        good = head.startswith(b"HTTP/1.1 200")
+        self.flow.answers.append(((self.since or 0.0) - self.start, took, good))
+        if good:
             self.flow.client_ms.append(took)
             for name, value in _TIMING.findall(head):
                 self.flow.parts[name.decode()].append(float(value))
         else:
             self.flow.errors += 1
-            if self.flow.errors == 1:
+            if self.flow.errors == 1 and not self.flow.quiet:
                 print(self.flow.name, bytes(self.received[:600]).decode(errors="replace"), file=sys.stderr)
         self.received.clear()
         self._next()
@@ -117,9 +124,9 @@ class _Connection:
 
 def drive(flows: Sequence[Flow], address: tuple[str, int], seconds: float) -> float:
     """Run the flows side by side; returns how long it took, s. Closed loops stop asking after `seconds`."""
-    groups = [(flow, [_Connection(flow, address) for _ in range(flow.connections)]) for flow in flows]
+    start = time.perf_counter() + 0.05
+    groups = [(flow, [_Connection(flow, address, start) for _ in range(flow.connections)]) for flow in flows]
     by_socket = {c.socket.fileno(): c for _, connections in groups for c in connections}
-    start = time.perf_counter() + 0.02
     schedule = sorted((start + due, number, index) for number, f in enumerate(flows) for index, due in enumerate(f.due))
     pending = deque(schedule)
     end = start + seconds

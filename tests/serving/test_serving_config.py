@@ -43,6 +43,8 @@ LS = '[[tenant]]\nname = "a"\nmodel = "m:f"\nclass = "LS"\n'
         ('[server]\npolicy = "missile:foo=1"', "has no option 'foo'; known: ls_share"),
         ('[server]\npolicy = "priority"\nls_share = 0.5', "Policy 'priority' has no option 'ls_share'"),
         (TENANT + "colors = []", "tenant 'a': colors"),
+        (TENANT + "count_escapes = true", "count_escapes needs colors"),
+        ("[server]\nswap_mib = -1", "server.swap_mib"),
         ('[server]\nhost = "0.0.0.0"', "not a loopback address, so tokens are required"),
         ('[server]\ntls_key = "k"', "tls_certificate and tls_key come together"),
         ('[server]\ntokens = [{role = "root", env = "X"}]', "server.tokens.0.role"),
