@@ -27,11 +27,11 @@ class Net(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.linear = torch.nn.Linear(8, 4)
-        self.register_buffer("scale", torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        self.linear = torch.nn.Linear(32, 16)
+        self.register_buffer("scale", torch.arange(1.0, 17.0) / 8)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"sum": self.linear(x) * self.scale, "twice": 2 * y + torch.zeros(4, device=x.device)}
+        return {"sum": self.linear(x) * self.scale, "twice": 2 * y + torch.zeros(16, dtype=y.dtype, device=x.device)}
 
 
 FACTORY = """
@@ -48,6 +48,14 @@ def stubborn(batch):
 """
 
 
+def _save(path: Path, dtype: Any) -> None:
+    """A program with a batch of any size up to 8."""
+    example = (torch.zeros(2, 32, dtype=dtype), torch.zeros(2, 16, dtype=dtype))
+    batch = torch.export.Dim("batch", min=1, max=8)
+    program = torch.export.export(Net().eval().to(dtype), example, dynamic_shapes=({0: batch}, {0: batch}))
+    torch.export.save(program, path)
+
+
 def _tenant(lines: str, batch: int = 4) -> TenantConfig:
     (tenant,) = parse_config(
         f'[[tenant]]\nname = "own"\nclass = "BE"\nbatch = {{max = {batch}}}\n{textwrap.dedent(lines)}\n'
@@ -59,11 +67,8 @@ def _tenant(lines: str, batch: int = 4) -> TenantConfig:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_factories.py").write_text(FACTORY)
-    example = (torch.zeros(2, 8), torch.zeros(2, 4))
-    batch = torch.export.Dim("batch", min=1, max=8)
-    torch.export.save(
-        torch.export.export(Net().eval(), example, dynamic_shapes=({0: batch}, {0: batch})), tmp_path / "net.pt2"
-    )
+    example = (torch.zeros(2, 32), torch.zeros(2, 16))
+    _save(tmp_path / "net.pt2", torch.float32)
     torch.export.save(torch.export.export(Net().eval(), example), tmp_path / "fixed.pt2")
     torch.export.save(torch.export.export(Net().eval(), example[:1], {"y": example[1]}), tmp_path / "named.pt2")
     return tmp_path
@@ -215,7 +220,8 @@ def _infer(served: Any, signature: Any, slot: int, arrays: list[Any]) -> list[An
 
 
 @pytest.mark.gpu
-def test_a_served_pt2_equals_eager(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["float16", "float32"])
+def test_a_served_pt2_equals_eager(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program of two inputs and two outputs, in whole and padded batches; compiled by a process of its own."""
     import numpy as np
     from test_serving_gpu_executor import _Client
@@ -224,17 +230,20 @@ def test_a_served_pt2_equals_eager(folder: Path, tmp_path: Path, monkeypatch: py
     from missile.serving.tensors import ModelSignature
 
     monkeypatch.setenv("MISSILE_CACHE", str(tmp_path / "cache"))
-    client = _Client(lambda arena: GpuExecutor(arena, open_gpu("cuda:0"), policy="missile"), folder)
+    dtype = getattr(torch, kind)
+    _save(tmp_path / "net.pt2", dtype)
+    client = _Client(lambda arena: GpuExecutor(arena, open_gpu("cuda:0"), policy="missile"), tmp_path)
     reply = client.load(1, _tenant('model = "net.pt2"'))
     assert reply["op"] == "loaded", reply
     signature = ModelSignature.from_json(reply["signature"])
     assert [tensor.name for tensor in (*signature.inputs, *signature.outputs)] == ["x", "y", "sum", "twice"]
     rng = np.random.default_rng(0)
     for batch in (1, 3, 4):
-        x, y = (rng.standard_normal((batch, width)).astype(np.float32) for width in (8, 4))
+        x, y = (rng.standard_normal((batch, width)).astype(kind) for width in (32, 16))
         ours = _infer(client, signature, 1, [x, y])
         with torch.no_grad():
-            eager = Net().eval()(torch.from_numpy(x), torch.from_numpy(y))
+            eager = Net().eval().to(dtype)(torch.from_numpy(x), torch.from_numpy(y))
+        bound = 5e-3 if kind == "float16" else 1e-4
         for one, other in zip(ours, eager.values(), strict=True):
-            np.testing.assert_allclose(one, other.numpy(), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(one.astype(np.float32), other.float().numpy(), rtol=bound, atol=bound)
     client.stop()
