@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from missile.errors import MissileError, MisuseError
+from missile.errors import MissileError, MisuseError, UnsupportedError
 from missile.serving.access import Access
 from missile.serving.config import ServerConfig, ServingConfig, read_config
 from missile.serving.gateway import Gateway
 from missile.serving.metrics import Metrics
-from missile.serving.protocol.grpc_api import GrpcApi, start_grpc
 from missile.serving.protocol.http1 import HttpServer
 from missile.serving.protocol.http_api import HttpApi
 from missile.serving.refusal import Reason, Refusal
@@ -130,6 +129,12 @@ class Server:
         """The port, or 0 when gRPC is turned off."""
         if server.grpc_port < 0:
             return 0
+        try:
+            from missile.serving.protocol.grpc_api import GrpcApi, start_grpc
+        except ModuleNotFoundError as error:
+            raise UnsupportedError(
+                f"gRPC needs the package {error.name!r}; install missile[serve], or set server.grpc_port = -1."
+            ) from error
         api = GrpcApi(self.services, self._metrics)
         self._grpc, port = await start_grpc(api, server, self._folder)
         return port
