@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from missile.bench.results import Results
-from missile.bench.run import Bench, run_all
+from missile.bench.results import Results, Run
+from missile.bench.run import Bench, Planned, Step, run_all
 from missile.bench.summary import PolicySummary, Summary
 from missile.bench.testbed import open_testbed
 
-__all__ = ["Comparison", "compare", "rank_by_be", "rank_by_p99", "simulate", "tabulate_error"]
+__all__ = ["Comparison", "compare", "host_factor", "rank_by_be", "rank_by_p99", "simulate", "tabulate_error"]
 
 Figure = Literal["p50", "p99", "rate"]
 CLOSE = 1.2  # within 20%
@@ -43,17 +43,53 @@ class Comparison:
         return 1 / CLOSE <= self.ratio <= CLOSE
 
 
+@runtime_checkable
+class _HasHost(Protocol):
+    """A simulated GPU whose host thread can be slower."""
+
+    def slow_host(self, factor: float) -> None: ...
+
+
 def simulate(measured: Results, device: str, *, duration_s: float | None = None) -> Results:
-    """Run the scenario of `measured` on the simulated GPU `device`. Raises what `open_testbed` and the runs raise."""
+    """Run the scenario of `measured` on the simulated GPU `device`. Raises what `open_testbed` and the runs raise.
+
+    `missile` runs as the plan that was measured says. What calls cost the host is scaled to that session's host: by how long
+    LS tenants' requests waited for it alone, measured over simulated. No other measured figure is used.
+    """
     changes: dict[str, object] = {"device": device}
     if duration_s is not None:
         changes["duration_s"] = duration_s
     scenario = measured.scenario.model_copy(update=changes)
+    plan = None if measured.plan is None else Planned(str(measured.plan["policy"]), measured.plan)
     with open_testbed(scenario) as testbed:
-        results, stopped = run_all(Bench(scenario, testbed), lambda *_: None)
+        if isinstance(testbed.gpu, _HasHost):
+            alone = Bench(scenario, testbed)
+            for tenant in scenario.tenants:
+                if tenant.latency_sensitive:
+                    alone.execute(Step("solo", tenant.name, 0))
+            testbed.gpu.slow_host(host_factor(measured.runs, alone.runs))
+        results, stopped = run_all(Bench(scenario, testbed, plan=plan), lambda *_: None)
     if stopped is not None:
         raise stopped
     return results
+
+
+def host_factor(measured: Sequence[Run], simulated: Sequence[Run]) -> float:
+    """How much slower the measured session's host is than the simulated one: the median over LS tenants alone of the median
+    times from arrival to launch, over one another. 1.0 where no tenant says."""
+    here, there = (_dispatch_alone(runs) for runs in (simulated, measured))
+    ratios = [there[name] / here[name] for name in here if here[name] > 0 and there.get(name, 0) > 0]
+    return float(np.median(ratios)) if ratios else 1.0
+
+
+def _dispatch_alone(runs: Sequence[Run]) -> dict[str, float]:
+    """By tenant whose arrivals depend on nothing, ns. A closed loop's requests wait for one another."""
+    found = {}
+    for run in runs:
+        if run.kind == "solo" and run.whole and len(run.tenants[0].arrival_ns):
+            row = run.tenants[0].record()
+            found.setdefault(row.name, float(np.median(row.dispatch - row.arrival)))
+    return found
 
 
 def compare(measured: Summary, simulated: Summary) -> list[Comparison]:

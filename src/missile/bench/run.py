@@ -79,6 +79,7 @@ class Step:
 class Bench:
     """A bench run in progress. `execute` its `steps` in order; `results()` says at any time what is there so far.
 
+    plan: what `missile` runs with where its shares are the planner's; made when first needed unless it is given.
     Construction raises MisuseError (UnsupportedError) when the scenario names a policy that is unknown (planned).
     """
 
@@ -88,8 +89,8 @@ class Bench:
     environment: dict[str, Any] = field(init=False)
     runs: list[Run] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    plan: Planned | None = None
     _policies: dict[str, str] = field(init=False)
-    _plan: Planned | None = field(default=None, init=False)
     _skipped: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -139,14 +140,14 @@ class Bench:
         name, _, options = policy.partition(":")
         if name != "missile" or not {part.partition("=")[0].strip() for part in options.split(",")} <= _SWITCHES:
             return policy
-        if self._plan is None:
+        if self.plan is None:
             solos = {
                 run.tenants[0].name: run.record() for run in reversed(self.runs) if run.kind == "solo" and run.whole
             }
-            self._plan = self.testbed.plan(tenants, seed=self.scenario.seed + _PLANNING_SEED, solos=solos)
-        if self._plan is None:
+            self.plan = self.testbed.plan(tenants, seed=self.scenario.seed + _PLANNING_SEED, solos=solos)
+        if self.plan is None:
             return policy
-        chosen = self._plan.policy
+        chosen = self.plan.policy
         return f"{chosen}{',' if ':' in chosen else ':'}{options}" if options else chosen
 
     def results(self, *, interrupted: bool = False) -> Results:
@@ -164,7 +165,7 @@ class Bench:
             tenants=[self._tenant_info(tenant) for tenant in self.scenario.tenants],
             runs=self.runs,
             notes=self.notes,
-            plan=None if self._plan is None else self._plan.data,
+            plan=None if self.plan is None else self.plan.data,
         )
 
     def _objective_ms(self, tenant: Tenant) -> float | None:

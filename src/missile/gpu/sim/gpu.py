@@ -173,6 +173,10 @@ class SimulatedGpu:
         self._engine.check()
         return self._memory.allocate_host(nbytes)
 
+    def slow_host(self, factor: float) -> None:
+        """From now on, calls cost the host thread `factor` times what they did: another machine, or one with more to do."""
+        self._engine.spec = self.spec = self.spec.model_copy(update={"host": self.spec.host.slower(factor)})
+
     def memory_free(self) -> int:
         return self._memory.free_bytes
 

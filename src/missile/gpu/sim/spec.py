@@ -73,6 +73,11 @@ class HostTable(_Table):
     query_ns: NonNegative = 670
     latency_ns: NonNegative = 2500
 
+    def slower(self, factor: float) -> HostTable:
+        """With calls that cost `factor` times as much; the way from the call to the GPU stays as long."""
+        calls = ("launch_ns", "graph_ns", "copy_ns", "record_ns", "query_ns")
+        return self.model_copy(update={name: getattr(self, name) * factor for name in calls})
+
 
 class SharingTable(_Table):
     """Constants of the contention model (docs/simulator.md gives the formulas)."""
