@@ -84,7 +84,7 @@ def host_factor(measured: Sequence[Run], simulated: Sequence[Run]) -> float:
 
 def _dispatch_alone(runs: Sequence[Run]) -> dict[str, float]:
     """By tenant whose arrivals depend on nothing, ns. A closed loop's requests wait for one another."""
-    found = {}
+    found: dict[str, float] = {}
     for run in runs:
         if run.kind == "solo" and run.whole and len(run.tenants[0].arrival_ns):
             row = run.tenants[0].record()
