@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
+from missile.gpu.cuda.gpu import CudaGpu
 from missile.gpu.cuda.graphs import CudaGraph
 from missile.gpu.cuda.partitions import GreenContext
-from missile.gpu.interface import SmPartition
+from missile.gpu.interface import SmPartition, SmSplit
 
 
 class FakeDriver:
@@ -62,6 +64,31 @@ def test_each_split_gets_executables_of_its_own() -> None:
     graph.close()
     graph.close()
     assert sorted(cu.destroyed) == [("executable", number) for number in range(1, splits + 2)]
+
+
+def test_what_was_made_for_a_split_is_freed_with_it() -> None:
+    cu = FakeDriver()
+    gpu = CudaGpu.__new__(CudaGpu)
+    gpu._cu, gpu._owned, gpu._graphs = cu, {}, weakref.WeakSet()  # type: ignore[assignment]
+    gpu._capture = lambda _, partition: "whole" if partition is None else partition.index  # type: ignore[method-assign]
+    kept, closed = gpu.create_graph(()), gpu.create_graph(())
+    for _ in range(3):
+        gpu._split = SmSplit((_part(0), _part(1)), _part(2))
+        for graph in (kept, closed):
+            for part in (None, *gpu._split.parts, gpu._split.remainder):
+                graph.launch("stream", part)
+        cu.destroyed.clear()
+        gpu._drop_split()
+        assert sorted(cu.destroyed) == [("executable", index) for index in (0, 0, 1, 1, 2, 2)]
+    # One that is closed is nobody's, and has nothing left to free.
+    closed.close()
+    assert list(gpu._owned) == [id(kept)]
+    assert cu.destroyed[-1] == ("executable", "whole")
+    cu.destroyed.clear()
+    gpu._drop_split()
+    kept.close()
+    assert cu.destroyed == [("executable", "whole")]
+    assert not gpu._owned
 
 
 def test_parts_of_one_split_are_told_apart() -> None:

@@ -46,8 +46,8 @@ def work_given(policy: MissilePolicy, now: int) -> int:
 
 
 def ready(preemptible: bool = False, **options: float) -> tuple[MissilePolicy, tuple[str, ...]]:
-    """A policy that was told about the mix, and its lanes' names."""
-    policy = MissilePolicy(**options)
+    """A policy that was told about the mix, and its lanes' names. Unless told it arms nothing and stops BE first."""
+    policy = MissilePolicy(**{"arm_us": 0.0, "stop_first": True, **options})
     layout = policy.setup(MIX, INFO)
     segments = tuple(Segment(i, i + 1, 50_000.0, (None,)) for i in range(SEGMENTS))
     brief = TenantBrief((300_000.0,) * len(layout.lanes), segments, preemptible)
@@ -80,7 +80,12 @@ flags = st.lists(st.booleans(), min_size=4, max_size=4)
     stopping=flags,
     preemptible=st.booleans(),
     options=st.fixed_dictionaries(
-        {"arm_us": st.sampled_from([0, 50, 1e4]), "patience_us": st.sampled_from([0, 60]), "stop_first": st.booleans()}
+        {
+            "arm_us": st.sampled_from([0, 50, 1e4]),
+            "patience_us": st.sampled_from([0, 60]),
+            "patience": st.sampled_from([0, 0.3]),
+            "stop_first": st.booleans(),
+        }
     ),
 )
 def test_what_it_asks_for_can_be_done(queued, running, launched, pending, stopping, preemptible, options):
@@ -191,6 +196,47 @@ def test_what_ends_soon_enough_is_not_stopped():
     assert not any(isinstance(action, Preempt) for action in late)
 
 
+def stops(actions: Sequence[object]) -> bool:
+    return any(isinstance(action, Preempt) for action in actions)
+
+
+def test_be_goes_on_while_the_ls_requests_can_wait_for_it_and_is_stopped_by_one_that_can_not():
+    work = {"launched": (2, 0, 0, 0), "pending": (2, 0, 0, 0)}  # two segments of 50 us beside requests of 300 us
+    for share, stopped in ((0.0, True), (0.19, True), (0.21, False)):  # of 2 ms
+        policy, _ = ready(preemptible=True, patience=share)
+        first = snapshot(queued=(0, 1, 0, 0), running=(1, 0, 0, 0), oldest=(0, 100, 0, 0), **work)
+        assert stops(policy.decide(first)) is stopped
+    # The second one waits for the first and for BE: 700 us at most. The third one would wait until 1 ms.
+    policy, _ = ready(preemptible=True, patience=0.4)
+    for running, expected in ((0, False), (1, False), (2, True), (3, False)):
+        now = 100 + running * 10
+        there = snapshot(queued=(0, 1, 0, 0), running=(1, running, 0, 0), oldest=(0, now, 0, 0), now=now, **work)
+        assert stops(policy.decide(there)) is expected
+    # One without an objective can't wait, and makes all leave.
+    policy, _ = ready(preemptible=True, patience=1.0)
+    assert not stops(policy.decide(snapshot(queued=(0, 1, 0, 0), running=(1, 0, 0, 0), **work)))
+    assert stops(policy.decide(snapshot(queued=(0, 0, 1, 0), running=(1, 1, 0, 0), **work)))
+
+
+def test_a_request_that_has_waited_long_can_not_wait_for_be():
+    work = {"launched": (2, 0, 0, 0), "pending": (2, 0, 0, 0)}
+    for arrival, stopped in ((800_000, False), (300_000, True)):
+        policy, _ = ready(preemptible=True, patience=0.4)
+        late = snapshot(queued=(0, 1, 0, 0), running=(1, 0, 0, 0), oldest=(0, arrival, 0, 0), now=1_000_000, **work)
+        assert stops(policy.decide(late)) is stopped
+
+
+def test_what_is_armed_goes_on_beside_a_request_that_can_wait():
+    given = {"running": (1, 1, 0, 0), "launched": (2, 0, 0, 0), "pending": (2, 0, 0, 0)}
+    for share, stopped in ((0.1, True), (0.5, False)):
+        policy, _ = ready(preemptible=True, arm_us=100, patience=share)
+        policy.decide(snapshot(queued=(2, 1, 0, 0), now=0))
+        (armed, _) = policy.decide(snapshot(queued=(2, 0, 0, 0), running=(0, 1, 0, 0), now=200_000))
+        assert armed.after == (1,)
+        another = snapshot(queued=(1, 1, 0, 0), oldest=(0, 230_000, 0, 0), now=230_000, **given)
+        assert stops(policy.decide(another)) is stopped
+
+
 def test_be_may_be_stopped_when_the_ls_request_has_been_launched():
     policy, _ = ready(preemptible=True, stop_first=False)
     pending = {"running": (1, 0, 0, 0), "launched": (2, 0, 0, 0), "pending": (2, 0, 0, 0)}
@@ -222,8 +268,8 @@ def test_work_that_was_preempted_does_not_count_as_had(gpu, tenant):
     with make_preemptible(load_tenants(gpu, tenants)).roster as roster:
         alone = solo(gpu, roster, "be", seed=2, duration_ns=100 * MS).tenants[0]
         paused, promised = (
-            run(gpu, roster, f"missile{options}", seed=2, duration_ns=100 * MS).tenants[1]
-            for options in ("", ":be_min=0.45")
+            run(gpu, roster, f"missile:arm_us=0,stop_first=on{options}", seed=2, duration_ns=100 * MS).tenants[1]
+            for options in ("", ",be_min=0.45")
         )
     assert len(paused.done) < 0.4 * len(alone.done)
     assert len(promised.done) > 0.43 * len(alone.done)
@@ -287,6 +333,7 @@ def test_queues_are_bounded_even_without_an_objective():
         ("segment_us=-1", "segment_us"),
         ("queue_limit=0", "queue_limit"),
         ("arm_us=-1", "arm_us"),
+        ("patience=1.5", "patience"),
         ("patience_us=-1", "patience_us"),
         ("share=1", "ls_share"),
     ],
@@ -372,6 +419,19 @@ def test_armed_be_follows_an_ls_request_at_once_and_nothing_is_run_twice(tenant)
     assert np.all(be.end - be.start >= 0.9 * np.min(alone.end - alone.start))  # every request ran whole
     assert np.all(be.start[1:] >= be.end[:-1])
     assert len(after.done) == pytest.approx(len(alone.done), rel=0.02)  # and left nothing behind
+
+
+def test_patience_gives_be_more_for_a_tail_that_it_bounds(tenant):
+    tenants = [tenant("ls", "LS", "mobilenet_v3_large", rate=1300, slo_ms=1.0), tenant("be", "BE", "decoder_1b")]
+    with open_gpu("sim:h200", seed=1) as gpu, make_preemptible(load_tenants(gpu, tenants)).roster as roster:
+        at_once, patient, never = (
+            run(gpu, roster, f"missile:{option}", seed=2, duration_ns=300 * MS).tenants
+            for option in ("patience=0", "patience=0.5", "preempt=off")
+        )
+    assert len(patient[1].done) > 1.03 * len(at_once[1].done)
+    tails = [np.percentile(found[0].latency, 99) for found in (at_once, patient, never)]
+    assert tails[1] < 1.1 * tails[0] < 0.95 * tails[2]
+    assert len(set(patient[1].end.tolist())) == len(patient[1].end)
 
 
 def test_a_tenant_that_dies_in_the_middle_of_a_request_leaves_the_others_results(tenant):

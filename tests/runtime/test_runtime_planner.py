@@ -12,12 +12,22 @@ from hypothesis import strategies as st
 
 from missile.errors import MisuseError
 from missile.gpu.work import KernelWork
+from missile.runtime import planning
 from missile.runtime.explanation import explain, plan_data
 from missile.runtime.loading import load_tenants
-from missile.runtime.planner import Measured, candidates, make_plan, rates_changed
+from missile.runtime.planner import (
+    Measured,
+    candidates,
+    fitting_sms,
+    make_plan,
+    patience_for,
+    rates_changed,
+)
 from missile.runtime.planning import plan_tenants
 from missile.runtime.policies import create_policy
 from missile.runtime.prediction import Demand, Machine, Share, predict, service_on, wait_p99
+from missile.runtime.preempting import make_preemptible
+from missile.runtime.run import run, solo
 
 MACHINE = Machine(sms=132, unit=8, least=8, memory_rate=4e12)
 MS = 1e6
@@ -147,9 +157,9 @@ def test_each_coming_and_going_of_ls_requests_costs_be():
     leaves, stays = be(preemptible=True), be()
     lost = [1.0 - predict(Share(132), [demand, leaves], MACHINE, turn_ns=60_000.0).be_rate for demand in (few, many)]
     assert lost == [pytest.approx(0.3 + 0.7 * rate * 60e-6) for rate in (100, 1000)]
-    # What is not stopped runs on beside the LS request, at half its speed for two segments.
+    # What is not stopped runs on beside the LS request, at three quarters of its speed for two segments.
     kept = predict(Share(132), [many, stays], MACHINE, turn_ns=60_000.0, segment_ns=80_000.0)
-    assert kept.be_rate == pytest.approx(1.0 - lost[1] + 0.7 * 1000 * 80e-6)
+    assert kept.be_rate == pytest.approx(1.0 - lost[1] + 0.7 * 1000 * 120e-6)
     assert kept.p99_ns["ls"] > predict(Share(132), [many, leaves], MACHINE).p99_ns["ls"]
 
 
@@ -174,6 +184,76 @@ def test_a_trial_whose_tail_is_close_to_the_objective_counts_only_where_no_other
     assert close.accepted
     assert close.chosen.policy == "missile"
     assert "just" in explain(close)
+
+
+def plan_of(results: Mapping[str, tuple[float, float]], **options: object):
+    """A plan for one preemptible BE tenant, of trials that gave (p99 over that alone, BE rate), by policy."""
+
+    def trial(policy: str) -> Measured:
+        over, rate = results.get(policy, (3.0, 0.9))
+        return Measured({"ls": 1.0}, {"ls": 0.4 * over * MS}, rate, {"ls": over})
+
+    demands = [ls(slo_ms=1.5, tail_ns=0.4 * MS), be(preemptible=True)]
+    return make_plan(demands, MACHINE, trial=trial, tried=4, **options)
+
+
+STOP, WAIT, LET = "missile", "missile:patience=0.21", "missile:preempt=off"
+
+
+def test_a_short_tail_comes_before_be_work_and_then_be_work_counts():
+    results = {STOP: (1.02, 0.6), WAIT: (1.06, 0.65), LET: (1.18, 0.7)}
+    plan = plan_of(results)
+    assert plan.accepted
+    assert plan.chosen.policy == WAIT
+    assert "1.10 times those alone" in explain(plan)
+    assert plan_of(results | {LET: (1.09, 0.7)}).chosen.policy == LET
+    # With no such aim the objectives alone bound it.
+    assert plan_of(results, tail=None).chosen.measured.be_rate == pytest.approx(0.9)
+    assert plan_of(results, tail=1.5).chosen.policy == LET
+
+
+def test_where_no_tail_is_short_the_shortest_are_taken_as_alike():
+    results = {STOP: (1.20, 0.6), WAIT: (1.24, 0.65), LET: (1.3, 0.7)}
+    plan = plan_of(results)
+    assert plan.accepted
+    assert plan.chosen.policy == WAIT
+    assert "none has p99s of at most 1.10 times those alone" in explain(plan)
+
+
+@given(
+    found=st.lists(st.tuples(st.floats(0.9, 3.0), st.floats(0.1, 1.0)), min_size=3, max_size=3),
+    tail=st.floats(1.0, 2.0),
+)
+def test_nothing_better_is_passed_over(found, tail):
+    plan = plan_of(dict(zip((STOP, WAIT, LET), found, strict=True)), tail=tail)
+    mine = plan.chosen.measured
+    for candidate in plan.considered:
+        other = candidate.measured
+        if other is not None and other.tail <= min(tail, 3.1875):  # 0.85 of 1.5 ms
+            assert mine.tail <= tail
+            assert mine.be_rate >= 0.97 * other.be_rate
+
+
+def test_patience_goes_by_the_tenant_whose_objective_leaves_least():
+    tight, loose = ls("a", slo_ms=0.6, tail_ns=0.4 * MS), ls("b", slo_ms=4.0, tail_ns=0.4 * MS)
+    assert patience_for([tight, be()]) == pytest.approx(0.53)
+    assert patience_for([tight, loose, be()]) == pytest.approx(0.08)
+    assert patience_for([ls(slo_ms=None, tail_ns=MS), tight]) == 0.0
+    assert patience_for([ls(), tight]) == 0.0
+    assert patience_for([be()]) == 0.0
+    text = [Share(132), Share(132, patience=0.5), Share(132, preempts=False)]
+    assert list(candidates(MACHINE, preempts=True, patience=0.5)[:3]) == text
+    assert create_policy(plan_of({WAIT: (1.0, 1.0)}).chosen.policy)._patience == pytest.approx(0.21)
+
+
+def test_ls_tenants_that_need_few_sms_leave_the_others_to_be():
+    small = ls(works=(KernelWork(30, solo_ns=10_000.0),))
+    assert fitting_sms([small, be()], MACHINE) == 32
+    assert fitting_sms([small, ls("full", works=(KernelWork(1320, solo_ns=10_000.0),))], MACHINE) is None
+    assert Share(40) in candidates(MACHINE, fitting=40)
+    assert Share(40) not in candidates(MACHINE)
+    assert candidates(MACHINE, fitting=96) == candidates(MACHINE)  # three quarters
+    assert Share(120) not in candidates(MACHINE, 0.2, fitting=120)
 
 
 def test_when_nothing_holds_it_says_so_and_what_would():
@@ -273,6 +353,27 @@ def test_a_plan_for_loaded_tenants_is_measured_and_holds(gpu, tenant):
     assert 0.1 < plan.chosen.measured.be_rate <= 1.05
     assert plan.demands[0].slo_ns > plan.demands[0].service_ns
     assert len(plan.demands[1].works) == 8
+
+
+def test_tails_are_told_on_the_same_arrivals_and_what_stops_nothing_runs_plain_code(gpu, tenant, monkeypatch):
+    tenants = [tenant("ls", "LS", rate=500, slo_factor=1.5), tenant("be", "BE", "synthetic-spin")]
+    said, stoppable = [], {}
+
+    with load_tenants(gpu, tenants) as plain, make_preemptible(load_tenants(gpu, tenants)).roster as roster:
+        solos = {name: solo(gpu, roster, name, seed=1, duration_ns=80_000_000) for name in ("ls", "be")}
+
+        def run_it(gpu, tenants, policy, **more):
+            (be,) = (loaded for loaded in tenants.tenants if loaded.tenant.name == "be")
+            stoppable[policy] = any(operation.preempt is not None for operation in be.model.operations)
+            return run(gpu, tenants, policy, **more)
+
+        monkeypatch.setattr(planning, "run", run_it)
+        plan = plan_tenants(gpu, roster, seed=2, solos=solos, trial_ns=60_000_000, plain=plain, progress=said.append)
+    assert said[0] == "ls alone, on the arrivals of the trials"
+    assert stoppable["missile"]
+    assert not stoppable["missile:preempt=off"]
+    demand = plan.demands[0]
+    assert plan.chosen.measured.tails["ls"] == plan.chosen.measured.p99_ns["ls"] / demand.tail_ns
 
 
 def test_a_colored_roster_is_tried_too(gpu, tenant):

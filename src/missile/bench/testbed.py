@@ -86,7 +86,7 @@ class GpuTestbed:
     def plan(self, tenants: Sequence[Tenant], *, seed: int, solos: Mapping[str, RunRecord]) -> Planned | None:
         variant = self._variants.of("missile")
         view = self._view(tenants, () if variant is None else variant.roster.tenants)
-        plan = plan_tenants(self.gpu, view, seed=seed, solos=solos, trial_ns=_TRIAL_NS)
+        plan = plan_tenants(self.gpu, view, seed=seed, solos=solos, trial_ns=_TRIAL_NS, plain=self._view(tenants))
         return Planned(plan.chosen.policy, {"text": explain(plan), **plan_data(plan)})
 
     def _processes(self) -> MpsPool:

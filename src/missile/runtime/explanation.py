@@ -40,6 +40,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "policy": plan.chosen.policy,
         "accepted": plan.accepted,
         "why": _why(plan),
+        "tail": plan.tail,
         "objectives_ms": {name: ns / 1e6 for name, ns in plan.chosen.predicted.slo_ns.items()},
         "considered": [_candidate_data(candidate) for candidate in plan.considered],
         "breaks_first": plan.breaks_first,
@@ -55,6 +56,7 @@ def _candidate_data(candidate: Candidate) -> dict[str, Any]:
         "ls_sms": predicted.share.ls_sms,
         "colors": predicted.share.separated,
         "preempts": predicted.share.preempts,
+        "patience": predicted.share.patience,
         "predicted": {
             "load": predicted.load,
             "p99_ms": {name: _finite(ns / 1e6) for name, ns in predicted.p99_ns.items()},
@@ -66,29 +68,41 @@ def _candidate_data(candidate: Candidate) -> dict[str, Any]:
             "attainment": dict(measured.attainment),
             "p99_ms": {name: ns / 1e6 for name, ns in measured.p99_ns.items()},
             "be_rate": measured.be_rate,
+            "p99_over_alone": dict(measured.tails),
         },
     }
 
 
 def _why(plan: Plan) -> str:
     sms, kept = plan.machine.sms, plan.chosen.predicted.share.ls_sms
-    pauses = (
-        "pauses while one is"
-        if plan.chosen.predicted.share.preempts
-        else "pauses while one is, when its work has ended,"
-    )
+    share = plan.chosen.predicted.share
+    pauses = "pauses while one is" if share.preempts else "pauses while one is, when its work has ended,"
+    if share.patience:
+        pauses = (
+            "pauses while one is, when its work has ended, or at once where a request is not expected to end within "
+            f"{share.patience:.0%} of its objective,"
+        )
     beside = pauses if kept >= sms else f"has {sms - kept} of {sms} while one is"
     measured = plan.chosen.measured
     held = f"keep {ATTAINMENT:.0%} of requests within their objectives"
     if not plan.accepted:
         reason = f"no candidate would {held}; this one comes nearest"
     elif measured is None or measured.strain(plan.chosen.predicted.slo_ns) <= MARGIN:
-        reason = f"of the candidates that {held}, with something to spare, none has more BE work"
+        reason = f"of the candidates that {held}, with something to spare{_tail(plan)}, none has more BE work"
     else:
         reason = f"of the candidates that just {held}, this one has the shortest tails"
     basis = "predicted" if measured is None else "measured"
     apart = ", LS and BE memory in different colors" if plan.chosen.predicted.share.separated else ""
     return f"BE has all SMs while no LS request is there and {beside}{apart}: {reason} ({basis})."
+
+
+def _tail(plan: Plan) -> str:
+    measured = plan.chosen.measured
+    if plan.tail is None or measured is None or not measured.tails:
+        return ""
+    if measured.tail <= plan.tail:
+        return f", and p99s of at most {plan.tail:.2f} times those alone"
+    return f", and the shortest tails (none has p99s of at most {plan.tail:.2f} times those alone)"
 
 
 def _predicted(found: Prediction) -> str:
@@ -105,7 +119,8 @@ def _measured(found: Measured) -> str:
     parts = [f"BE at {found.be_rate:.0%} of its rate alone"]
     for name, ns in found.p99_ns.items():
         met = f", {found.attainment[name]:.1%} within its objective" if name in found.attainment else ""
-        parts.append(f"{name} p99 {ns / 1e6:.3g} ms{met}")
+        alone = f" ({found.tails[name]:.2f} times that alone)" if name in found.tails else ""
+        parts.append(f"{name} p99 {ns / 1e6:.3g} ms{alone}{met}")
     return ", ".join(parts)
 
 

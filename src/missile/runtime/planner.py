@@ -8,12 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from missile.errors import MisuseError
-from missile.runtime.prediction import Demand, Machine, Prediction, Share, predict
+from missile.runtime.prediction import Demand, Machine, Prediction, Share, predict, service_on
 
-__all__ = ["ATTAINMENT", "MARGIN", "Candidate", "Measured", "Plan", "Trial", "candidates", "make_plan", "rates_changed"]
+__all__ = [
+    "ATTAINMENT",
+    "MARGIN",
+    "TAIL",
+    "Candidate",
+    "Measured",
+    "Plan",
+    "Trial",
+    "candidates",
+    "fitting_sms",
+    "make_plan",
+    "patience_for",
+    "rates_changed",
+]
 
 ATTAINMENT = 0.99
 """Share of each LS tenant's requests that have to meet its objective for a plan to be accepted."""
@@ -21,6 +34,12 @@ ATTAINMENT = 0.99
 MARGIN = 0.85
 """What share of its objective a tenant's p99 may take up in a trial, which is too short to show the one in a hundred."""
 
+TAIL = 1.10
+"""How many times its p99 alone an LS tenant's p99 may be beside BE, before BE's work counts."""
+
+_TAIL_NOISE = 0.05  # p99s of two trials on the same arrivals that differ by less are alike
+_PATIENT = 0.8  # of an LS tenant's p99 alone: what is expected to end by then is not among its slowest
+_FITTING = 1.05  # LS requests that take no longer than so many times their time alone have the SMs that they need
 _TRIED = 4
 _MOST_FACTOR = 64.0
 _RATE_CHANGE = 1.3
@@ -30,11 +49,18 @@ _ALIKE = 0.02
 @dataclass(frozen=True, slots=True)
 class Measured:
     """What a short run under a candidate gave: share of requests within the objective by LS tenant (those that have one),
-    p99 by LS tenant (ns), and the BE tenants' rate over that alone."""
+    p99 by LS tenant (ns), the BE tenants' rate over that alone, and by LS tenant p99 over that alone on the same arrivals
+    (those of which it is known)."""
 
     attainment: Mapping[str, float]
     p99_ns: Mapping[str, float]
     be_rate: float
+    tails: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tail(self) -> float:
+        """The largest p99 over that alone; 0.0 where none is known."""
+        return max(self.tails.values(), default=0.0)
 
     @property
     def accepted(self) -> bool:
@@ -65,7 +91,7 @@ class Plan:
 
     considered: all candidates, best first by prediction. breaks_first: the LS tenant with the least room, "" where none has
     an objective; breaks_at: on how many times the present rates its objective breaks, by prediction. remedies: what would
-    make a plan hold, where none does.
+    make a plan hold, where none does. tail: as `make_plan` was told.
     """
 
     accepted: bool
@@ -76,30 +102,63 @@ class Plan:
     breaks_first: str
     breaks_at: float
     remedies: tuple[str, ...]
+    tail: float | None = None
 
 
 def candidates(
-    machine: Machine, be_min: float = 0.0, *, colors: bool = False, preempts: bool = False
+    machine: Machine,
+    be_min: float = 0.0,
+    *,
+    colors: bool = False,
+    preempts: bool = False,
+    patience: float = 0.0,
+    fitting: int | None = None,
 ) -> tuple[Share, ...]:
-    """BE pausing, and splits of about three quarters, a half and a quarter of the SMs for LS.
+    """BE pausing, and splits of about three quarters, a half and a quarter of the SMs for LS, or of `fitting` SMs.
 
     be_min: the least rate that BE was promised: with it, BE has to run beside LS requests. colors: the splits also with
     tenants' memory in different colors; BE that pauses does not meet LS requests in memory. preempts: some BE work can be
-    stopped; then BE may also pause when what it has on the GPU has ended by itself.
+    stopped; then BE may also pause when what it has on the GPU has ended by itself, or (above 0) by `patience`.
     """
     counts = []
-    for share in (0.75, 0.5, 0.25):
-        count = round(share * machine.sms / machine.unit) * machine.unit
+    for wanted in (0.75 * machine.sms, 0.5 * machine.sms, 0.25 * machine.sms, fitting or 0):
+        count = round(wanted / machine.unit) * machine.unit
         if machine.least <= count <= machine.sms - machine.least and count <= (1.0 - be_min) * machine.sms:
             counts.append(count)
-    whole = () if be_min else (Share(machine.sms), *((Share(machine.sms, preempts=False),) if preempts else ()))
+    whole: tuple[Share, ...] = () if be_min else (Share(machine.sms),)
+    if whole and preempts:
+        whole += (*((Share(machine.sms, patience=patience),) if patience else ()), Share(machine.sms, preempts=False))
     plain = (*whole, *(Share(count) for count in dict.fromkeys(counts)))
     return (*plain, *(Share(count, separated=True) for count in dict.fromkeys(counts))) if colors else plain
+
+
+def patience_for(demands: Sequence[Demand]) -> float:
+    """How large a share of its objective each LS request may be expected to take before BE is stopped for it, so that those
+    that it is not stopped for are not among a tenant's slowest. 0.0 where that can't be told of every LS tenant."""
+    shares = []
+    for demand in demands:
+        if demand.latency_sensitive:
+            if demand.slo_ns is None or demand.tail_ns is None:
+                return 0.0
+            shares.append(min(_PATIENT * demand.tail_ns / demand.slo_ns, _PATIENT))
+    return math.floor(min(shares, default=0.0) * 100) / 100
+
+
+def fitting_sms(demands: Sequence[Demand], machine: Machine) -> int | None:
+    """The least SMs on which every LS tenant's requests take at most 5% longer than on all, by their kernels; None: there
+    are none."""
+    ls = [demand for demand in demands if demand.latency_sensitive]
+    for count in range(machine.unit, machine.sms, machine.unit):
+        if all(service_on(demand, machine, count) <= _FITTING * demand.service_ns for demand in ls):
+            return count
+    return None
 
 
 def policy_text(share: Share, machine: Machine, be_min: float = 0.0) -> str:
     """The policy that carries a share out."""
     if share.ls_sms >= machine.sms:
+        if share.patience:
+            return f"missile:patience={share.patience:g}"
         return "missile" if share.preempts else "missile:preempt=off"
     options = f"pause=off,ls_share={share.ls_sms / machine.sms:.3f}"
     options += f",be_min={be_min:g}" if be_min else ""
@@ -113,12 +172,14 @@ def make_plan(
     be_min: float = 0.0,
     trial: Trial | None = None,
     tried: int = _TRIED,
+    tail: float | None = TAIL,
 ) -> Plan:
-    """The candidate with the most BE work of those whose objectives hold.
+    """The candidate with the most BE work of those whose objectives hold and whose p99s are at most `tail` times that alone.
 
     be_min: least BE rate, as a share of that alone. Colors are considered when it is known what they cost every tenant
     (`Demand.colored_ns`). trial: measures a candidate; the `tried` most promising ones are measured, those in which BE
-    pauses among them, and the choice is made by what was measured. Without it, the prediction decides.
+    pauses among them, and the choice is made by what was measured. Without it, the prediction decides, which can't judge
+    tails. tail: None leaves all that the objectives allow to BE. Where no candidate keeps it, the shortest tails come first.
     MisuseError for shares that can't be promised, and for an objective below the time that the tenant takes alone.
     """
     _check(demands, be_min)
@@ -127,6 +188,8 @@ def make_plan(
         be_min,
         colors=all(demand.colored_ns is not None for demand in demands),
         preempts=any(demand.preemptible for demand in demands if not demand.latency_sensitive),
+        patience=patience_for(demands),
+        fitting=fitting_sms(demands, machine),
     )
     if not shares:
         raise MisuseError(f"No split of {machine.sms} SMs leaves BE the {be_min:.0%} that it was promised.")
@@ -141,7 +204,7 @@ def make_plan(
         order = sorted(range(len(considered)), key=lambda place: considered[place].predicted.share.ls_sms < machine.sms)
         for place in sorted(order[:tried]):
             considered[place] = replace(considered[place], measured=trial(considered[place].policy))
-        chosen, accepted = _best([(c, c.measured) for c in considered if c.measured is not None])
+        chosen, accepted = _best([(c, c.measured) for c in considered if c.measured is not None], tail)
     first, factor = _breaks(chosen, demands, machine)
     return Plan(
         accepted=accepted,
@@ -152,14 +215,16 @@ def make_plan(
         breaks_first=first,
         breaks_at=factor,
         remedies=() if accepted else _remedies(demands, machine, considered),
+        tail=tail,
     )
 
 
-def _best(tried: Sequence[tuple[Candidate, Measured]]) -> tuple[Candidate, bool]:
+def _best(tried: Sequence[tuple[Candidate, Measured]], tail: float | None) -> tuple[Candidate, bool]:
     """The choice by what was measured, and whether it holds.
 
-    Of those that hold with a margin, the one with the most BE work (of those that differ by less than a trial can tell, the
-    one with the least strain); else of those that just hold, or of all, the one with the least strain.
+    Of those that hold with a margin and whose tails are at most `tail` (where none is: within what a trial can tell of the
+    shortest), the one with the most BE work (of those that differ by less than a trial can tell, the one with the least
+    strain); else of those that just hold, or of all, the one with the least strain.
     """
 
     def strain(pair: tuple[Candidate, Measured]) -> float:
@@ -168,6 +233,9 @@ def _best(tried: Sequence[tuple[Candidate, Measured]]) -> tuple[Candidate, bool]
     holding = [pair for pair in tried if pair[1].accepted]
     safe = [pair for pair in holding if strain(pair) <= MARGIN]
     if safe:
+        if tail is not None:
+            bound = max(tail, min(result.tail for _, result in safe) * (1.0 + _TAIL_NOISE))
+            safe = [pair for pair in safe if pair[1].tail <= bound]
         most = max(result.be_rate for _, result in safe)
         return min((pair for pair in safe if pair[1].be_rate >= most * (1.0 - _ALIKE)), key=strain)[0], True
     return min(holding or tried, key=strain)[0], bool(holding)

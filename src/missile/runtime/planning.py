@@ -12,7 +12,7 @@ from missile.errors import MisuseError
 from missile.gpu.interface import Gpu, GpuInfo, Launch
 from missile.runtime.loading import LoadedTenant, Roster
 from missile.runtime.metrics import attainment, quantile
-from missile.runtime.planner import Measured, Plan, make_plan
+from missile.runtime.planner import TAIL, Measured, Plan, make_plan
 from missile.runtime.prediction import Demand, Machine
 from missile.runtime.records import RunRecord, TenantRecord
 from missile.runtime.run import run, solo
@@ -31,21 +31,26 @@ def plan_tenants(
     solos: Mapping[str, RunRecord] | None = None,
     be_min: float = 0.0,
     trial_ns: int = _TRIAL_NS,
+    tail: float | None = TAIL,
     colored: Callable[[], Roster] | None = None,
+    plain: Roster | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """A plan for `roster`'s tenants, its candidates tried on `gpu` for `trial_ns` each.
 
     solos: each tenant's run alone, by name; those that are missing are made now, `trial_ns` long. An LS tenant's objective
     is its own (`slo_ms`), or `slo_factor` times its p99 alone; without both it has none. be_min: least BE rate, as a share
-    of that alone. colored: gives the same tenants with LS and BE in different colors of memory (the caller's to close); they
-    are then considered too, at what they cost each tenant alone. progress: told what is run next.
+    of that alone. tail: as for `make_plan`; each LS tenant is run alone on the trials' arrivals for it. plain: the same
+    tenants with code that can't be stopped, for candidates that stop nothing. colored: gives the same tenants with LS and BE
+    in different colors of memory (the caller's to close); they are then considered too, at what they cost each tenant alone.
+    progress: told what is run next.
     Raises what `run` and `make_plan` raise.
     """
     say = progress or (lambda _text: None)
     warm = int(trial_ns * _WARM_SHARE)
     alone: dict[str, TenantRecord] = {}
     rates: dict[str, float] = {}
+    tails: dict[str, float] = {}
     for loaded in roster.ready:
         name = loaded.tenant.name
         record = None if solos is None else solos.get(name)
@@ -54,7 +59,18 @@ def plan_tenants(
             record = solo(gpu, roster, name, seed=seed, duration_ns=trial_ns, warmup_ns=warm)
         alone[name] = next(found for found in record.tenants if found.name == name)
         rates[name] = len(alone[name].done) / max(record.duration_ns - record.warmup_ns, 1) * 1e9
-    demands = [_demand(loaded, alone[loaded.tenant.name], rates[loaded.tenant.name]) for loaded in roster.ready]
+        if loaded.tenant.latency_sensitive:
+            if (record.seed, record.duration_ns, record.warmup_ns) != (seed, trial_ns, warm):
+                say(f"{name} alone, on the arrivals of the trials")
+                record = solo(gpu, roster, name, seed=seed, duration_ns=trial_ns, warmup_ns=warm)
+            found = next(found for found in record.tenants if found.name == name)
+            if len(found.done):
+                tails[name] = _p99(found)
+    demands = [
+        replace(_demand(loaded, alone[name], rates[name]), tail_ns=tails.get(name))
+        for loaded in roster.ready
+        for name in (loaded.tenant.name,)
+    ]
     separate = None if colored is None else colored()
     if separate is not None:
         for place, demand in enumerate(demands):
@@ -66,11 +82,15 @@ def plan_tenants(
 
     def trial(policy: str) -> Measured:
         say(policy)
-        tenants = separate if separate is not None and "colors=on" in policy else roster
+        tenants = roster
+        if separate is not None and "colors=on" in policy:
+            tenants = separate
+        elif plain is not None and "preempt=off" in policy:
+            tenants = plain
         record = run(gpu, tenants, policy, seed=seed, duration_ns=trial_ns, warmup_ns=warm)
         return _measured(record, demands, rates)
 
-    return make_plan(demands, machine_of(gpu.info), be_min=be_min, trial=trial)
+    return make_plan(demands, machine_of(gpu.info), be_min=be_min, trial=trial, tail=tail)
 
 
 def machine_of(info: GpuInfo) -> Machine:
@@ -107,6 +127,7 @@ def _measured(record: RunRecord, demands: list[Demand], rates: Mapping[str, floa
     by_name = {found.name: found for found in record.tenants}
     met: dict[str, float] = {}
     p99: dict[str, float] = {}
+    tails: dict[str, float] = {}
     shares = []
     for demand in demands:
         found = by_name[demand.name]
@@ -115,9 +136,11 @@ def _measured(record: RunRecord, demands: list[Demand], rates: Mapping[str, floa
             continue
         if len(found.done):
             p99[demand.name] = _p99(found)
+            if demand.tail_ns:
+                tails[demand.name] = p99[demand.name] / demand.tail_ns
         if demand.slo_ns is not None:
             met[demand.name] = attainment(found, demand.slo_ns) or 0.0
-    return Measured(met, p99, float(np.mean(shares)) if shares else 0.0)
+    return Measured(met, p99, float(np.mean(shares)) if shares else 0.0, tails)
 
 
 def _p99(record: TenantRecord) -> float:

@@ -18,9 +18,10 @@ __all__ = ["Demand", "Machine", "Prediction", "Share", "predict", "service_on", 
 # goes (docs/simulator.md has both, with what they were fitted to).
 _HEADROOM = 0.6
 _QUEUE_LIMIT = 0.8
-# What BE loses each time LS requests come and go, beyond their time: the way of its blocks off the GPU and back. With LS at
-# 30% of capacity 90 us on an H200, of which 30 are the check in its kernels (docs/runtime.md).
-_TURN_NS = 60_000.0
+# What BE loses each time LS requests come and go, beyond their time alone: the way of its blocks off the GPU and back. Over
+# five cells on an H200, with segments armed behind LS requests and BE stopped after their launch, 26 us at most beyond
+# the time that they took; without both, 72 us in the median (docs/runtime.md).
+_TURN_NS = 20_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Demand:
     works: its model's kernels (empty: never profiled). service_ns: of a request alone on the whole GPU. rate_per_s: of
     arrivals; 0.0 for BE, which takes what there is. slo_ns: on a request's latency, for LS. preemptible: its kernels leave
     when told to. colored_ns: as service_ns, with its memory in the colors that it would get; None where that is not known.
+    tail_ns: p99 of its requests' latency alone on the same arrivals, for LS; None where that is not known.
     """
 
     name: str
@@ -50,16 +52,19 @@ class Demand:
     works: tuple[KernelWork, ...] = ()
     preemptible: bool = False
     colored_ns: float | None = None
+    tail_ns: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
     """ls_sms: SMs that BE keeps off while an LS request is there; all of them: BE pauses. separated: LS and BE tenants'
-    memory is in different colors. preempts: BE work that can be stopped is, when an LS request comes (else it ends)."""
+    memory is in different colors. preempts: BE work that can be stopped is, when an LS request comes (else it ends).
+    patience: unless all LS requests are expected to end within so large a share of their objectives all the same."""
 
     ls_sms: int
     separated: bool = False
     preempts: bool = True
+    patience: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +173,10 @@ def predict(
             # LS requests run on all SMs, before BE: where they hold them, BE has none.
             beside = work / sum(service_on(d, machine, left) for d in be) / growth * (1.0 - occupancy(ls, machine))
         # How often LS requests come when none is there, and what each time costs BE. What is not stopped goes on at about
-        # half its speed for two segments.
+        # three quarters of its speed for two segments (94 to 187 us a turn over the same five cells).
         turns = sum(d.rate_per_s for d in ls) / 1e9 * rate_factor * (1.0 - load)
-        kept = 0.0 if any(stops) else min(segment_ns, mean / 2)
+        ends = bool(share.patience) or not any(stops)
+        kept = min(1.5 * segment_ns, mean / 2) if ends else 0.0
         whole *= max(1.0 - load - turns * (turn_ns - kept), 0.0)
     return Prediction(
         share=share,

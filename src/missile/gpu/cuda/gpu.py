@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -68,6 +69,7 @@ class CudaGpu:
         self._device = cu("cuDeviceGet", ordinal)
         self._streams: dict[int, CudaStream] = {}
         self._owned: dict[int, Callable[[], None]] = {}
+        self._graphs: weakref.WeakSet[CudaGraph] = weakref.WeakSet()  # that may have executables for the split
         self._split: SmSplit | None = None
         self._lab: MemoryLab | None = None
         self._closed = False
@@ -148,7 +150,7 @@ class CudaGpu:
         return stream
 
     def create_event(self, *, timing: bool = True) -> CudaEvent:
-        return self._own(CudaEvent(self._cu, self._clock, timing=timing))
+        return self._own(CudaEvent(self._cu, self._clock, timing=timing, on_close=self._disown))
 
     def create_latch(self) -> CudaLatch:
         word = self.allocate(4)
@@ -156,12 +158,14 @@ class CudaGpu:
         return CudaLatch(word)
 
     def load_module(self, image: bytes, *, name: str = "") -> CudaModule:
-        return self._own(CudaModule(self._cu, image, name, self._shared_limit))
+        return self._own(CudaModule(self._cu, image, name, self._shared_limit, self._disown))
 
     def create_graph(
         self, operations: Sequence[Launch | Fill | Copy], *, within: Sequence[Launch | Fill | Copy] | None = None
     ) -> CudaGraph:
-        return self._own(CudaGraph(self._cu, operations, self._capture))
+        graph = self._own(CudaGraph(self._cu, operations, self._capture, self._disown))
+        self._graphs.add(graph)
+        return graph
 
     def create_preempt_control(self) -> CudaPreemptControl:
         with contextlib.ExitStack() as undo:
@@ -227,6 +231,8 @@ class CudaGpu:
         if self._split is not None:
             split, self._split = self._split, None
             for part in (*split.parts, *([split.remainder] if split.remainder else [])):
+                for graph in self._graphs:
+                    graph.forget(part)
                 self._cu.release("cuGreenCtxDestroy", part.handle.green)
 
     # --- memory

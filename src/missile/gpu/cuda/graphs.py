@@ -23,7 +23,7 @@ Operation = Launch | Fill | Copy
 class CudaGraph:
     """Operations in order, instantiated for each partition at its first launch there (or by `prepare`).
 
-    capture: makes a CUgraph of the operations in the partition's context.
+    capture: makes a CUgraph of the operations in the partition's context. on_close: told once, when the graph is closed.
     """
 
     def __init__(
@@ -31,8 +31,10 @@ class CudaGraph:
         cu: Driver,
         operations: Sequence[Operation],
         capture: Callable[[Sequence[Operation], SmPartition | None], Any],
+        on_close: Callable[[object], None] = lambda _: None,
     ) -> None:
         self._cu = cu
+        self._on_close = on_close
         self._operations = tuple(operations)
         self._capture = capture
         # By the partition's handle, which is held here: its id can't become that of a later split's. None: the whole GPU.
@@ -66,7 +68,15 @@ class CudaGraph:
         if status:
             raise self._cu.failure("cuGraphLaunch", status, tenant=self.tenants[0] if self.tenants else "")
 
+    def forget(self, partition: SmPartition) -> None:
+        """Free what was made for `partition`, whose split is given up."""
+        executable = self._executables.pop(partition.handle, None)
+        if executable is not None:
+            self._cu.release("cuGraphExecDestroy", executable)
+
     def close(self) -> None:
+        """Idempotent."""
+        self._on_close(self)
         executables, self._executables = self._executables, {}
         for executable in executables.values():
             self._cu.release("cuGraphExecDestroy", executable)

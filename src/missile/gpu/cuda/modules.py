@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 from missile.errors import GpuError, MisuseError
@@ -139,8 +140,16 @@ class CudaKernel:
 class CudaModule:
     """A CUmodule. `name` is "TENANT" or "TENANT/WHAT": errors name the part before the slash as the tenant."""
 
-    def __init__(self, cu: Driver, image: bytes, name: str, shared_limit: int) -> None:
+    def __init__(
+        self,
+        cu: Driver,
+        image: bytes,
+        name: str,
+        shared_limit: int,
+        on_close: Callable[[object], None] = lambda _: None,
+    ) -> None:
         self._cu = cu
+        self._on_close = on_close
         self._name = name
         self._shared_limit = shared_limit
         self._kernels: dict[str, CudaKernel] = {}
@@ -165,6 +174,7 @@ class CudaModule:
     def close(self) -> None:
         if self._native is not None:
             native, self._native = self._native, None
+            self._on_close(self)
             self._kernels.clear()
             self._cu.release("cuModuleUnload", native)
 

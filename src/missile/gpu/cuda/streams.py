@@ -21,9 +21,12 @@ __all__ = ["CudaEvent", "CudaStream"]
 class CudaEvent:
     """A CUevent that remembers which stream it was recorded on, and how far that stream was."""
 
-    def __init__(self, cu: Driver, clock: EventClock, *, timing: bool) -> None:
+    def __init__(
+        self, cu: Driver, clock: EventClock, *, timing: bool, on_close: Callable[[object], None] = lambda _: None
+    ) -> None:
         flags = cu.api.CUevent_flags
         self._cu = cu
+        self._on_close = on_close
         self._query = cu.api.cuEventQuery
         self._not_ready = cu.api.CUresult.CUDA_ERROR_NOT_READY
         self._clock = clock
@@ -65,6 +68,7 @@ class CudaEvent:
     def close(self) -> None:
         if self.handle is not None:
             handle, self.handle, self._pending = self.handle, None, False
+            self._on_close(self)
             self._cu.release("cuEventDestroy", handle)
 
     def _finish(self) -> None:

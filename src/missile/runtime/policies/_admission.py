@@ -52,6 +52,21 @@ class Admission:
         """When the requests that run are expected to have ended, ns; minus infinity where none does."""
         return self._since + self.running * self._usual_ns if self.running else -math.inf
 
+    def can_wait(self, snapshot: Snapshot, ns: float, share: float) -> bool:
+        """Whether all requests of the tenant that are there are expected to end within `share` of its objective even if
+        they were held up for `ns` more. Without an objective: none can wait. Ask after `starts`."""
+        queued, running = snapshot.queued[self._number], snapshot.running[self._number]
+        if not queued and not running:
+            return True
+        if self._objective_ns is None:
+            return False
+        now, bound = snapshot.now_ns, share * self._objective_ns
+        before = max(running * self._usual_ns - (now - self._since), 0.0) if running else 0.0
+        if not queued:  # when those that run arrived is not known any more: taken to be when the first of them began
+            return now - self._since + before + ns <= bound
+        oldest = now - snapshot.oldest_ns[self._number]
+        return oldest + before + self._usual_ns + ns <= bound and before + queued * self._usual_ns + ns <= bound
+
     def starts(self, snapshot: Snapshot) -> list[Action]:
         """What to do with what is queued. Call it whenever something is, and when `running` has changed: it also watches how
         long requests take."""

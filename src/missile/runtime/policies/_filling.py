@@ -65,24 +65,40 @@ class Filling:
                 self._begun[place] = snapshot.now_ns
             self._was_pending[place] = pending
 
-    def make_way(self, snapshot: Snapshot, patience_ns: float = 0.0) -> list[Preempt]:
+    def make_way(self, snapshot: Snapshot, patience_ns: float = 0.0, *, begun: bool = True) -> list[Preempt]:
         """An LS request has come: stop what can be stopped and would not end by itself within `patience_ns`. `fill` then
-        waits until it has left."""
+        waits until it has left. begun: it runs; else it waits for LS requests."""
         return [
             Preempt(number)
             for place, number in enumerate(self._numbers)
-            if self._preemptible[place]
-            and snapshot.pending[number]
-            and self._alone[place] != self._beside[place]
-            and (not patience_ns or self._left_ns(place, snapshot) > patience_ns)
+            if self._is_stoppable(place, snapshot)
+            and (not patience_ns or self._left_ns(place, snapshot, begun) > patience_ns)
         ]
 
-    def _left_ns(self, place: int, snapshot: Snapshot) -> float:
-        """How long a tenant's segments on the GPU would go on, by their lengths alone."""
+    def is_stoppable(self, snapshot: Snapshot) -> bool:
+        """Whether BE has something on the GPU that could be stopped."""
+        return any(self._is_stoppable(place, snapshot) for place in range(len(self._numbers)))
+
+    def left_ns(self, number: int, snapshot: Snapshot, *, begun: bool = True) -> float:
+        """How long what BE tenant `number` has on the GPU would go on, alone, ns; as far as `watch` could tell."""
+        return self._left_ns(self._numbers.index(number), snapshot, begun)
+
+    def _is_stoppable(self, place: int, snapshot: Snapshot) -> bool:
+        number = self._numbers[place]
+        return (
+            self._preemptible[place]
+            and snapshot.pending[number] > 0
+            and not snapshot.stopping[number]
+            and self._alone[place] != self._beside[place]
+        )
+
+    def _left_ns(self, place: int, snapshot: Snapshot, begun: bool) -> float:
         number, lengths = self._numbers[place], self._lengths[place]
         pending = snapshot.pending[number]
         first = snapshot.launched[number] - pending
         left = sum(lengths[(first + index) % len(lengths)] for index in range(pending))
+        if not begun:
+            return left
         return left - min(float(snapshot.now_ns - self._begun[place]), lengths[first % len(lengths)])
 
     def fill(

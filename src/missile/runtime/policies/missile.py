@@ -13,7 +13,7 @@ from missile.gpu.interface import GpuInfo, Level, Priority
 from missile.runtime.policies._admission import Admission
 from missile.runtime.policies._common import latency_first, part_of
 from missile.runtime.policies._filling import NEVER, Filling, Floor
-from missile.runtime.policies.interface import Action, Advance, Lane, Layout, Snapshot, TenantBrief, Wake
+from missile.runtime.policies.interface import Action, Advance, Lane, Layout, Preempt, Snapshot, TenantBrief, Wake
 from missile.runtime.tenant import Tenant
 
 __all__ = ["MissilePolicy"]
@@ -33,8 +33,9 @@ class MissilePolicy:
     last LS request has ended. queue_limit: LS requests of one tenant that may wait.
     arm_us: a BE that pauses is given its next segments so long before the LS requests there should have ended, and the GPU
     begins them when they have (0: only after the host has seen that). Another LS request that arrives meanwhile makes them
-    leave. patience_us: BE work that ends by itself within so long is not stopped. stop_first: BE is told to leave before
-    the LS request is launched (off: after).
+    leave. patience: BE work is not stopped while every LS request there is expected to end within so large a share of its
+    objective, even if it had to wait for all of that work; in [0, 1], 0: always stopped. patience_us: nor is BE work stopped
+    that ends by itself within so long. stop_first: BE is told to leave before the LS request is launched (off: after).
     """
 
     name = "missile"
@@ -53,14 +54,17 @@ class MissilePolicy:
         segment_us: float = 80.0,
         linger_us: float = 0.0,
         queue_limit: float = 256,
-        arm_us: float = 0.0,
+        arm_us: float = 150.0,
+        patience: float = 0.0,
         patience_us: float = 0.0,
-        stop_first: float = True,
+        stop_first: float = False,
     ) -> None:
         if not 0.0 < ls_share <= 1.0:
             raise MisuseError(f"Policy 'missile': ls_share must be above 0 and at most 1, not {ls_share:g}.")
         if not 0.0 <= be_min < 1.0:
             raise MisuseError(f"Policy 'missile': be_min must be at least 0 and below 1, not {be_min:g}.")
+        if not 0.0 <= patience <= 1.0:
+            raise MisuseError(f"Policy 'missile': patience must be at least 0 and at most 1, not {patience:g}.")
         if ls_share + be_min > 1.0 + 1e-9:
             raise MisuseError(
                 f"Policy 'missile': ls_share={ls_share:g} and be_min={be_min:g} promise more than the whole GPU."
@@ -80,7 +84,7 @@ class MissilePolicy:
         self._pauses = self.elastic and (self.pause or ls_share == 1.0)
         self._segment_ns, self._linger_ns = segment_us * 1e3, int(linger_us * 1e3)
         self._queue_limit = int(queue_limit)
-        self._patience_ns, self._stop_first = patience_us * 1e3, bool(stop_first)
+        self._patience, self._patience_ns, self._stop_first = patience, patience_us * 1e3, bool(stop_first)
         # Beside LS requests, or when it lingers, BE has nothing to wait for at their end.
         self._arm_ns = int(arm_us * 1e3) if self._pauses and not linger_us else 0
         self._ls: tuple[int, ...] = ()
@@ -90,6 +94,7 @@ class MissilePolicy:
         self._keep_off_until = 0
         self._ls_was_there = False
         self._armed = False  # BE has segments on the GPU that begin when the LS requests there have ended
+        self._spared = False  # BE has segments on the GPU that were let go on beside the LS requests there
 
     def setup(self, tenants: Sequence[Tenant], info: GpuInfo) -> Layout:
         if info.level < Level.PRIORITIES:
@@ -148,7 +153,7 @@ class MissilePolicy:
         actions: list[Action] = []
         now = snapshot.now_ns
         there = arrived = False
-        if self._patience_ns:
+        if self._patience or self._patience_ns:
             self._be.watch(snapshot)
         for number, gate in zip(self._ls, self._gates, strict=True):
             queued, running = snapshot.queued[number], snapshot.running[number]
@@ -162,20 +167,31 @@ class MissilePolicy:
             there = True
             actions.append(Wake(self._keep_off_until))
         stopped: list[int] = []
-        if there and (not self._ls_was_there or (self._armed and arrived)):
-            stops = self._be.make_way(snapshot, self._patience_ns)
+        if there and (not self._ls_was_there or ((self._armed or self._spared) and arrived)):
+            stops = self._make_way(snapshot)
             stopped = [stop.tenant for stop in stops]
             place = 0 if self._stop_first else len(actions)  # LS kernels wait for the SMs that this frees
             actions[place:place] = stops
-            self._armed = False
         self._ls_was_there = there
-        self._armed = self._armed and there
+        self._armed, self._spared = self._armed and there, self._spared and there
         if there and self._pauses and (owed_at := self._floor.owed_at(now)) > now:
             if owed_at < NEVER:
                 actions.append(Wake(owed_at))
             return self._arm(snapshot, actions, stopped) if self._arm_ns else actions
         segment = self._be.fill(snapshot, beside_ls=there, stopped=stopped)
         return self._give(now, segment, actions)
+
+    def _make_way(self, snapshot: Snapshot) -> list[Preempt]:
+        """Stop what BE has on the GPU, unless it ends soon or the LS requests can wait for it."""
+        stops = self._be.make_way(snapshot, self._patience_ns, begun=not self._armed)
+        if stops and self._patience:
+            left = max(self._be.left_ns(stop.tenant, snapshot, begun=not self._armed) for stop in stops)
+            if all(gate.can_wait(snapshot, left, self._patience) for gate in self._gates):
+                stops = []
+        # What was armed and is let be goes on beside the request that has come, and that one's successors are asked again.
+        self._spared = self._pauses and not stops and self._be.is_stoppable(snapshot)
+        self._armed = self._armed and self._spared
+        return stops
 
     def _arm(self, snapshot: Snapshot, actions: list[Action], stopped: Sequence[int]) -> list[Action]:
         """Give BE segments that begin behind the LS requests, when these are about to end."""
