@@ -234,7 +234,8 @@ def _best(tried: Sequence[tuple[Candidate, Measured]], tail: float | None) -> tu
     safe = [pair for pair in holding if strain(pair) <= MARGIN]
     if safe:
         if tail is not None:
-            bound = max(tail, min(result.tail for _, result in safe) * (1.0 + _TAIL_NOISE))
+            shortest = min(result.tail for _, result in safe)
+            bound = tail if shortest <= tail else shortest * (1.0 + _TAIL_NOISE)
             safe = [pair for pair in safe if pair[1].tail <= bound]
         most = max(result.be_rate for _, result in safe)
         return min((pair for pair in safe if pair[1].be_rate >= most * (1.0 - _ALIKE)), key=strain)[0], True
