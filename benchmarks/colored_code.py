@@ -30,6 +30,7 @@ PIECE = PageLayout(2 << 20, tuple(range(8)))
 SHAPES = {
     "pair 256": Shape(Form.PAIR, PIECE),
     "pair 256, wide": Shape(Form.PAIR, PIECE, wide=True),
+    "step 512": Shape(Form.STEP, PIECE, alike=True),
     "in-page shared 4K": Shape(Form.IN_PAGE, FRAME),
     "in-page shared 512": Shape(Form.IN_PAGE, GRANULE),
     "in-page global 512": Shape(Form.IN_PAGE, GRANULE, space=TableSpace.GLOBAL),

@@ -175,11 +175,11 @@ class ModelRun:
     ) -> tuple[ColoredKernels, dict[str, Any]]:
         """For each kernel the code that is fastest where it stands; the usual one where others gain less than 2%."""
         shape, ids = memory.translation.shape, list(code.cubins)
-        shadow = self._builder.code(self.name, shadow_shape(shape)).cubins
+        steps = self._builder.code(self.name, shadow_shape(shape)).cubins
         looping = self._builder.kept(self.name, shape)
         ways = {
             "kept": ColoredKernels(shape, {**code.cubins, **looping}, code.transfer),
-            "shadow": ColoredKernels(shape, shadow, code.transfer, frozenset(ids)),
+            "step": ColoredKernels(shape, steps, code.transfer, frozenset(ids)),
         }
         times = {"usual": self._steps(usual)}
         for way, kernels in ways.items():
@@ -199,12 +199,12 @@ class ModelRun:
             chosen[own] = times[best][own]
             text = (self.directory / "kernels" / f"{kernel}.ptx").read_text()
             self._table.note(shape.form, text, Placement.KEPT if best == "kept" else None)
-            self._table.note_shadowed(shape.form, text, best == "shadow")
+            self._table.note_shadowed(shape.form, text, best == "step")
         cubins = {
             kernel: ways[way].cubins[kernel] if way in ways else code.cubins[kernel] for kernel, way in taken.items()
         }
         mixed = ColoredKernels(
-            shape, cubins, code.transfer, frozenset(kernel for kernel, way in taken.items() if way == "shadow")
+            shape, cubins, code.transfer, frozenset(kernel for kernel, way in taken.items() if way == "step")
         )
         found = {
             "chosen": {way: list(taken.values()).count(way) for way in times},

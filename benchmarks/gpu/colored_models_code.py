@@ -36,8 +36,8 @@ TRANSFER_BYTES = 64 << 20  # that speed is measured with
 @dataclass(frozen=True)
 class Variant:
     """all_colors: the tenant has every color; else half of them, chosen at random where the form lets one choose.
-    mixed: each kernel has what is fastest with it, of the usual code, lookups kept in loops, and a shadow page table of the
-    same memory; measured first.
+    mixed: each kernel has what is fastest with it, of the usual code, lookups kept in loops, and steps for the same memory;
+    measured first.
     """
 
     name: str

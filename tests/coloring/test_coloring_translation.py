@@ -16,6 +16,7 @@ from missile.coloring.translation import (
     InPageTranslation,
     PairTranslation,
     ShadowTranslation,
+    StepTranslation,
     Translation,
 )
 from missile.errors import MisuseError
@@ -48,7 +49,17 @@ def translations(seed: int) -> list[Translation]:
     choices = rng.integers(0, 2, (pages, PIECES.granules // 2))
     found.append(PairTranslation(shape, choices))
     found.append(PairTranslation(Shape(Form.PAIR, PIECES, wide=True), 1 - choices))
+    found += steps(seed)
     return found
+
+
+def steps(seed: int) -> list[StepTranslation]:
+    rng = np.random.default_rng(seed)
+    choices = rng.integers(0, 2, (int(rng.integers(1, 9)), PIECES.granules // 4))
+    alike = PairTranslation(Shape(Form.PAIR, PIECES, alike=True), np.repeat(choices, 2, axis=1))
+    apart = PairTranslation(Shape(Form.PAIR, PIECES), np.concatenate([choices, 1 - choices], axis=1))
+    wide = PairTranslation(Shape(Form.PAIR, PIECES, wide=True), np.concatenate([choices, choices], axis=1))
+    return [StepTranslation.of(pairs) for pairs in (alike, apart, wide)]
 
 
 def all_bytes_of(translation: Translation, frames: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -102,6 +113,8 @@ def test_a_shadow_table_of_any_translation_translates_as_it_does(seed: int) -> N
     for translation in translations(seed):
         shadow = ShadowTranslation.of(translation)
         offsets = rng.integers(-translation.logical_bytes, 2 * translation.logical_bytes, 200)
+        if isinstance(translation, StepTranslation):  # elsewhere in the guard frame, what is outside
+            offsets %= translation.logical_bytes
         assert np.array_equal(shadow.physical(offsets), translation.physical(offsets))
         assert shadow.logical_bytes == translation.logical_bytes
 
@@ -141,6 +154,24 @@ def test_two_tenants_of_pairs_have_every_frame_between_them(seed: int) -> None:
     assert (one.locate(frames) ^ other.locate(frames) == 256).all()
     assert len(set(one.locate(frames).tolist()) | set(other.locate(frames).tolist())) == 2 * len(frames)
     assert one.table().nbytes == -(-len(frames) // 32) * 4
+
+
+@given(st.integers(0, 10_000))
+def test_steps_of_pairs_translate_as_they_do(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    alike, pages = bool(rng.integers(2)), int(rng.integers(1, 9))
+    choices = rng.integers(0, 2, (pages, PIECES.granules // 4, 1 if alike else 2))
+    taken = np.broadcast_to(choices, (*choices.shape[:2], 2)).reshape(pages, -1)
+    pairs = PairTranslation(Shape(Form.PAIR, PIECES, alike=alike, wide=bool(rng.integers(2))), taken)
+    same = StepTranslation.of(pairs)
+    assert np.array_equal(
+        same.physical(np.arange(0, pairs.logical_bytes, 32)), pairs.physical(np.arange(0, pairs.logical_bytes, 32))
+    )
+    outside = rng.integers(pairs.logical_bytes, 1 << 31, 50)
+    guard = pairs.locate(pairs.frames)
+    assert (same.physical(outside) & ~255 == guard).all()
+    # Tables of 2 bytes for each piece, or for two of them.
+    assert same.table().nbytes == (pairs.frames + 1) * (1 if alike else 2)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 4))
@@ -184,6 +215,9 @@ def test_colors_that_are_not_linear_are_not_taken_for_it() -> None:
         (lambda: Shape(Form.PAIR, PIECES, page_xors=True), "no constants"),
         (lambda: PairTranslation(Shape(Form.SHADOW, PIECES), [[0] * 128]), "shadow"),
         (lambda: PairTranslation(Shape(Form.PAIR, PIECES), [[0] * 127]), "128 choices"),
+        (lambda: PairTranslation(Shape(Form.PAIR, PIECES, alike=True), [[0, 1] * 64]), "choose differently"),
+        (lambda: StepTranslation(Shape(Form.PAIR, PIECES), np.zeros(4, np.int64), 1), "pair"),
+        (lambda: Shape(Form.SHADOW, PIECES, alike=True), "choose alike"),
         (lambda: PairTranslation(Shape(Form.PAIR, PIECES), [[2] * 128]), "0 or 1"),
         (lambda: Shape(Form.PAIR, PIECES, escape=Escape.COUNT), "wide"),
         (lambda: InPageTranslation(Shape(Form.IN_PAGE, HALVES), [5, 9], 1 << 17), "more than 4 GiB"),

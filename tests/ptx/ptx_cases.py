@@ -11,6 +11,7 @@ import os
 import re
 import struct
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from missile.coloring.translation import (
     InPageTranslation,
     PairTranslation,
     ShadowTranslation,
+    StepTranslation,
     Translation,
 )
 from missile.probe.layout import PageLayout
@@ -58,6 +60,9 @@ SHAPES = {
     "shadow-wide": Shape(Form.SHADOW, GRANULE, wide=True),
     "pair": Shape(Form.PAIR, PIECE),
     "pair-wide": Shape(Form.PAIR, PIECE, wide=True),
+    "step": Shape(Form.STEP, PIECE),
+    "step-alike": Shape(Form.STEP, PIECE, alike=True),
+    "step-wide": Shape(Form.STEP, PIECE, wide=True),
 }
 
 
@@ -103,6 +108,11 @@ def translation(shape: Shape, rng: np.random.Generator) -> Translation:
         return ShadowTranslation(shape, rng.permutation(units)[: int(rng.integers(2, 9000))] // shape.unit_bytes, 4)
     if shape.form is Form.PAIR:
         return PairTranslation(shape, rng.integers(0, 2, (int(rng.integers(1, PAGES)), layout.granules // 2)))
+    if shape.form is Form.STEP:
+        taken = rng.integers(0, 2, (int(rng.integers(1, PAGES)), layout.granules // 4, 2))
+        taken[..., 1] = taken[..., 0] if shape.alike else taken[..., 1]
+        pairs = PairTranslation(replace(shape, form=Form.PAIR), taken.reshape(len(taken), -1))
+        return StepTranslation.of(pairs)
     places = rng.permutation(layout.granules)[: int(rng.integers(1, layout.granules + 1))]
     xors = rng.integers(0, layout.granules, PAGES) if shape.page_xors else ()
     return InPageTranslation(shape, places, PAGES, xors)

@@ -89,7 +89,7 @@ def test_what_was_written_over_meanwhile_is_not_computed_from() -> None:
     assert blocks.slice("%rd6", place, blocks.units[place].block) is None
 
 
-@pytest.mark.parametrize("form", ["pair", "pair-wide", "in-page-shared", "shadow"])
+@pytest.mark.parametrize("form", ["pair", "pair-wide", "step-alike", "step-wide", "in-page-shared", "shadow"])
 @pytest.mark.parametrize(
     "text", [LOOP, LOOP.replace("add.s64 %rd2, %rd1, 64;", "ld.shared.b64 %rd1, [%r7]; add.s64 %rd2, %rd1, 64;")]
 )

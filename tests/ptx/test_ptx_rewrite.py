@@ -129,7 +129,7 @@ again:
     assert list(touches(late.ptx, colored(thread, bound))) == plain_access(bound, touches(moving, thread))
 
 
-@pytest.mark.parametrize("form", ["in-page-shared", "shadow", "arithmetic-xors"])
+@pytest.mark.parametrize("form", ["in-page-shared", "shadow", "arithmetic-xors", "step-alike"])
 @pytest.mark.parametrize("name", ["add_relu", "gather"])
 def test_golden(name: str, form: str) -> None:
     text = rewrite(source(name), SHAPES[form], name=name).ptx

@@ -12,7 +12,7 @@ import numpy as np
 
 from missile.coloring.shape import LOGICAL_BASE, WINDOW, Escape, Form
 from missile.coloring.shares import Share
-from missile.coloring.translation import ShadowTranslation, Translation
+from missile.coloring.translation import PairTranslation, ShadowTranslation, StepTranslation, Translation
 from missile.errors import MisuseError, OutOfMemoryError
 from missile.gpu.interface import AddressRange, DeviceBuffer, Fill, Gpu, PhysicalPage
 
@@ -218,14 +218,18 @@ class TenantMemory:
         return sum(buffer.nbytes for buffer in self._owned)
 
     def shadow(self) -> bytes:
-        """`constants` for kernels of the shadow form that translate as this memory does: they have an entry for every frame.
+        """`constants` for kernels of another form that translate as this memory does: they have an entry for every frame
+        (`compiler.colored.shadow_shape`).
 
         The table is made, and brought to the GPU, when it is first asked for; it stays until `close`.
         """
         if self._span is None:
             raise MisuseError(f"The colored memory of tenant {self.tenant!r} was given back.")
         if self._shadow is None:
-            same = ShadowTranslation.of(self.translation)
+            pairs = isinstance(self.translation, PairTranslation)
+            same: Translation = (
+                StepTranslation.of(self.translation) if pairs else ShadowTranslation.of(self.translation)
+            )
             owned: list[DeviceBuffer] = []
             with ExitStack() as undo:
                 table = self._pool._upload(same, self.tenant, owned, undo)

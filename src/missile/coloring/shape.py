@@ -31,6 +31,7 @@ class Form(StrEnum):
     ARITHMETIC = "arithmetic"  # colors are parities of address bits
     IN_PAGE = "in-page"  # a table of one page's frames, the same for every page up to an XOR
     SHADOW = "shadow"  # a shadow page table: an entry for every frame
+    STEP = "step"  # what pairs are, by an entry of 2 bytes for each: more table, fewer instructions
 
 
 class TableSpace(StrEnum):
@@ -57,7 +58,8 @@ class Field:
     MINUS_DIVISOR = 20  # s32
     MAGIC = 24  # u32
     SHIFT = 28  # u32
-    COLORS = 32  # u64: parities of color i in bits 4i to 4i+3
+    COLORS = 32  # u64: parities of color i in bits 4i to 4i+3 (arithmetic form)
+    LIMIT = 32  # u32: logical bytes (step form)
     MASKS = 40  # u32 each
     ESCAPES = 56  # u64: address of a u64 counter
     BYTES = 64
@@ -66,7 +68,8 @@ class Field:
 @dataclass(frozen=True, slots=True)
 class Shape:
     """layout: how a page is cut into frames; the frame is the layout's granule. masks: how many (arithmetic form only).
-    In the pair form frames are contiguous, and the lowest address bit above a frame tells two neighbours apart.
+    In the pair and the step form frames are contiguous, and the lowest address bit above a frame tells two neighbours apart.
+    alike: whether logical frames 2k and 2k + 1 always choose alike, so that one entry is enough for both (step form).
 
     page_xors: whether pages can have constants that are XORed to a frame's place in its page.
     space: where the in-page table is looked up. wide: whether the tenant's logical memory or its range of physical
@@ -81,6 +84,7 @@ class Shape:
     page_xors: bool = False
     escape: Escape = Escape.GUARD
     wide: bool = False
+    alike: bool = False
 
     def __post_init__(self) -> None:
         bits = self.layout.inner_bits
@@ -89,10 +93,12 @@ class Shape:
                 raise MisuseError(f"The arithmetic form takes 1 to {MAX_MASKS} masks, not {self.masks}.")
         elif self.masks:
             raise MisuseError(f"The {self.form} form has no masks.")
-        if self.form in (Form.ARITHMETIC, Form.PAIR) and bits != tuple(range(len(bits))):
+        if self.form in (Form.ARITHMETIC, Form.PAIR, Form.STEP) and bits != tuple(range(len(bits))):
             raise MisuseError(f"The {self.form} form needs frames that are contiguous.")
-        if self.form in (Form.SHADOW, Form.PAIR) and self.page_xors:
+        if self.form in (Form.SHADOW, Form.PAIR, Form.STEP) and self.page_xors:
             raise MisuseError(f"The {self.form} form has no constants of pages.")
+        if self.alike and self.form not in (Form.PAIR, Form.STEP):
+            raise MisuseError(f"The {self.form} form has no frames that choose alike.")
         if self.escape is not Escape.GUARD and not self.wide:
             raise MisuseError("Only wide translations tell an access outside from one inside.")
         if self.units_per_page > 1 << 16:

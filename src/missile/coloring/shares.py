@@ -147,7 +147,9 @@ def _pairs(palette: Palette, constants: Ints, demand: Demand, colors: tuple[int,
     if len(known) * per_page < needed:
         raise _missing(palette, demand, colors, len(known), (len(known) * per_page - 1) * layout.granule_bytes)
     pages = known[: -(-needed // per_page)]
-    shape = Shape(Form.PAIR, layout, escape=escape, wide=_wide(layout, len(pages), escape))
+    # Two pieces of a granule with only the pair's bit between them.
+    alike = palette.layout.inner_bits == (*layout.inner_bits, len(layout.inner_bits) + 1)
+    shape = Shape(Form.PAIR, layout, escape=escape, wide=_wide(layout, len(pages), escape), alike=alike)
     taken = np.stack([choices(palette, colors, constants[page]) for page in pages])
     foreign = float(np.mean([residue(palette, colors, constants[page]) for page in pages]))
     return Share(demand.tenant, colors, tuple(pages.tolist()), PairTranslation(shape, taken), foreign)

@@ -1,4 +1,4 @@
-"""Logical to physical addresses of one tenant, in four forms behind one interface. The reference for what kernels compute.
+"""Logical to physical addresses of one tenant, in five forms behind one interface. The reference for what kernels compute.
 
 Logical memory is a run of frames, numbered from 0. Physical offsets count from the start of the range that the tenant's
 pages are mapped into, in the tenant's own order. One frame more than the tenant uses is the guard frame: accesses outside
@@ -20,7 +20,14 @@ from missile.coloring.shape import MAX_MASKS, WINDOW, Escape, Field, Form, Shape
 from missile.errors import MisuseError
 from missile.probe.layout import PageLayout
 
-__all__ = ["ArithmeticTranslation", "InPageTranslation", "PairTranslation", "ShadowTranslation", "Translation"]
+__all__ = [
+    "ArithmeticTranslation",
+    "InPageTranslation",
+    "PairTranslation",
+    "ShadowTranslation",
+    "StepTranslation",
+    "Translation",
+]
 
 Ints = npt.NDArray[np.int64]
 
@@ -255,7 +262,7 @@ class ShadowTranslation(_Translation):
     @classmethod
     def of(cls, other: Translation) -> ShadowTranslation:
         """The shadow page table that translates as `other` does."""
-        shape = replace(other.shape, form=Form.SHADOW, masks=0, page_xors=False)
+        shape = replace(other.shape, form=Form.SHADOW, masks=0, page_xors=False, alike=False)
         return cls(shape, other.locate(np.arange(other.frames + 1)) // shape.unit_bytes, other.pages)
 
     @classmethod
@@ -289,6 +296,13 @@ class PairTranslation(_Translation):
             raise MisuseError(f"A page has {shape.layout.granules // 2} choices of 0 or 1.")
         super().__init__(shape, len(taken), taken.size)
         self._choices = taken.reshape(-1)
+        if shape.alike and (self._choices[0::2] != self._choices[1::2]).any():
+            raise MisuseError("Neighbouring frames choose differently, in a shape whose neighbours choose alike.")
+
+    @property
+    def choices(self) -> Ints:
+        """0 or 1 for each logical frame, the guard frame last, shape (frames + 1,)."""
+        return self._choices
 
     def locate(self, frames: npt.ArrayLike) -> Ints:
         frame = np.asarray(frames, np.int64)
@@ -300,3 +314,40 @@ class PairTranslation(_Translation):
         bits = np.zeros(-(-len(frame) // 32) * 32, np.uint8)
         bits[(frame & ~31) | (31 - frame & 31)] = self._choices
         return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
+
+
+class StepTranslation(_Translation):
+    """What a pair translation does, by how far each address moves up: 2 bytes for each frame, or for two that choose alike.
+
+    Where addresses are no wider than 32 bits, those outside the tenant's memory all go to the guard frame's first byte.
+    """
+
+    def __init__(self, shape: Shape, choices: Ints, pages: int) -> None:
+        if shape.form is not Form.STEP:
+            raise MisuseError(f"Steps of addresses do not go with the {shape.form} form.")
+        super().__init__(shape, pages, len(choices))
+        self._choices = choices
+
+    @classmethod
+    def of(cls, other: PairTranslation) -> StepTranslation:
+        """The steps that translate as `other` does."""
+        return cls(replace(other.shape, form=Form.STEP), other.choices, other.pages)
+
+    def locate(self, frames: npt.ArrayLike) -> Ints:
+        frame = np.asarray(frames, np.int64)
+        return np.asarray((frame * 2 + self._choices[frame]) << self.shape.frame_bits, np.int64)
+
+    def physical(self, offsets: npt.ArrayLike) -> Ints:
+        if self.shape.wide:
+            return super().physical(offsets)
+        within = np.asarray(offsets, np.int64) & (1 << self.shape.reach) - 1
+        return super().physical(np.minimum(within, self.logical_bytes))
+
+    def table(self) -> npt.NDArray[np.uint16]:
+        """Bytes by which a frame, or two, lie above the lower of the two places that each could have."""
+        entries = self._choices[:: 2 if self.shape.alike else 1]
+        return (entries << self.shape.frame_bits).astype(np.uint16)
+
+    def _fill(self, out: bytearray) -> None:
+        if not self.shape.wide:
+            struct.pack_into("<I", out, Field.LIMIT, self.logical_bytes)

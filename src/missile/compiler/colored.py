@@ -62,7 +62,11 @@ class ColoredKernels:
 
 
 def shadow_shape(shape: Shape) -> Shape:
-    """The shape with a shadow page table that translates as one of `shape` does."""
+    """The shape with a larger table and fewer instructions that translates as one of `shape` does: steps in place of pairs,
+    a shadow page table in place of others.
+    """
+    if shape.form is Form.PAIR:
+        return replace(shape, form=Form.STEP)
     return replace(shape, form=Form.SHADOW, masks=0, page_xors=False)
 
 
@@ -78,6 +82,7 @@ def shape_name(shape: Shape) -> str:
         f"x{int(shape.page_xors)}",
         str(shape.escape),
         f"w{int(shape.wide)}",
+        *(["alike"] if shape.alike and shape.form is Form.STEP else []),
     ]
     return "-".join(parts)
 

@@ -1,7 +1,7 @@
 """Which translations each kernel is fastest with, as it was measured: data for `color_kernels`.
 
 `autotune/colored/GPU.json` has, for each form of translation, the kernels that another placement than the usual one makes
-faster, and those that a shadow page table of the same memory does, by a digest of their code.
+faster, and those that a larger table of the same memory (`shadow_shape`) does, by a digest of their code.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def digest(ptx: str) -> str:
 @dataclass(slots=True)
 class PlacementTable:
     """best: placement by form and digest; kernels that are not in it take the usual one. shadowed: digests of kernels that
-    are faster with a shadow page table than with the form given.
+    are faster with the larger table of `shadow_shape` than with the form given.
     """
 
     gpu: str
@@ -74,7 +74,7 @@ class PlacementTable:
             entries[digest(ptx)] = placement
 
     def is_shadowed(self, form: Form, ptx: str) -> bool:
-        """Whether a kernel of `form` is faster with a shadow page table."""
+        """Whether a kernel of `form` is faster with the larger table."""
         return digest(ptx) in self.shadowed.get(form, ())
 
     def note_shadowed(self, form: Form, ptx: str, faster: bool) -> None:

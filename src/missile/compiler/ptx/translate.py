@@ -75,13 +75,18 @@ class Emitter:
             before.append(f"cvt.u32.u64 {low}, {address};")
             if offset:
                 before.append(f"add.s32 {low}, {low}, {offset};")
+            if self._shape.form is Form.STEP:  # needs the address bounded, not the frame's number
+                limit = self._constant("u32", Field.LIMIT, before)
+                before.append(f"min.u32 {low}, {low}, {limit};")
             before.append(f"shr.u32 {frame}, {low}, {self._shape.frame_bits};")
-        before += self._bound(frame, guard, size)
+        if self._shape.wide or self._shape.form is not Form.STEP:
+            before += self._bound(frame, guard, size)
         form: Callable[[str, str, Parts], str] = {
             Form.IN_PAGE: self._in_page,
             Form.ARITHMETIC: self._arithmetic,
             Form.SHADOW: self._shadow,
             Form.PAIR: self._pair,
+            Form.STEP: self._step,
         }[self._shape.form]
         parts.physical = form(frame, low, parts)
         return parts
@@ -295,6 +300,27 @@ class Emitter:
             code.append(f"prmt.b32 {place}, {low}, {unit}, {_BYTE_AND_WORD:#x};")
             return self._joined(place, code)
         return self._physical(unit, self._shape.unit_bytes, self._within(low, code), code)
+
+    def _step(self, frame: str, low: str, parts: Parts) -> str:
+        shape, code = self._shape, parts.rest
+        entry, step, above, place = self.wide(), self._word(), self._word(), self._word()
+        parts.key = frame
+        if shape.alike:
+            parts.key = self._word()
+            parts.before.append(f"shr.u32 {parts.key}, {frame}, 1;")
+        table = self._constant("u64", Field.TABLE, parts.lookup)
+        parts.lookup += [f"mad.wide.u32 {entry}, {parts.key}, 2, {table};", f"{_LOAD}.u16 {step}, [{entry}];"]
+        if shape.wide:
+            within = self._within(low, code)
+            code.append(f"add.s32 {place}, {within}, {step};")
+            return self._physical(frame, 2 * shape.unit_bytes, place, code)
+        # What is above a piece's bytes counts twice: of two places one is the tenant's.
+        code += [
+            f"and.b32 {above}, {low}, {-shape.unit_bytes};",
+            f"add.s32 {above}, {above}, {low};",
+            f"add.s32 {place}, {above}, {step};",
+        ]
+        return self._joined(place, code)
 
 
 def module_declarations(shape: Shape) -> list[str]:
