@@ -10,7 +10,7 @@ from coloring_maps import linear_map, pair_map, random_pages, table_map
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from missile.coloring.halves import find_halves, residue
+from missile.coloring.halves import choices, choices_of_pages, find_halves, residue, residues
 from missile.coloring.palette import Palette
 from missile.coloring.shape import Form
 from missile.coloring.shares import Demand, Share, plan_shares
@@ -167,6 +167,19 @@ def test_halves_are_found_and_shared_by_two_groups_of_tenants(seed: int, same: i
         plan_shares(channel_map, constants, [Demand("t", halves[0][:2], 100)], form=Form.PAIR)
     with pytest.raises(OutOfMemoryError, match="are missing"):
         plan_shares(channel_map, constants, [Demand("t", halves[0], 11 * size // 2)])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from(["halves", "all", "linear"]))
+def test_choices_of_many_pages_are_those_of_each(seed: int, what: str) -> None:
+    rng = np.random.default_rng(seed)
+    channel_map, sets = (linear_map(rng), ((0, 1), (2, 3))) if what == "linear" else pair_map(rng, 3)
+    palette, constants = Palette(channel_map), random_pages(channel_map, 9, rng)
+    everything = tuple(range(palette.colors))
+    for colors in (everything,) if what == "all" else sets:
+        each = np.stack([choices(palette, colors, page) for page in constants])
+        assert np.array_equal(choices_of_pages(palette, colors, constants), each)
+        assert residues(palette, colors, constants).tolist() == [residue(palette, colors, page) for page in constants]
 
 
 def test_colors_that_split_too_few_pairs_are_no_halves() -> None:

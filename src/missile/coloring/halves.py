@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from missile.probe.channel_map import ChannelMap
 from missile.probe.gf2 import parity
 from missile.probe.layout import PageLayout
 
-__all__ = ["Halves", "choices", "find_halves", "piece_layout", "residue"]
+__all__ = ["Halves", "choices", "choices_of_pages", "find_halves", "piece_layout", "residue", "residues"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -73,14 +74,45 @@ def choices(palette: Palette, colors: Sequence[int], constants: Sequence[int] | 
     Of two that are both or neither of `colors`, the tenant with color 0 has the lower one: two tenants whose colors are
     halves have every piece between them. Of all colors the tenant has one of two as well, now this one and now that.
     """
-    layout = palette.layout
-    wanted = palette.owned(colors, constants)
-    lower, upper = wanted[0::2], wanted[1::2]
+    chosen = _chosen(palette, colors, palette.owned(colors, constants), 0)
+    return np.asarray(chosen[_pairs_of_pieces(palette.layout)], np.int64)
+
+
+def choices_of_pages(palette: Palette, colors: Sequence[int], constants: Ints) -> npt.NDArray[np.uint8]:
+    """`choices` of each page with `constants` (pages, 3), shape (pages, pairs).
+
+    Pages that differ by the XOR of the index alone have the same choices in another order, turned round where the XOR has
+    the pair's own bit: so there are few to find out.
+    """
+    spread = _pairs_of_pieces(palette.layout)
+    shifts = palette.shifts(constants)
     if len(colors) == palette.colors:
-        chosen = parity(np.arange(len(lower)), -1)
-    else:
-        chosen = np.where(lower == upper, int(0 not in colors), upper)
-    return np.asarray(chosen[_pairs_of_pieces(layout)], np.int64)
+        shifts = np.zeros_like(shifts)  # these go by the pair's number
+    orders = {shift: spread ^ shift for shift in np.unique(shifts >> 1).tolist()}
+    found: dict[tuple[int, int, int], npt.NDArray[np.uint8]] = {}
+    out = np.empty((len(constants), len(spread)), np.uint8)
+    keys = zip(constants[:, 0].tolist(), shifts.tolist(), constants[:, 2].tolist(), strict=True)
+    for page, (pattern, shift, names) in enumerate(keys):
+        key = (pattern, shift & 1, names)
+        if key not in found:
+            found[key] = _chosen(palette, colors, palette.owned(colors, (pattern, 0, names)), shift & 1)
+        np.take(found[key], orders[shift >> 1], out=out[page], mode="clip")
+    return out
+
+
+def _chosen(palette: Palette, colors: Sequence[int], wanted: npt.NDArray[np.bool_], turned: int) -> Any:
+    """Which of each pair of frames a tenant has, of those that it `wanted`. turned: their order in the page is the other."""
+    if len(colors) == palette.colors:
+        return np.asarray(parity(np.arange(len(wanted) // 2), -1), np.uint8)
+    lower, upper = wanted[turned::2], wanted[1 - turned :: 2]
+    return np.where(lower == upper, int(0 not in colors), upper).astype(np.uint8)
+
+
+def residues(palette: Palette, colors: Sequence[int], constants: Ints) -> npt.NDArray[np.float64]:
+    """`residue` of each page with `constants` (pages, 3): an XOR of the index changes nothing about it."""
+    kinds, place = np.unique(constants[:, [0, 2]], axis=0, return_inverse=True)
+    found = [residue(palette, colors, (pattern, 0, names)) for pattern, names in kinds.tolist()]
+    return np.asarray(found, np.float64)[place.reshape(-1)]
 
 
 def residue(palette: Palette, colors: Sequence[int], constants: Sequence[int] | Ints) -> float:

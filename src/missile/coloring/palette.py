@@ -64,6 +64,10 @@ class Palette:
         among[list(colors)] = True
         return np.asarray(among[self.pattern(constants)], np.bool_)
 
+    def shifts(self, constants: Ints) -> Ints:
+        """What the frames' indices of pages with `constants` (pages, 3) are XORed with, shape (pages,)."""
+        return self.layout.index_of(self._map.layout.offsets(constants[:, 1]))
+
     def frames(self, colors: Sequence[int], constants: Sequence[int] | Ints) -> Ints:
         """Frames of `colors` in a page with `constants`, as granule indices of `layout`, ascending."""
         return np.flatnonzero(self.owned(colors, constants))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from missile.coloring.halves import choices, piece_layout, residue
+from missile.coloring.halves import choices_of_pages, piece_layout, residues
 from missile.coloring.linear import linear_colors
 from missile.coloring.palette import Palette
 from missile.coloring.shape import WINDOW, Escape, Form, Shape, TableSpace
@@ -134,9 +134,9 @@ def _split_by_pairs(palette: Palette, constants: Ints, sets: set[tuple[int, ...]
     first = min(sets)
     if any(colors != first and set(colors) != set(everything) - set(first) for colors in sets):
         return False
-    kinds = np.unique(constants[constants[:, 2] != NO_PAGE], axis=0)
+    known = constants[constants[:, 2] != NO_PAGE]
     rest = tuple(set(everything) - set(first))
-    return all(residue(palette, half, kind) <= _PAIR_RESIDUE for kind in kinds for half in (first, rest))
+    return all((residues(palette, half, known) <= _PAIR_RESIDUE).all() for half in (first, rest))
 
 
 def _pairs(palette: Palette, constants: Ints, demand: Demand, colors: tuple[int, ...], escape: Escape) -> Share:
@@ -150,8 +150,8 @@ def _pairs(palette: Palette, constants: Ints, demand: Demand, colors: tuple[int,
     # Two pieces of a granule with only the pair's bit between them.
     alike = palette.layout.inner_bits == (*layout.inner_bits, len(layout.inner_bits) + 1)
     shape = Shape(Form.PAIR, layout, escape=escape, wide=_wide(layout, len(pages), escape), alike=alike)
-    taken = np.stack([choices(palette, colors, constants[page]) for page in pages])
-    foreign = float(np.mean([residue(palette, colors, constants[page]) for page in pages]))
+    taken = choices_of_pages(palette, colors, constants[pages])
+    foreign = float(residues(palette, colors, constants[pages]).mean())
     return Share(demand.tenant, colors, tuple(pages.tolist()), PairTranslation(shape, taken), foreign)
 
 

@@ -84,6 +84,10 @@ class _Translation:
     def logical_bytes(self) -> int:
         return self.frames << self.shape.frame_bits
 
+    @property
+    def _has_table(self) -> bool:
+        return True
+
     def locate(self, frames: npt.ArrayLike) -> Ints:
         raise NotImplementedError
 
@@ -102,7 +106,7 @@ class _Translation:
     def constants(self, base: int, *, table: int = 0, escapes: int = 0) -> bytes:
         if self.shape.escape is Escape.COUNT and not escapes:
             raise MisuseError("Kernels that count escaping accesses need the address of a counter.")
-        if len(self.table()) and not table:
+        if self._has_table and not table:
             raise MisuseError("The translation's table has to lie in global memory, and its address is not given.")
         if not self.shape.wide and base % WINDOW:
             raise MisuseError("A tenant's range starts at a multiple of 4 GiB, unless its translation is wide.")
@@ -224,6 +228,10 @@ class ArithmeticTranslation(_Translation):
     def table(self) -> npt.NDArray[np.uint16]:
         return self._xors.astype(np.uint16) if self.shape.page_xors else np.empty(0, np.uint16)
 
+    @property
+    def _has_table(self) -> bool:
+        return self.shape.page_xors
+
     def _row_masks(self) -> tuple[int, ...]:
         """The masks over the bits of a row's number."""
         return tuple(mask >> (self.shape.frame_bits + len(self.masks)) for mask in self.masks)
@@ -291,16 +299,16 @@ class PairTranslation(_Translation):
     def __init__(self, shape: Shape, choices: npt.ArrayLike) -> None:
         if shape.form is not Form.PAIR:
             raise MisuseError(f"Choices of one of two do not go with the {shape.form} form.")
-        taken = np.atleast_2d(np.asarray(choices, np.int64))
-        if taken.shape[1] != shape.layout.granules // 2 or (taken >> 1).any():
+        taken = np.atleast_2d(np.asarray(choices))
+        if taken.shape[1] != shape.layout.granules // 2 or taken.min() < 0 or taken.max() > 1:
             raise MisuseError(f"A page has {shape.layout.granules // 2} choices of 0 or 1.")
         super().__init__(shape, len(taken), taken.size)
-        self._choices = taken.reshape(-1)
+        self._choices = taken.reshape(-1).astype(np.uint8)
         if shape.alike and (self._choices[0::2] != self._choices[1::2]).any():
             raise MisuseError("Neighbouring frames choose differently, in a shape whose neighbours choose alike.")
 
     @property
-    def choices(self) -> Ints:
+    def choices(self) -> npt.NDArray[np.uint8]:
         """0 or 1 for each logical frame, the guard frame last, shape (frames + 1,)."""
         return self._choices
 
@@ -310,10 +318,10 @@ class PairTranslation(_Translation):
 
     def table(self) -> npt.NDArray[np.uint32]:
         """A bit for each frame, placed so that turning its word left by the frame's number brings it to the top."""
-        frame = np.arange(len(self._choices))
-        bits = np.zeros(-(-len(frame) // 32) * 32, np.uint8)
-        bits[(frame & ~31) | (31 - frame & 31)] = self._choices
-        return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
+        bits = np.zeros((-(-len(self._choices) // 32), 32), np.uint8)
+        bits.reshape(-1)[: len(self._choices)] = self._choices
+        # The first of a word's 32 to its highest bit.
+        return np.packbits(bits, axis=1).view(">u4").reshape(-1).astype(np.uint32)
 
 
 class StepTranslation(_Translation):
@@ -322,7 +330,7 @@ class StepTranslation(_Translation):
     Where addresses are no wider than 32 bits, those outside the tenant's memory all go to the guard frame's first byte.
     """
 
-    def __init__(self, shape: Shape, choices: Ints, pages: int) -> None:
+    def __init__(self, shape: Shape, choices: npt.NDArray[np.uint8], pages: int) -> None:
         if shape.form is not Form.STEP:
             raise MisuseError(f"Steps of addresses do not go with the {shape.form} form.")
         super().__init__(shape, pages, len(choices))
@@ -346,7 +354,7 @@ class StepTranslation(_Translation):
     def table(self) -> npt.NDArray[np.uint16]:
         """Bytes by which a frame, or two, lie above the lower of the two places that each could have."""
         entries = self._choices[:: 2 if self.shape.alike else 1]
-        return (entries << self.shape.frame_bits).astype(np.uint16)
+        return entries.astype(np.uint16) << np.uint16(self.shape.frame_bits)
 
     def _fill(self, out: bytearray) -> None:
         if not self.shape.wide:
