@@ -12,7 +12,7 @@ import pytest
 from missile.coloring.pool import ColoredPool, TenantMemory
 from missile.coloring.shape import LOGICAL_BASE, WINDOW, Escape, Field, Form, Shape, TableSpace
 from missile.coloring.shares import Share
-from missile.coloring.translation import InPageTranslation, PairTranslation, ShadowTranslation
+from missile.coloring.translation import InPageTranslation, PairTranslation, ShadowTranslation, StepTranslation
 from missile.errors import MisuseError, OutOfMemoryError
 from missile.gpu import open_gpu
 from missile.gpu.interface import Gpu
@@ -102,6 +102,16 @@ def test_a_shadow_page_table_of_the_same_memory_is_made_once(gpu: Gpu) -> None:
         with pytest.raises(MisuseError, match="was given back"):
             memory.shadow()
     assert gpu.memory_free() == before
+
+
+def test_pairs_get_steps_for_their_larger_table(gpu: Gpu) -> None:
+    taken = np.repeat(np.random.default_rng(1).integers(0, 2, (1, 8)), 2, axis=1)
+    with ColoredPool(gpu, 1) as pool:
+        memory = pool.attach(Share("a", (), (0,), PairTranslation(Shape(Form.PAIR, FRAME, alike=True), taken)))
+        plain = memory.table_bytes
+        table = int.from_bytes(memory.shadow()[Field.TABLE : Field.TABLE + 8], "little")
+        assert memory.shadow() == StepTranslation.of(memory.translation).constants(memory.base, table=table)
+        assert memory.table_bytes == plain + 2 * 8
 
 
 def test_a_share_that_can_not_be_attached_leaves_nothing(gpu: Gpu) -> None:

@@ -226,9 +226,9 @@ class TenantMemory:
         if self._span is None:
             raise MisuseError(f"The colored memory of tenant {self.tenant!r} was given back.")
         if self._shadow is None:
-            pairs = isinstance(self.translation, PairTranslation)
+            this = self.translation
             same: Translation = (
-                StepTranslation.of(self.translation) if pairs else ShadowTranslation.of(self.translation)
+                StepTranslation.of(this) if isinstance(this, PairTranslation) else ShadowTranslation.of(this)
             )
             owned: list[DeviceBuffer] = []
             with ExitStack() as undo:
