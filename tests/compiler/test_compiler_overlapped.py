@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,12 +15,19 @@ from missile.coloring.shares import Share
 from missile.coloring.translation import InPageTranslation
 from missile.compiler.bind import BoundModel, bind
 from missile.compiler.bind_colored import bind_colored
-from missile.compiler.colored import color_kernels, colored_kernels, is_colored
-from missile.compiler.overlapped import build_overlapped, is_overlapped, overlapped_kernels, read_overlapped
+from missile.compiler.colored import code_version, color_kernels, colored_kernels, is_colored
+from missile.compiler.overlap_table import PLAIN, Objective, OverlapTable, Tuned, memory_of
+from missile.compiler.overlapped import (
+    build_overlapped,
+    is_overlapped,
+    overlapped_kernels,
+    prepare_overlapped,
+    read_overlapped,
+)
 from missile.compiler.package import KernelImage, ModelPackage
 from missile.compiler.preemptible import preempt_model
 from missile.compiler.ptx.overlap import Dependents, Overlap
-from missile.errors import MisuseError, UnsupportedError
+from missile.errors import MisuseError
 from missile.gpu import open_gpu
 from missile.gpu.interface import Gpu, Launch
 from missile.probe.layout import PageLayout
@@ -76,8 +84,9 @@ def test_what_is_preempted_does_not_overlap(gpu: Gpu, package: ModelPackage) -> 
 def test_code_is_kept_by_how_it_overlaps(kernels: ModelPackage, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="its wheel has the assembler")
     made = build_overlapped(kernels, tmp_path, Overlap())
-    assert set(made) == {"add_relu", "gather"}
-    assert all(cubin[:4] == b"\x7fELF" for cubin in made.values())
+    assert set(made.cubins) == {"add_relu", "gather"}
+    assert not made.apart
+    assert all(cubin[:4] == b"\x7fELF" for cubin in made.cubins.values())
     assert read_overlapped(kernels, tmp_path, Overlap()) == made
     assert not is_overlapped(tmp_path, LATE)
     with pytest.raises(MisuseError, match="has no code that overlaps"):
@@ -87,15 +96,84 @@ def test_code_is_kept_by_how_it_overlaps(kernels: ModelPackage, tmp_path: Path) 
     assert not is_overlapped(tmp_path, Overlap())
 
 
-def test_a_kernel_that_cant_overlap_leaves_nothing_behind(kernels: ModelPackage, tmp_path: Path) -> None:
+def test_packages_are_made_at_once_and_only_where_code_is_missing(kernels: ModelPackage, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="its wheel has the assembler")
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "kernels", other / "kernels")
+    prepare_overlapped([(kernels, tmp_path), (kernels, other)], LATE)
+    made = read_overlapped(kernels, other, LATE)
+    assert made == read_overlapped(kernels, tmp_path, LATE)
+    (other / "kernels" / "gather.ptx").unlink()  # not looked at again
+    prepare_overlapped([(kernels, tmp_path), (kernels, other)], LATE)
+    assert overlapped_kernels(kernels, other, LATE) == made
+
+
+def test_a_kernel_that_cant_overlap_is_launched_as_usual(kernels: ModelPackage, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="its wheel has the assembler")
     path = tmp_path / "kernels" / "gather.ptx"
     path.write_text(path.read_text().replace("sm_90a", "sm_80"))
-    with pytest.raises(UnsupportedError, match="'gather' is for sm_80"):
-        build_overlapped(kernels, tmp_path, Overlap())
-    assert not (tmp_path / "overlapped").exists()
+    made = build_overlapped(kernels, tmp_path, LATE)
+    assert set(made.cubins) == {"add_relu"}
+    assert "'gather' is for sm_80" in made.apart["gather"]
+    assert read_overlapped(kernels, tmp_path, LATE) == made
     path.unlink()
-    with pytest.raises(MisuseError, match=r"gather\.ptx can't be read"):
-        build_overlapped(kernels, tmp_path, Overlap())
+    assert "gather.ptx can't be read" in build_overlapped(kernels, tmp_path, LATE).apart["gather"]
+    waits = "griddepcontrol.wait;\n\tret;"
+    path.write_text((INPUTS / "gather.ptx").read_text().replace("ret;", waits))
+    assert "waits for launches before it already" in build_overlapped(kernels, tmp_path, LATE).apart["gather"]
+
+
+def test_a_colored_kernel_that_cant_overlap_is_colored_all_the_same(kernels: ModelPackage, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="its wheel has the assembler")
+    path = tmp_path / "kernels" / "gather.ptx"
+    path.write_text(path.read_text().replace("ret;", "griddepcontrol.wait;\n\tret;"))
+    usual = color_kernels(kernels, tmp_path, SHAPE, keep=False)
+    made = color_kernels(kernels, tmp_path, SHAPE, overlap=LATE)
+    assert (made.overlaps("add_relu"), made.overlaps("gather"), made.overlaps()) == (True, False, True)
+    assert made.cubins["add_relu"] != usual.cubins["add_relu"]
+    assert made.cubins["gather"] == usual.cubins["gather"]
+    assert colored_kernels(kernels, tmp_path, SHAPE, overlap=LATE) == made
+
+
+def test_a_package_that_cant_be_written_to_keeps_nothing(kernels: ModelPackage, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="its wheel has the assembler")
+    (tmp_path / "overlapped").write_text("in the way")
+    assert set(overlapped_kernels(kernels, tmp_path, LATE).cubins) == {"add_relu", "gather"}
+    assert not is_overlapped(tmp_path, LATE)
+
+
+def test_tuned_code_has_each_kernel_as_the_table_says(
+    kernels: ModelPackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="its wheel has the assembler")
+    tables = tmp_path / "tables"
+    monkeypatch.setattr("missile.compiler.overlap_table.OVERLAPS", tables)
+    monkeypatch.setattr("missile.compiler.colored.OVERLAPS", tables)
+    code_version.cache_clear()
+    table = OverlapTable(kernels.gpu)
+    text = (tmp_path / "kernels" / "gather.ptx").read_text()
+    table.note(Objective.ALONE, PLAIN, text, Dependents.START)
+    table.note(Objective.ALONE, memory_of(SHAPE.form), text, Dependents.NEVER)
+    table.save(tables)
+    start, late = (
+        build_overlapped(kernels, tmp_path, Overlap(place)).cubins for place in Dependents if place != "never"
+    )
+    made = overlapped_kernels(kernels, tmp_path, Tuned())
+    assert made.cubins == {"add_relu": late["add_relu"], "gather": start["gather"]}
+    assert overlapped_kernels(kernels, tmp_path, Tuned(Objective.BESIDE)).cubins == late
+    late_colored, never_colored = (
+        color_kernels(kernels, tmp_path, SHAPE, overlap=Overlap(place)) for place in (Dependents.LATE, Dependents.NEVER)
+    )
+    colored = colored_kernels(kernels, tmp_path, SHAPE, overlap=Tuned())
+    assert colored.cubins["gather"] == never_colored.cubins["gather"]
+    assert colored.cubins["add_relu"] == late_colored.cubins["add_relu"]
+    assert colored.transfer == late_colored.transfer
+    table.note(Objective.ALONE, PLAIN, text, Dependents.NEVER)
+    table.save(tables)
+    code_version.cache_clear()
+    assert not is_overlapped(tmp_path, Tuned())
+    assert is_overlapped(tmp_path, LATE)
+    code_version.cache_clear()
 
 
 def test_colored_code_that_overlaps_lies_apart(kernels: ModelPackage, tmp_path: Path) -> None:

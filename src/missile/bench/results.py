@@ -216,6 +216,8 @@ def read_results(path: Path) -> Results:
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if schema != SCHEMA:
         raise MisuseError(f"{path} has schema {schema!r}; this Missile reads {SCHEMA!r}.")
+    if isinstance(scenario := raw.get("scenario"), dict):
+        scenario.setdefault("overlap", "off")  # results from before launches could overlap
     try:
         return Results.model_validate(raw)
     except ValidationError as error:

@@ -10,10 +10,11 @@ import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from missile.compiler.overlap_table import Objective
 from missile.errors import MisuseError
 from missile.runtime.tenant import Tenant, TenantName
 from missile.workloads.arrivals import (
@@ -41,7 +42,8 @@ _ARRIVAL_KINDS = {"poisson", "periodic", "closed", "bursts", "trace", "disb"}
 class Scenario(BaseModel):
     """What `missile bench` runs. Times in seconds.
 
-    swap_mb: device memory for the weights of all tenants with residency "host" together, MiB.
+    swap_mb: device memory for the weights of all tenants with residency "host" together, MiB. overlap: how launches of LS
+    models overlap, under all policies alike: as it was measured to be fastest alone on the GPU, or beside BE work; or not.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -55,6 +57,7 @@ class Scenario(BaseModel):
     repeats: int = Field(1, ge=1, le=100)
     policies: tuple[str, ...] = Field(min_length=1)
     swap_mb: int | None = Field(None, ge=1)
+    overlap: Literal["alone", "beside", "off"] = "alone"
     tenants: tuple[Tenant, ...] = Field(alias="tenant", min_length=1)
 
     @field_validator("policies")
@@ -87,6 +90,11 @@ class Scenario(BaseModel):
     @property
     def swap_bytes(self) -> int | None:
         return None if self.swap_mb is None else self.swap_mb << 20
+
+    @property
+    def objective(self) -> Objective | None:
+        """What `load_tenants` takes for `overlap`."""
+        return None if self.overlap == "off" else Objective(self.overlap)
 
     def changed(self, **fields: Any) -> Scenario:
         """A copy with the given fields replaced, validated again. Fields that are None stay as they are."""

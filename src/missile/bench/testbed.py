@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from missile.bench.run import Planned
 from missile.bench.scenario import Scenario
 from missile.bench.variants import ModelVariants
+from missile.compiler.overlap_table import Objective
 from missile.errors import MissileError, UnsupportedError
 from missile.gpu import open_gpu, resolve
 from missile.gpu.interface import Gpu, GpuInfo
@@ -39,11 +40,12 @@ class GpuTestbed:
     roster: Roster
     why: str = ""
     seed: int = 0
+    overlap: Objective | None = Objective.ALONE
     _variants: ModelVariants = field(init=False)
     _pool: MpsPool | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self._variants = ModelVariants(self.gpu, self.roster)
+        self._variants = ModelVariants(self.gpu, self.roster, self.overlap)
 
     @property
     def info(self) -> GpuInfo:
@@ -91,7 +93,7 @@ class GpuTestbed:
 
     def _processes(self) -> MpsPool:
         if self._pool is None:
-            self._pool = MpsPool(self.info.device, seed=self.seed)
+            self._pool = MpsPool(self.info.device, seed=self.seed, overlap=self.overlap)
         return self._pool
 
     def _view(self, tenants: Sequence[Tenant], instead: Sequence[LoadedTenant] = ()) -> Roster:
@@ -130,8 +132,10 @@ def open_testbed(scenario: Scenario, on_load: Callable[[str], None] | None = Non
     device, why = resolve(scenario.device)
     with (
         open_gpu(device, seed=scenario.seed) as gpu,
-        load_tenants(gpu, scenario.tenants, progress=on_load, swap_bytes=scenario.swap_bytes) as roster,
+        load_tenants(
+            gpu, scenario.tenants, progress=on_load, swap_bytes=scenario.swap_bytes, overlap=scenario.objective
+        ) as roster,
     ):
-        testbed = GpuTestbed(gpu, roster, why, scenario.seed)
+        testbed = GpuTestbed(gpu, roster, why, scenario.seed, scenario.objective)
         with closing(testbed):
             yield testbed

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from missile.coloring.halves import find_halves
 from missile.compiler.bind import BoundModel
+from missile.compiler.overlap_table import Objective
 from missile.errors import UnsupportedError
 from missile.gpu.interface import Gpu
 from missile.probe import map_for
@@ -26,9 +27,10 @@ class ModelVariants:
     `missile` gets BE models that can be preempted and memory in separate colors, as far as its options ask for them.
     """
 
-    def __init__(self, gpu: Gpu, roster: Roster) -> None:
+    def __init__(self, gpu: Gpu, roster: Roster, overlap: Objective | None = Objective.ALONE) -> None:
         self._gpu = gpu
         self._roster = roster
+        self._overlap = overlap
         self._made: dict[tuple[bool, bool], Preempting] = {}
 
     def of(self, policy: str) -> Preempting | None:
@@ -60,7 +62,9 @@ class ModelVariants:
         views = [_view(loaded) for loaded in hosted if not loaded.tenant.latency_sensitive]
         roster = Roster(self._gpu, views, ExitStack())
         if tenants:
-            made = load_tenants(self._gpu, tenants, coloring=self._coloring(tenants) if colored else None)
+            made = load_tenants(
+                self._gpu, tenants, coloring=self._coloring(tenants) if colored else None, overlap=self._overlap
+            )
             resources = ExitStack()
             resources.callback(made.close)
             roster = Roster(self._gpu, (*made.tenants, *views), resources)

@@ -36,6 +36,13 @@ def command(
     duration: Annotated[float | None, typer.Option(metavar="SECONDS", help="Length of each run.")] = None,
     repeats: Annotated[int | None, typer.Option(metavar="N", help="How often each policy is run.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of arrivals and noise.")] = None,
+    overlap: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="Launches of LS models overlap as is best alone, beside BE work, or not: alone, beside, off.",
+        ),
+    ] = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="DIR", help="Where results.json and report.html go.")
     ] = _DEFAULT_OUT,
@@ -122,7 +129,7 @@ def command(
     if duration is not None:
         # A short run asked for on the command line takes a short warm-up with it.
         chosen = chosen.changed(duration_s=duration, warmup_s=min(chosen.warmup_s, duration / 4))
-    chosen = chosen.changed(device=device, policies=_policies(policies), repeats=repeats, seed=seed)
+    chosen = chosen.changed(device=device, policies=_policies(policies), repeats=repeats, seed=seed, overlap=overlap)
     from missile.bench.testbed import open_testbed
 
     with progress_bar() as bar:

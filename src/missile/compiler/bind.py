@@ -5,17 +5,17 @@ The same code runs on hardware and on the simulated GPU. Needs no torch. `bind_c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from missile.coloring.shape import Shape
 from missile.compiler.contents import load_contents
+from missile.compiler.overlap_table import Overlapping
 from missile.compiler.overlapped import overlapped_kernels
 from missile.compiler.package import BufferKind, FillStep, ModelPackage
 from missile.compiler.planning import Placement, place_buffers
-from missile.compiler.ptx.overlap import Overlap
 from missile.compiler.steps import check_package, launch_of, load_images, load_profiles, works_of
 from missile.errors import MisuseError
 from missile.gpu.interface import Fill, Gpu, Graph, HostBuffer, Kernel, Launch, Stream
@@ -67,15 +67,15 @@ def bind(
     *,
     tenant: str,
     weights_at: int | None = None,
-    overlap: Overlap | None = None,
+    overlap: Overlapping | None = None,
 ) -> BoundModel:
     """Load `package` for `tenant` onto `gpu`.
 
     directory: where the package's kernels and weights lie; None for a recorded package (simulated GPUs only).
     weights_at: device memory of the caller that weights are to be used from (`place_buffers` says how they lie there):
     they are not loaded then. State buffers start as in the package's weights, or zero. Blocks until all that is on the GPU.
-    overlap: kernels are launched while the one before runs, and wait themselves; code for that which the package has not yet
-    is made (seconds), and kept in it. None: each starts when the one before has ended.
+    overlap: kernels are launched while the one before runs, and wait themselves, but for those that can't be rewritten; code
+    that the package has not yet is made (seconds), and kept in it. None: each starts when the one before has ended.
     MisuseError for a package of another GPU architecture, without kernels, or (simulated) without a profile;
     OutOfMemoryError naming the tenant. After an error nothing is held.
     """
@@ -91,11 +91,11 @@ def bind(
             memory = gpu.allocate(place.nbytes, tenant=tenant)
             undo.callback(memory.free)
             regions[kind] = memory.address
-        kernels = _load_kernels(package, directory, gpu, tenant, overlap, undo)
+        kernels, waiting = _load_kernels(package, directory, gpu, tenant, overlap, undo)
 
         def operations_at(weights: int) -> tuple[Operation, ...]:
             addresses = _addresses(places, regions | {BufferKind.WEIGHT: weights})
-            return _operations(package, works, kernels, addresses, overlap is not None)
+            return _operations(package, works, kernels, addresses, waiting)
 
         weights = regions.get(BufferKind.WEIGHT, 0)
         operations = operations_at(weights)
@@ -147,16 +147,16 @@ def _addresses(places: Mapping[BufferKind, Placement], regions: Mapping[BufferKi
 
 
 def _load_kernels(
-    package: ModelPackage, directory: Path | None, gpu: Gpu, tenant: str, overlap: Overlap | None, undo: ExitStack
-) -> dict[str, Kernel]:
+    package: ModelPackage, directory: Path | None, gpu: Gpu, tenant: str, overlap: Overlapping | None, undo: ExitStack
+) -> tuple[dict[str, Kernel], Collection[str]]:
+    """The kernels by id, and the ids of those whose code waits for the launch before."""
     if gpu.info.simulated:
-        return load_profiles(package, gpu, tenant, undo)
+        names = () if overlap is None else tuple(image.id for image in package.kernels)
+        return load_profiles(package, gpu, tenant, undo), names
     assert directory is not None  # check_package
-    if overlap is None:
-        images = {image.id: _image(directory, image.id) for image in package.kernels}
-    else:
-        images = overlapped_kernels(package, directory, overlap)
-    return load_images(package, images, gpu, tenant, undo)
+    waiting = {} if overlap is None else dict(overlapped_kernels(package, directory, overlap).cubins)
+    images = {image.id: waiting.get(image.id) or _image(directory, image.id) for image in package.kernels}
+    return load_images(package, images, gpu, tenant, undo), waiting.keys()
 
 
 def _image(directory: Path, kernel: str) -> bytes:
@@ -173,11 +173,11 @@ def _operations(
     works: tuple[KernelWork | None, ...],
     kernels: Mapping[str, Kernel],
     addresses: Mapping[str, int],
-    overlaps: bool,
+    waiting: Collection[str],
 ) -> tuple[Operation, ...]:
     return tuple(
         Fill(addresses[step.buffer] + step.offset, step.nbytes, step.value)
         if isinstance(step, FillStep)
-        else launch_of(step, work, kernels[step.kernel], addresses, overlaps=overlaps)
+        else launch_of(step, work, kernels[step.kernel], addresses, overlaps=step.kernel in waiting)
         for step, work in zip(package.steps, works, strict=True)
     )

@@ -6,7 +6,7 @@ that scatters the inputs and ends with one that gathers the outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from missile.compiler.bind import BoundModel, Operation, used_bytes
 from missile.compiler.colored import ColoredKernels, colored_kernels
 from missile.compiler.contents import STAGING_BYTES, load_contents
 from missile.compiler.mover import STAND_IN, Mover
+from missile.compiler.overlap_table import Overlapping
 from missile.compiler.package import BufferKind, FillStep, ModelPackage
 from missile.compiler.planning import Placement, place_buffers
-from missile.compiler.ptx.overlap import Overlap
 from missile.compiler.steps import check_package, launch_of, load_images, load_profiles, works_of
 from missile.errors import MisuseError, OutOfMemoryError
 from missile.gpu.interface import Gpu, HostBuffer, Kernel, Stream
@@ -34,7 +34,7 @@ def bind_colored(
     *,
     kernels: ColoredKernels | None = None,
     mixed: bool = False,
-    overlap: Overlap | None = None,
+    overlap: Overlapping | None = None,
 ) -> BoundModel:
     """Load `package` for `memory`'s tenant into its colors. As `bind`, but for what is said here.
 
@@ -56,6 +56,8 @@ def bind_colored(
             regions[kind] = buffer.address
         shadowed: frozenset[str] = frozenset()
         overlap = overlap if kernels is None else kernels.overlap
+        names = tuple(image.id for image in package.kernels)
+        waiting, movers_wait = names if overlap is not None else (), overlap is not None
         if gpu.info.simulated:
             loaded = load_profiles(package, gpu, tenant, undo)
             module = gpu.load_module(STAND_IN, name=tenant)
@@ -67,10 +69,11 @@ def bind_colored(
             if code.shape != memory.translation.shape:
                 raise MisuseError(f"The code of package {package.name!r} is for another shape of translation.")
             shadowed = code.shadowed
+            waiting, movers_wait = tuple(name for name in names if code.overlaps(name)), code.overlaps()
             loaded = load_images(package, code.cubins, gpu, tenant, undo)
             module = gpu.load_module(code.transfer, name=f"{tenant}/transfer")
         undo.callback(module.close)
-        mover = Mover(module, memory, overlaps=overlap is not None)
+        mover = Mover(module, memory, overlaps=movers_wait)
         if directory is not None and not gpu.info.simulated:
             staging = gpu.allocate(STAGING_BYTES, tenant=tenant)
             try:
@@ -91,7 +94,7 @@ def bind_colored(
 
         def operations_at(weights: int) -> tuple[Operation, ...]:
             addresses = _addresses(places, regions | {BufferKind.WEIGHT: weights})
-            return _operations(package, works, loaded, constants, mover, addresses, regions, ports)
+            return _operations(package, works, loaded, constants, mover, addresses, regions, ports, waiting)
 
         operations = operations_at(regions.get(BufferKind.WEIGHT, 0))
         graph = gpu.create_graph(operations)
@@ -142,6 +145,7 @@ def _operations(
     addresses: Mapping[str, int],
     regions: Mapping[BufferKind, int],
     ports: Mapping[BufferKind, tuple[int, int]],
+    waiting: Collection[str],
 ) -> tuple[Operation, ...]:
     operations: list[Operation] = []
     if BufferKind.INPUT in ports:
@@ -152,7 +156,7 @@ def _operations(
             operations.append(mover.fill(addresses[step.buffer] + step.offset, step.nbytes, step.value))
         else:
             trailing = (constants[step.kernel],)
-            launch = launch_of(step, work, kernels[step.kernel], addresses, trailing, overlaps=mover.overlaps)
+            launch = launch_of(step, work, kernels[step.kernel], addresses, trailing, overlaps=step.kernel in waiting)
             operations.append(launch)
     if BufferKind.OUTPUT in ports:
         plain, nbytes = ports[BufferKind.OUTPUT]

@@ -11,9 +11,9 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 from missile.coloring.shape import Shape
 from missile.compiler.ptx.assemble import assemble
@@ -22,7 +22,7 @@ from missile.compiler.ptx.preempt import Look, Place, make_preemptible
 from missile.compiler.ptx.rewrite import Placement, rewrite
 from missile.errors import InternalError, MissileError
 
-__all__ = ["Task", "color", "color_all"]
+__all__ = ["Task", "attempt", "color", "color_all", "color_each", "or_apart"]
 
 _FEWEST = 4  # kernels: a process takes longer to start than fewer take to compile
 
@@ -61,16 +61,38 @@ def color(task: Task) -> bytes:
 
 def color_all(tasks: Sequence[Task]) -> list[bytes]:
     """The cubins of `tasks`, in order, made on all cores. Raises the first error that there is."""
-    count = min(os.cpu_count() or 1, -(-len(tasks) // _FEWEST))
-    if count <= 1:
-        return [color(task) for task in tasks]
-    with ThreadPoolExecutor(count) as waiting:
-        parts = list(waiting.map(_run, [tasks[first::count] for first in range(count)]))
-    results = [parts[index % count][index // count] for index in range(len(tasks))]
+    results = color_each(tasks)
     for result in results:
         if isinstance(result, MissileError):
             raise result
     return [result for result in results if isinstance(result, bytes)]
+
+
+def color_each(tasks: Sequence[Task], executor: Executor | None = None) -> list[bytes | MissileError]:
+    """For each of `tasks` its cubin, or why there is none. executor: who does the work; None for processes on all cores."""
+    if executor is not None:
+        return list(executor.map(attempt, tasks))
+    count = min(os.cpu_count() or 1, -(-len(tasks) // _FEWEST))
+    if count <= 1:
+        return [attempt(task) for task in tasks]
+    with ThreadPoolExecutor(count) as waiting:
+        parts = list(waiting.map(_run, [tasks[first::count] for first in range(count)]))
+    return [parts[index % count][index // count] for index in range(len(tasks))]
+
+
+def or_apart(
+    tasks: Sequence[Task], done: Sequence[bytes | MissileError]
+) -> tuple[dict[str, bytes], Mapping[str, MissileError]]:
+    """What `color_each` did of tasks that should overlap, and why some can't, both by name. Those are made again without.
+
+    Raises what they raise then.
+    """
+    apart = {task.name: error for task, error in zip(tasks, done, strict=True) if isinstance(error, MissileError)}
+    again = iter(color_all([replace(task, overlap=None) for task in tasks if task.name in apart]))
+    cubins = {
+        task.name: made if isinstance(made, bytes) else next(again) for task, made in zip(tasks, done, strict=True)
+    }
+    return cubins, apart
 
 
 def _run(tasks: Sequence[Task]) -> list[bytes | MissileError]:
@@ -89,7 +111,8 @@ def _run(tasks: Sequence[Task]) -> list[bytes | MissileError]:
     return results
 
 
-def _attempt(task: Task) -> bytes | MissileError:
+def attempt(task: Task) -> bytes | MissileError:
+    """`color`, with its error for a result."""
     try:
         return color(task)
     except MissileError as error:
@@ -98,7 +121,7 @@ def _attempt(task: Task) -> bytes | MissileError:
 
 def main() -> None:
     tasks = pickle.load(sys.stdin.buffer)
-    sys.stdout.buffer.write(pickle.dumps([_attempt(task) for task in tasks]))
+    sys.stdout.buffer.write(pickle.dumps([attempt(task) for task in tasks]))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from pathlib import Path
 import missile.coloring.shape
 from missile.coloring.shape import Form, Shape
 from missile.compiler import ptx
-from missile.compiler.color_worker import Task, color, color_all
+from missile.compiler.color_worker import Task, color_each, or_apart
+from missile.compiler.overlap_table import DEFAULT, OVERLAPS, Overlapping, OverlapTable, Tuned, memory_of
 from missile.compiler.package import ModelPackage
 from missile.compiler.placements import PLACEMENTS, PlacementTable
 from missile.compiler.ptx.assemble import assemble
@@ -28,7 +29,7 @@ from missile.compiler.ptx.fill import fill_entry
 from missile.compiler.ptx.overlap import Overlap, make_overlapping
 from missile.compiler.ptx.rewrite import Placement
 from missile.compiler.ptx.transfer import transfer_ptx
-from missile.errors import MisuseError
+from missile.errors import MisuseError, UnsupportedError
 
 __all__ = [
     "ColoredKernels",
@@ -44,6 +45,8 @@ __all__ = [
 _TRANSFER = "transfer"
 _VERSION = "version"
 _SHADOWED = "shadowed"
+_APART = "apart"
+_MOVERS = Overlap(DEFAULT)  # of tuned code: these kernels are in no table
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +54,20 @@ class ColoredKernels:
     """Code of one package for one shape of translation, of any tenant. cubins: by kernel id.
 
     shadowed: kernels whose code is of `shadow_shape(shape)` instead, and takes `TenantMemory.shadow` for constants.
-    overlap: how they overlap, those of `transfer` among them; None where they don't.
+    overlap: how they overlap, those of `transfer` among them; None where they don't. apart: those that can't be made to,
+    "transfer" for the ones that move data.
     """
 
     shape: Shape
     cubins: Mapping[str, bytes]
     transfer: bytes
     shadowed: frozenset[str] = frozenset()
-    overlap: Overlap | None = None
+    overlap: Overlapping | None = None
+    apart: frozenset[str] = frozenset()
+
+    def overlaps(self, kernel: str = _TRANSFER) -> bool:
+        """Whether the code of a kernel, or of those that move data, waits for the launch before."""
+        return self.overlap is not None and kernel not in self.apart
 
 
 def shadow_shape(shape: Shape) -> Shape:
@@ -94,15 +103,15 @@ def color_kernels(
     *,
     mixed: bool = False,
     placement: Placement | None = None,
-    overlap: Overlap | None = None,
+    overlap: Overlapping | None = None,
     executor: Executor | None = None,
     keep: bool = True,
 ) -> ColoredKernels:
     """Rewrite and assemble every kernel of `package`, which lies in `directory`, for `shape`, and keep the code there.
 
     mixed: kernels that were measured to be faster with a shadow page table get one. placement: of translations in all
-    kernels; None takes for each what was measured to be best (`PlacementTable` has both). overlap: how
-    they overlap, None for not at all.
+    kernels; None takes for each what was measured to be best (`PlacementTable` has both). overlap: how they overlap, as far
+    as they can be made to (`ColoredKernels.apart` has the others); None for not at all.
     executor: who does the work; None for processes on all cores. keep: False leaves the package as it is.
     UnsupportedError naming the kernel that can't be colored; then nothing is kept. Replaces what was kept for the shape.
     """
@@ -123,19 +132,23 @@ def color_kernels(
             f"The kernels of package {package.name!r} are for different GPUs: {', '.join(sorted(targets))}."
         )
     (arch,) = targets
+    apart: frozenset[str] = frozenset()
     movers = transfer_ptx(shape, arch) + fill_entry(shape)
     if overlap is not None:
-        movers = make_overlapping(movers, overlap, name=_TRANSFER)
+        try:
+            movers = make_overlapping(movers, overlap if isinstance(overlap, Overlap) else _MOVERS, name=_TRANSFER)
+        except UnsupportedError:
+            apart = frozenset({_TRANSFER})
     transfer = assemble(movers, arch=arch, name=_TRANSFER)
-    best = PlacementTable.load(package.gpu)
+    best, waits = PlacementTable.load(package.gpu), OverlapTable.load(package.gpu)
     shadowed = frozenset(name for name, text in sources.items() if mixed and best.is_shadowed(shape.form, text))
     tasks = []
     for name, text in sources.items():
         own = shadow_shape(shape) if name in shadowed else shape
-        tasks.append(Task(name, text, own, placement or best.find(own.form, text), arch, overlap=overlap))
-    done = color_all(tasks) if executor is None else executor.map(color, tasks)
-    cubins = dict(zip(sources, done, strict=True))
-    made = ColoredKernels(shape, cubins, transfer, shadowed, overlap)
+        how = None if overlap is None else waits.overlap_for(overlap, memory_of(shape.form), text)
+        tasks.append(Task(name, text, own, placement or best.find(own.form, text), arch, overlap=how))
+    cubins, refused = or_apart(tasks, color_each(tasks, executor))
+    made = ColoredKernels(shape, cubins, transfer, shadowed, overlap, apart | frozenset(refused))
     if keep:
         _keep(made, _folder(directory, shape, mixed, overlap))
     return made
@@ -150,7 +163,7 @@ def _target(text: str, name: str) -> str:
 
 
 def colored_kernels(
-    package: ModelPackage, directory: Path, shape: Shape, *, mixed: bool = False, overlap: Overlap | None = None
+    package: ModelPackage, directory: Path, shape: Shape, *, mixed: bool = False, overlap: Overlapping | None = None
 ) -> ColoredKernels:
     """What is kept for `shape`, made now where there is nothing. Raises what `color_kernels` raises."""
     mixed = mixed and bool(PlacementTable.load(package.gpu).shadowed.get(shape.form))
@@ -159,26 +172,34 @@ def colored_kernels(
     return color_kernels(package, directory, shape, mixed=mixed, overlap=overlap)
 
 
-def is_colored(directory: Path, shape: Shape, *, mixed: bool = False, overlap: Overlap | None = None) -> bool:
+def is_colored(directory: Path, shape: Shape, *, mixed: bool = False, overlap: Overlapping | None = None) -> bool:
     """Whether the package in `directory` has code for `shape`, by this version of the translation."""
     try:
-        return (_folder(directory, shape, mixed, overlap) / _VERSION).read_text() == code_version()
+        return (_folder(directory, shape, mixed, overlap) / _VERSION).read_text() == code_version(overlap)
     except OSError:
         return False
 
 
 @cache
-def code_version() -> str:
-    """A digest of what writes colored code: code by another version is not used."""
+def code_version(overlap: Overlapping | None = None) -> str:
+    """A digest of what writes rewritten code that overlaps so: code by another version is not used."""
     digest = sha256()
     written = (*sorted(Path(ptx.__file__).parent.glob("*.py")), Path(missile.coloring.shape.__file__))
-    for path in (*written, *sorted(PLACEMENTS.glob("*.json"))):
+    for path in (*written, *_tables(overlap)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
+def _tables(overlap: Overlapping | None) -> list[Path]:
+    """The measurements that decide about code."""
+    return [
+        *sorted(PLACEMENTS.glob("*.json")),
+        *(sorted(OVERLAPS.glob("*.json")) if isinstance(overlap, Tuned) else ()),
+    ]
+
+
 def read_colored(
-    package: ModelPackage, directory: Path, shape: Shape, *, mixed: bool = False, overlap: Overlap | None = None
+    package: ModelPackage, directory: Path, shape: Shape, *, mixed: bool = False, overlap: Overlapping | None = None
 ) -> ColoredKernels:
     """What `color_kernels` kept. MisuseError when there is none for `shape` or a kernel is missing."""
     folder = _folder(directory, shape, mixed, overlap)
@@ -191,13 +212,14 @@ def read_colored(
             name: (folder / f"{name}.cubin").read_bytes() for name in (*(k.id for k in package.kernels), _TRANSFER)
         }
         shadowed = frozenset((folder / _SHADOWED).read_text().split())
+        apart = frozenset((folder / _APART).read_text().split())
     except OSError as error:
         raise MisuseError(f"{error.filename} can't be read: {error.strerror}.") from None
     transfer = cubins.pop(_TRANSFER)
-    return ColoredKernels(shape, cubins, transfer, shadowed, overlap)
+    return ColoredKernels(shape, cubins, transfer, shadowed, overlap, apart)
 
 
-def _folder(directory: Path, shape: Shape, mixed: bool, overlap: Overlap | None) -> Path:
+def _folder(directory: Path, shape: Shape, mixed: bool, overlap: Overlapping | None) -> Path:
     overlapped = "" if overlap is None else f"-overlapped-{overlap.name}"
     return directory / "colored" / (shape_name(shape) + ("-mixed" if mixed else "") + overlapped)
 
@@ -211,7 +233,8 @@ def _keep(kernels: ColoredKernels, folder: Path) -> None:
         for name, cubin in (*kernels.cubins.items(), (_TRANSFER, kernels.transfer)):
             (part / f"{name}.cubin").write_bytes(cubin)
         (part / _SHADOWED).write_text("".join(f"{name}\n" for name in sorted(kernels.shadowed)))
-        (part / _VERSION).write_text(code_version())
+        (part / _APART).write_text("".join(f"{name}\n" for name in sorted(kernels.apart)))
+        (part / _VERSION).write_text(code_version(kernels.overlap))
         shutil.rmtree(folder, ignore_errors=True)
         part.replace(folder)
     finally:

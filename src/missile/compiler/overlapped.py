@@ -1,75 +1,126 @@
 """A package's plain kernels as code that waits itself for the launch before: made once, kept beside the others.
 
-It lies in `overlapped/NAME/`, a cubin for each kernel; `bind(..., overlap=...)` makes a plan of it. Of colored memory the
-same is in `colored` (`color_kernels(..., overlap=...)`). Nothing here touches a GPU.
+It lies in `overlapped/NAME/`, a cubin for each kernel that can be rewritten; `bind(..., overlap=...)` makes a plan of it, in
+which the others are launched as usual. Of colored memory the same is in `colored` (`color_kernels(..., overlap=...)`).
+Nothing here touches a GPU.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from missile.compiler.color_worker import Task, color, color_all
+from missile.compiler.color_worker import Task, color_each
 from missile.compiler.colored import code_version
+from missile.compiler.overlap_table import PLAIN, Overlapping, OverlapTable
 from missile.compiler.package import ModelPackage
-from missile.compiler.ptx.overlap import Overlap
-from missile.errors import MisuseError
+from missile.errors import MissileError, MisuseError
 
-__all__ = ["build_overlapped", "is_overlapped", "overlapped_kernels", "read_overlapped"]
+__all__ = [
+    "OverlappedKernels",
+    "build_overlapped",
+    "is_overlapped",
+    "overlapped_kernels",
+    "prepare_overlapped",
+    "read_overlapped",
+]
 
 _VERSION = "version"
+_APART = "apart.json"
+
+
+@dataclass(frozen=True, slots=True)
+class OverlappedKernels:
+    """cubins: of kernels that wait for the launch before, by kernel id. apart: why the others can't be made to."""
+
+    cubins: Mapping[str, bytes]
+    apart: Mapping[str, str] = field(default_factory=dict)
 
 
 def build_overlapped(
-    package: ModelPackage, directory: Path, overlap: Overlap, *, executor: Executor | None = None
-) -> dict[str, bytes]:
-    """Rewrite and assemble every kernel of `package`, which lies in `directory`, and keep the code there; by kernel id.
+    package: ModelPackage, directory: Path, overlap: Overlapping, *, executor: Executor | None = None
+) -> OverlappedKernels:
+    """Rewrite and assemble the kernels of `package`, which lies in `directory`, and keep the code there.
 
-    executor: who does the work; None for processes on all cores. UnsupportedError naming the kernel that can't overlap;
-    then nothing is kept. Replaces what was kept.
+    executor: who does the work; None for processes on all cores. Replaces what was kept. A folder that can't be written to
+    keeps nothing.
     """
-    tasks = []
-    for image in package.kernels:
-        path = directory / "kernels" / f"{image.id}.ptx"
-        try:
-            text = path.read_text()
-        except OSError as error:
-            raise MisuseError(
-                f"{path} can't be read: {error.strerror}; kernels overlap by their PTX, which a package needs then."
-            ) from None
-        tasks.append(Task(image.id, text, None, None, _target(text, image.id), overlap=overlap))
-    done = color_all(tasks) if executor is None else executor.map(color, tasks)
-    cubins = dict(zip((task.name for task in tasks), done, strict=True))
-    _keep(cubins, _folder(directory, overlap))
-    return cubins
+    return _build([(package, directory)], overlap, executor)[0]
 
 
-def overlapped_kernels(package: ModelPackage, directory: Path, overlap: Overlap) -> dict[str, bytes]:
-    """What is kept, made now where there is nothing. Raises what `build_overlapped` raises."""
+def prepare_overlapped(packages: Iterable[tuple[ModelPackage, Path]], overlap: Overlapping) -> None:
+    """Make at once, on all cores, what of `packages` with their directories is not kept yet."""
+    missing = {directory: package for package, directory in packages if not is_overlapped(directory, overlap)}
+    _build([(package, directory) for directory, package in missing.items()], overlap, None)
+
+
+def overlapped_kernels(package: ModelPackage, directory: Path, overlap: Overlapping) -> OverlappedKernels:
+    """What is kept, made now where there is nothing."""
     if is_overlapped(directory, overlap):
         return read_overlapped(package, directory, overlap)
     return build_overlapped(package, directory, overlap)
 
 
-def is_overlapped(directory: Path, overlap: Overlap) -> bool:
+def is_overlapped(directory: Path, overlap: Overlapping) -> bool:
     """Whether the package in `directory` has such code, by this version of the rewriting."""
     try:
-        return (_folder(directory, overlap) / _VERSION).read_text() == code_version()
+        return (_folder(directory, overlap) / _VERSION).read_text() == code_version(overlap)
     except OSError:
         return False
 
 
-def read_overlapped(package: ModelPackage, directory: Path, overlap: Overlap) -> dict[str, bytes]:
+def read_overlapped(package: ModelPackage, directory: Path, overlap: Overlapping) -> OverlappedKernels:
     """What `build_overlapped` kept. MisuseError when there is none or a kernel is missing."""
+    folder = _folder(directory, overlap)
     if not is_overlapped(directory, overlap):
         raise MisuseError(f"Package {package.name!r} in {directory} has no code that overlaps ({overlap.name}).")
     try:
-        return {image.id: (_folder(directory, overlap) / f"{image.id}.cubin").read_bytes() for image in package.kernels}
+        apart = json.loads((folder / _APART).read_text())
+        names = [image.id for image in package.kernels if image.id not in apart]
+        return OverlappedKernels({name: (folder / f"{name}.cubin").read_bytes() for name in names}, apart)
     except OSError as error:
         raise MisuseError(f"{error.filename} can't be read: {error.strerror}.") from None
+
+
+def _build(
+    packages: Sequence[tuple[ModelPackage, Path]], overlap: Overlapping, executor: Executor | None
+) -> list[OverlappedKernels]:
+    tasks: list[Task] = []
+    owners: list[int] = []
+    apart: list[dict[str, str]] = [{} for _ in packages]
+    for owner, (package, directory) in enumerate(packages):
+        table = OverlapTable.load(package.gpu)
+        for image in package.kernels:
+            path = directory / "kernels" / f"{image.id}.ptx"
+            try:
+                text = path.read_text()
+                arch = _target(text, image.id)
+            except OSError as error:
+                apart[owner][image.id] = f"{path} can't be read: {error.strerror}."
+            except MissileError as error:
+                apart[owner][image.id] = str(error)
+            else:
+                how = table.overlap_for(overlap, PLAIN, text)
+                tasks.append(Task(image.id, text, None, None, arch, overlap=how))
+                owners.append(owner)
+    cubins: list[dict[str, bytes]] = [{} for _ in packages]
+    for owner, task, made in zip(owners, tasks, color_each(tasks, executor), strict=True):
+        if isinstance(made, MissileError):
+            apart[owner][task.name] = str(made)
+        else:
+            cubins[owner][task.name] = made
+    found = []
+    for (_, directory), own, others in zip(packages, cubins, apart, strict=True):
+        found.append(OverlappedKernels(own, others))
+        _keep(found[-1], _folder(directory, overlap), code_version(overlap))
+    return found
 
 
 def _target(text: str, name: str) -> str:
@@ -80,20 +131,22 @@ def _target(text: str, name: str) -> str:
     return found[1]
 
 
-def _folder(directory: Path, overlap: Overlap) -> Path:
+def _folder(directory: Path, overlap: Overlapping) -> Path:
     return directory / "overlapped" / overlap.name
 
 
-def _keep(cubins: Mapping[str, bytes], folder: Path) -> None:
-    """Write all files or none."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        for name, cubin in cubins.items():
-            (part / f"{name}.cubin").write_bytes(cubin)
-        (part / _VERSION).write_text(code_version())
-        shutil.rmtree(folder, ignore_errors=True)
-        part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+def _keep(kernels: OverlappedKernels, folder: Path, version: str) -> None:
+    """Write all files or none; none where the package can't be written to, or another process has just written the same."""
+    with suppress(OSError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+        try:
+            part.chmod(0o755)  # as other folders of a package, which several users may share
+            for name, cubin in kernels.cubins.items():
+                (part / f"{name}.cubin").write_bytes(cubin)
+            (part / _APART).write_text(json.dumps(dict(kernels.apart), indent=1) + "\n")
+            (part / _VERSION).write_text(version)
+            shutil.rmtree(folder, ignore_errors=True)
+            part.replace(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ from missile.coloring.shares import Demand
 from missile.compiler.bind import BoundModel, bind
 from missile.compiler.bind_colored import bind_colored
 from missile.compiler.library import find_package
+from missile.compiler.overlap_table import Objective, Tuned
+from missile.compiler.overlapped import prepare_overlapped
 from missile.compiler.package import ModelPackage
 from missile.compiler.planning import needed_bytes
 from missile.compiler.synthetic import bind_synthetic, is_synthetic, synthetic_package
@@ -26,12 +28,13 @@ from missile.runtime.hosted import load_image, weight_bytes, weight_parts
 from missile.runtime.residency import LEAST_PART, PARTS, HostWeights, places
 from missile.runtime.tenant import Tenant
 
-__all__ = ["BE_DEPTH", "LS_DEPTH", "Coloring", "LoadedTenant", "Roster", "RunnableModel", "load_tenants"]
+__all__ = ["BE_DEPTH", "LS_DEPTH", "Coloring", "LoadedTenant", "Roster", "RunnableModel", "load_tenants", "overlap_of"]
 
 # Requests of one tenant that may be in flight at once. BE: the next is on the GPU before the current one ends, no more, so
 # that a policy decides late. LS: a policy that starts requests as they come finds room but for the longest queues.
 BE_DEPTH = 2
 LS_DEPTH = 8
+DEPENDENT_LAUNCHES = (9, 0)  # the first compute capability that has them
 
 
 class RunnableModel(Protocol):
@@ -107,6 +110,7 @@ def load_tenants(
     progress: Callable[[str], None] | None = None,
     coloring: Coloring | None = None,
     swap_bytes: int | None = None,
+    overlap: Objective | None = Objective.ALONE,
 ) -> Roster:
     """Load every tenant's model and pinned buffers. Close the roster afterwards.
 
@@ -115,6 +119,8 @@ def load_tenants(
     (seconds to a minute), and kept in the package.
     swap_bytes: device memory for the weights of all tenants with residency "host" together, which don't count against
     their limits; needed where there are any.
+    overlap: launches of LS models overlap, as it was measured to be best for this; None: each starts when the one before has
+    ended. Those of BE models, which may be preempted, never do. Code for it is made and kept like colored code.
     A tenant that does not fit in memory or in its limit gets an `error` and the others go on; OutOfMemoryError when
     none fits. MisuseError for an unknown model, two tenants of one name, colors that make no sense, or weights that can't
     wait on the host or are larger than `swap_bytes`; UnsupportedError for a kernel that can't be colored; then nothing is
@@ -130,6 +136,8 @@ def load_tenants(
     loaded: list[LoadedTenant] = []
     with ExitStack() as undo:
         packages = {tenant.name: _find(gpu, tenant, cache) for tenant in tenants}
+        overlaps = {tenant.name: overlap_of(gpu, tenant.latency_sensitive, overlap) for tenant in tenants}
+        _prepare(gpu, packages, overlaps, () if coloring is None else coloring.sets)
         swap = _swap(gpu, tenants, packages, swap_bytes, coloring, undo)
         colored = None
         if coloring is not None:
@@ -138,7 +146,11 @@ def load_tenants(
             if progress is not None:
                 progress(tenant.name)
             try:
-                loaded.append(_load(gpu, tenant, packages[tenant.name], colored, swap.get(tenant.name), undo))
+                loaded.append(
+                    _load(
+                        gpu, tenant, packages[tenant.name], colored, swap.get(tenant.name), overlaps[tenant.name], undo
+                    )
+                )
             except OutOfMemoryError as error:
                 loaded.append(LoadedTenant(tenant, None, error=str(error)))
             except GpuError as error:
@@ -157,6 +169,26 @@ def _find(gpu: Gpu, tenant: Tenant, cache: Path | None) -> Found:
     if is_synthetic(tenant.model):
         return synthetic_package(tenant.model, gpu.info), None
     return find_package(tenant.model, tenant.batch, gpu.info, cache)
+
+
+def overlap_of(gpu: Gpu, latency_sensitive: bool, objective: Objective | None = Objective.ALONE) -> Tuned | None:
+    """How launches of a tenant's model overlap on `gpu`; None for not at all."""
+    if objective is None or not latency_sensitive or gpu.info.compute_capability < DEPENDENT_LAUNCHES:
+        return None
+    return Tuned(objective)
+
+
+def _prepare(
+    gpu: Gpu, packages: Mapping[str, Found], overlaps: Mapping[str, Tuned | None], colored: Collection[str]
+) -> None:
+    """Make plain code that overlaps for all tenants at once. That of colored memory waits for the shape of its memory."""
+    wanted: dict[Tuned, list[tuple[ModelPackage, Path]]] = {}
+    for name, (package, directory) in packages.items():
+        overlap = overlaps[name]
+        if overlap is not None and directory is not None and name not in colored and not gpu.info.simulated:
+            wanted.setdefault(overlap, []).append((package, directory))
+    for overlap, found in wanted.items():
+        prepare_overlapped(found, overlap)
 
 
 def _colored(gpu: Gpu, tenants: Sequence[Tenant], packages: Mapping[str, Found], coloring: Coloring) -> ColoredTenants:
@@ -207,7 +239,13 @@ def _swap(
 
 
 def _load(
-    gpu: Gpu, tenant: Tenant, found: Found, colored: ColoredTenants | None, swap_at: int | None, undo: ExitStack
+    gpu: Gpu,
+    tenant: Tenant,
+    found: Found,
+    colored: ColoredTenants | None,
+    swap_at: int | None,
+    overlap: Tuned | None,
+    undo: ExitStack,
 ) -> LoadedTenant:
     _check_limit(tenant, found[0])
     memory = None
@@ -217,7 +255,7 @@ def _load(
         memory = colored.memories.get(tenant.name)
     with ExitStack() as own:
         weights = None if swap_at is None else _host_weights(gpu, tenant, found, swap_at, own)
-        model = _bind(gpu, tenant, found, memory, swap_at)
+        model = _bind(gpu, tenant, found, memory, swap_at, overlap)
         own.callback(model.close)
         depth = LS_DEPTH if tenant.latency_sensitive else BE_DEPTH
         inputs = _host_buffers(gpu, tenant, model.input_bytes, depth, own)
@@ -238,15 +276,15 @@ def _host_weights(gpu: Gpu, tenant: Tenant, found: Found, address: int, own: Exi
 
 
 def _bind(
-    gpu: Gpu, tenant: Tenant, found: Found, memory: TenantMemory | None, weights_at: int | None = None
+    gpu: Gpu, tenant: Tenant, found: Found, memory: TenantMemory | None, weights_at: int | None, overlap: Tuned | None
 ) -> BoundModel:
     package, directory = found
     if is_synthetic(tenant.model):
         return bind_synthetic(tenant.model, gpu, tenant=tenant.name, memory=memory)
     if memory is None:
-        return bind(package, directory, gpu, tenant=tenant.name, weights_at=weights_at)
+        return bind(package, directory, gpu, tenant=tenant.name, weights_at=weights_at, overlap=overlap)
     # LS models are not preempted, so that their kernels need not be of one form.
-    return bind_colored(package, directory, gpu, memory, mixed=tenant.latency_sensitive)
+    return bind_colored(package, directory, gpu, memory, mixed=tenant.latency_sensitive, overlap=overlap)
 
 
 def _check_limit(tenant: Tenant, package: ModelPackage) -> None:

@@ -17,6 +17,7 @@ from types import TracebackType
 
 import numpy as np
 
+from missile.compiler.overlap_table import Objective
 from missile.errors import MissileError, MisuseError, OutOfMemoryError, UnsupportedError
 from missile.runtime.mps.daemon import MpsDaemon
 from missile.runtime.mps.process import Worker, hear
@@ -85,12 +86,21 @@ class MpsPool:
     where MPS is missing. daemon: False starts workers without MPS, also simulated ones that share nothing; for tests.
     """
 
-    def __init__(self, device: str, *, seed: int = 0, cache: Path | None = None, daemon: bool = True) -> None:
+    def __init__(
+        self,
+        device: str,
+        *,
+        seed: int = 0,
+        cache: Path | None = None,
+        daemon: bool = True,
+        overlap: Objective | None = Objective.ALONE,
+    ) -> None:
         if daemon and not device.startswith("cuda"):
             raise UnsupportedError(
                 "Policy 'mps' needs a process for each tenant, and processes can't share a simulated GPU."
             )
         self._device, self._seed, self._cache = device, seed, cache
+        self._overlap = overlap
         self._workers: dict[tuple[object, ...], Worker] = {}
         self._started = 0
         self._environment: Mapping[str, str] = {}
@@ -192,7 +202,7 @@ class MpsPool:
         self._started += 1
         worker = Worker(tenant.name, {**_QUEUES, **self._environment, **settings.environment(tenant)}, log)
         self._workers[self._key(tenant, settings)] = worker
-        worker.send(Load(self._device, self._seed, tenant, self._cache))
+        worker.send(Load(self._device, self._seed, tenant, self._cache, self._overlap))
         return worker
 
     def _drop(self, worker: Worker) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from missile.compiler.overlap_table import Objective
 from missile.runtime.records import RunRecord
 from missile.runtime.tenant import Tenant
 
@@ -19,6 +20,7 @@ class Load:
     seed: int
     tenant: Tenant
     cache: Path | None
+    overlap: Objective | None = Objective.ALONE
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,10 @@ def main(descriptor: int) -> None:
 
 def _work(parent: Connection[object, object], load: object) -> None:
     assert isinstance(load, Load)
-    with open_gpu(load.device, seed=load.seed) as gpu, load_tenants(gpu, [load.tenant], cache=load.cache) as roster:
+    with (
+        open_gpu(load.device, seed=load.seed) as gpu,
+        load_tenants(gpu, [load.tenant], cache=load.cache, overlap=load.overlap) as roster,
+    ):
         (loaded,) = roster.tenants
         if loaded.error:
             raise OutOfMemoryError(loaded.error, tenant=load.tenant.name)

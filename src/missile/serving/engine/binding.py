@@ -14,6 +14,8 @@ from missile.compiler.bind import BoundModel, bind
 from missile.compiler.bind_colored import bind_colored
 from missile.compiler.colored import colored_kernels, is_colored
 from missile.compiler.library import find_package
+from missile.compiler.overlap_table import Tuned
+from missile.compiler.overlapped import prepare_overlapped
 from missile.compiler.package import BufferKind, ModelPackage
 from missile.compiler.placements import PlacementTable
 from missile.compiler.planning import needed_bytes
@@ -24,6 +26,7 @@ from missile.gpu.interface import Gpu
 from missile.probe import ChannelMap, map_for
 from missile.runtime.coloring import ColoredTenants, Coloring
 from missile.runtime.hosted import load_image, weight_bytes, weight_parts
+from missile.runtime.loading import overlap_of
 from missile.runtime.residency import LEAST_PART, PARTS, HostWeights
 from missile.serving.config import TenantConfig
 from missile.serving.engine.compiling import compiled_package
@@ -100,9 +103,11 @@ class Binder:
         found = Found(package, directory, notes=notes, shape=shape)
         if directory is None or (tenant.colors is not None and shape is None):
             return found
+        if shape is None and not self._gpu.info.simulated and (overlap := self._overlap(tenant)) is not None:
+            prepare_overlapped([(package, directory)], overlap)  # here, where it keeps nobody waiting
         if shape is not None:
             log.info("tenant %s: its kernels get the translation of its memory", tenant.name)
-            colored_kernels(package, directory, shape, mixed=_mixed(tenant))
+            colored_kernels(package, directory, shape, mixed=_mixed(tenant), overlap=self._overlap(tenant))
         return self._with_code(found) if self._wants_preemption(tenant) else found
 
     def _package(self, tenant: TenantConfig, folder: Path) -> tuple[ModelPackage, Path | None]:
@@ -122,6 +127,10 @@ class Binder:
 
     def _wants_preemption(self, tenant: TenantConfig) -> bool:
         return self._preempt and tenant.tenant_class == "BE"
+
+    def _overlap(self, tenant: TenantConfig) -> Tuned | None:
+        """Launches of LS models overlap: those are not preempted."""
+        return overlap_of(self._gpu, tenant.tenant_class == "LS")
 
     def _with_code(self, found: Found) -> Found:
         """`found` with code that can be preempted, or a note why there is none."""
@@ -144,7 +153,7 @@ class Binder:
             return self._place_colored(tenant, found, others, undo)
         if tenant.residency == "host":
             return self._place_hosted(tenant, found, undo)
-        bound = bind(found.package, found.directory, self._gpu, tenant=tenant.name)
+        bound = bind(found.package, found.directory, self._gpu, tenant=tenant.name, overlap=self._overlap(tenant))
         return self._preemptible(tenant, found, Placed(bound, None, found.notes), undo)
 
     def _place_hosted(self, tenant: TenantConfig, found: Found, undo: ExitStack) -> Placed:
@@ -155,7 +164,7 @@ class Binder:
         nbytes = weight_bytes(package)
         address = self._swap.take(nbytes, tenant.name, undo)
         parts = weight_parts(package, at_least=max(LEAST_PART, nbytes // PARTS))
-        bound = bind(package, directory, gpu, tenant=tenant.name, weights_at=address)
+        bound = bind(package, directory, gpu, tenant=tenant.name, weights_at=address, overlap=self._overlap(tenant))
         notes = (*found.notes, "weights on the host: brought in when a request comes and they are not there")
         placed = Placed(bound, None, notes, weights=HostWeights(image, address, nbytes, parts))
         return self._preemptible(tenant, found, placed, undo)
@@ -202,7 +211,9 @@ class Binder:
                 self._shapes[tenant.name, colors] = shape
                 raise CodeMissing
             found = self._with_code(found) if self._wants_preemption(tenant) else found
-        bound = bind_colored(found.package, found.directory, self._gpu, memory, mixed=_mixed(tenant))
+        bound = bind_colored(
+            found.package, found.directory, self._gpu, memory, mixed=_mixed(tenant), overlap=self._overlap(tenant)
+        )
         notes = (*found.notes, f"memory in colors {', '.join(map(str, colors))}")
         return self._preemptible(tenant, found, Placed(bound, colors, notes, memory.escapes), undo)
 
@@ -212,7 +223,7 @@ class Binder:
         assert directory is not None
         assert shape is not None
         mixed = _mixed(tenant) and bool(PlacementTable.load(package.gpu).shadowed.get(shape.form))
-        if not is_colored(directory, shape, mixed=mixed):
+        if not is_colored(directory, shape, mixed=mixed, overlap=self._overlap(tenant)):
             return False
         return not self._wants_preemption(tenant) or is_preemptible(directory, shape)
 
