@@ -60,3 +60,14 @@ def test_damaged_files_are_refused(toy_results: Results, tmp_path: Path) -> None
     path.write_text(json.dumps(raw))
     with pytest.raises(MisuseError, match="different lengths"):
         read_results(path)
+
+
+def test_results_from_before_launches_overlapped_say_so(toy_results: Results, tmp_path: Path) -> None:
+    """They were not measured as the default is now, and a suite must not take them for it."""
+    path = tmp_path / "results.json"
+    write_results(toy_results, path)
+    raw = json.loads(path.read_text())
+    del raw["scenario"]["overlap"]
+    path.write_text(json.dumps(raw))
+    assert toy_results.scenario.overlap == "alone"
+    assert read_results(path).scenario.overlap == "off"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import product
+from itertools import pairwise, product
 from random import Random
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from missile.compiler.overlap_search import Choice, descend, sweep, uniform
+from missile.compiler.overlap_search import Choice, by_gain, descend, sweep, uniform
 from missile.compiler.ptx.overlap import Dependents
 
 START, LATE, NEVER = Dependents.START, Dependents.LATE, Dependents.NEVER
@@ -85,8 +85,8 @@ def test_effects_say_what_each_kernel_makes() -> None:
     found = {"a": {START: 50.0, LATE: 100.0, NEVER: 100.0}, "b": {START: 120.0, LATE: 100.0, NEVER: 100.0}}
     result = descend(["a", "b"], chain(found), noise=0.0)  # type: ignore[arg-type]
     assert result.uniform_ns == {START: 170.0, LATE: 200.0, NEVER: 200.0}
-    assert result.effects["a"] == {LATE: 220 / 170, NEVER: 220 / 170}
-    assert result.effects["b"] == {LATE: 150 / 170, NEVER: 150 / 170}
+    assert result.effects["a"] == {LATE: 220 / 170, NEVER: 200 / 150}  # the second was tried when b had changed
+    assert result.effects["b"] == {LATE: 150 / 170, START: 170 / 150, NEVER: 1.0}
     assert result.choice["a"] is START
     assert result.choice["b"] is not START
 
@@ -116,3 +116,19 @@ def test_a_sweep_that_must_end_early_has_seen_both_ends_first() -> None:
     swept = sweep(uniform("abcdefgh", LATE), "abcdefgh", START, measure, enough=lambda: len(asked) >= 2)
     assert sorted(asked) == [0, 8]
     assert swept.ns == 1.0
+
+
+@given(costs, st.integers(0, 6))
+def test_an_order_by_gain_has_the_largest_first_and_ends_in_time(found: Costs, looked: int) -> None:
+    left = [looked]
+
+    def enough() -> bool:
+        left[0] -= 1
+        return left[0] < 0
+
+    order = by_gain(list(found), uniform(list(found), LATE), START, chain(found), enough=enough)  # type: ignore[arg-type]
+    assert sorted(order) == sorted(found)
+    seen = [kernel for kernel in order if kernel in list(found)[:looked]]
+    assert order[: len(seen)] == seen
+    gains = [found[kernel][LATE] - found[kernel][START] for kernel in seen]
+    assert all(gain >= after - 1e-3 for gain, after in pairwise(gains))

@@ -259,7 +259,7 @@ def test_translated_code_is_made_aside_and_once(tmp_path: Path, monkeypatch: pyt
     package, _ = find_package("resnet34", 1, open_gpu("sim:h100").info)
     made: list[tuple[Any, str]] = []
 
-    def color(package: ModelPackage, directory: Path, shape: Any, *, mixed: bool = False) -> None:
+    def color(package: ModelPackage, directory: Path, shape: Any, **_: Any) -> None:
         made.append((shape, threading.current_thread().name))
 
     monkeypatch.setattr(binding.Binder, "_package", lambda self, tenant, folder: (package, tmp_path))

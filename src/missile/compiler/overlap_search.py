@@ -7,21 +7,22 @@ of them should change: so it finds a choice beside a neighbour, where noise is l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from missile.compiler.ptx.overlap import Dependents
 
-__all__ = ["Choice", "Descent", "Swept", "descend", "sweep", "uniform"]
+__all__ = ["Choice", "Descent", "Swept", "by_gain", "descend", "sweep", "uniform"]
 
 Choice = Mapping[str, Dependents]
 Measure = Callable[[Choice], float]
+PASSES = ((Dependents.START, Dependents.LATE), tuple(Dependents))  # what gains most first, should time run out
 
 
 @dataclass(frozen=True, slots=True)
 class Descent:
-    """choice: what was found; ns: what it took when it was last measured. effects: what each change in the first pass made
-    of the time, as a ratio, by kernel and place. measured: how many times. complete: False where time ran out.
+    """choice: what was found; ns: what it took when it was last measured. effects: what each change made of the time
+    when it was first tried, as a ratio, by kernel and place. measured: how many times. complete: False where time ran out.
     """
 
     choice: dict[str, Dependents]
@@ -51,14 +52,14 @@ def descend(
     measure: Measure,
     *,
     noise: float = 0.001,
-    passes: int = 2,
+    passes: Sequence[Collection[Dependents]] = PASSES,
     enough: Callable[[], bool] = lambda: False,
 ) -> Descent:
     """The place of each kernel, one by one, beginning with the best of those that all can have.
 
     kernels: in the order in which they are looked at; those first whose launches are most. measure: ns of a choice. noise: a
     change is kept if it gains more than this share. The choice so far is measured anew for every kernel, so that slow drift
-    does not look like a gain. passes: how often all kernels are looked at; a pass that changes nothing is the last. enough:
+    does not look like a gain. passes: what is tried for every kernel, one after another. enough:
     asked before each kernel; True ends the search with what there is.
     """
     count = 0
@@ -72,25 +73,21 @@ def descend(
     best = min(start, key=lambda place: start[place])
     choice, ns = uniform(kernels, best), start[best]
     effects: dict[str, dict[Dependents, float]] = {}
-    for number in range(passes):
-        changed = False
+    for places in passes:
         for kernel in kernels:
             if enough():
                 return Descent(choice, ns, start, effects, count, False)
             ns = asked(choice)
             found, found_ns = choice[kernel], ns * (1 - noise)
-            for place in Dependents:
+            for place in places:
                 if place is choice[kernel]:
                     continue
                 taken = asked({**choice, kernel: place})
-                if number == 0:
-                    effects.setdefault(kernel, {})[place] = taken / ns
+                effects.setdefault(kernel, {}).setdefault(place, taken / ns)
                 if taken < found_ns:
                     found, found_ns = place, taken
             if found is not choice[kernel]:
-                choice[kernel], ns, changed = found, found_ns, True
-        if not changed:
-            break
+                choice[kernel], ns = found, found_ns
     return Descent(choice, ns, start, effects, count, True)
 
 
@@ -120,3 +117,24 @@ def sweep(
 
 def _changed(base: Choice, kernels: Sequence[str], place: Dependents) -> dict[str, Dependents]:
     return {**base, **dict.fromkeys(kernels, place)}
+
+
+def by_gain(
+    kernels: Sequence[str],
+    base: Choice,
+    place: Dependents,
+    measure: Measure,
+    *,
+    enough: Callable[[], bool] = lambda: False,
+) -> list[str]:
+    """`kernels` by what each gains when it alone changes from `base` to `place`, the largest first: an order for `sweep`.
+
+    The base is measured anew for every kernel. Those that `enough` leaves no time for come last, as they were.
+    """
+    ratios: dict[str, float] = {}
+    for kernel in kernels:
+        if enough():
+            break
+        before = measure(base)
+        ratios[kernel] = measure(_changed(base, [kernel], place)) / before
+    return sorted(kernels, key=lambda kernel: ratios.get(kernel, float("inf")))
