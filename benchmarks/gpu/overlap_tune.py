@@ -39,8 +39,9 @@ from missile.coloring.shares import Demand
 from missile.compiler.bind import bind
 from missile.compiler.bind_colored import bind_colored
 from missile.compiler.colored import ColoredKernels, color_kernels
+from missile.compiler.objective import Objective
 from missile.compiler.overlap_search import by_gain, descend, sweep, uniform
-from missile.compiler.overlap_table import Objective, OverlapTable, memory_of
+from missile.compiler.overlap_table import OverlapTable, memory_of
 from missile.compiler.overlapped import build_overlapped
 from missile.compiler.package import BufferKind, ModelPackage, read_package
 from missile.compiler.planning import needed_bytes

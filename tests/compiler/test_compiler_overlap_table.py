@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from missile.coloring.shape import Form
-from missile.compiler.overlap_table import PLAIN, Objective, OverlapTable, Tuned, memory_of
+from missile.compiler.objective import Objective
+from missile.compiler.overlap_table import PLAIN, OverlapTable, Tuned, memory_of
 from missile.compiler.ptx.overlap import Dependents, Overlap
 from missile.errors import MisuseError
 

@@ -16,7 +16,8 @@ from missile.coloring.translation import InPageTranslation
 from missile.compiler.bind import BoundModel, bind
 from missile.compiler.bind_colored import bind_colored
 from missile.compiler.colored import code_version, color_kernels, colored_kernels, is_colored
-from missile.compiler.overlap_table import PLAIN, Objective, OverlapTable, Tuned, memory_of
+from missile.compiler.objective import Objective
+from missile.compiler.overlap_table import PLAIN, OverlapTable, Tuned, memory_of
 from missile.compiler.overlapped import (
     build_overlapped,
     is_overlapped,

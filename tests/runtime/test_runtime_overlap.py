@@ -9,7 +9,8 @@ import pytest
 
 from missile.bench.scenario import parse_scenario
 from missile.compiler.bind import BoundModel
-from missile.compiler.overlap_table import Objective, Tuned
+from missile.compiler.objective import Objective
+from missile.compiler.overlap_table import Tuned
 from missile.gpu import open_gpu
 from missile.gpu.interface import Gpu, Launch
 from missile.probe import map_for

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from missile.compiler.overlap_table import Objective
+from missile.compiler.objective import Objective
 from missile.errors import MisuseError
 from missile.runtime.tenant import Tenant, TenantName
 from missile.workloads.arrivals import (

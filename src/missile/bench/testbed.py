@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from missile.bench.run import Planned
 from missile.bench.scenario import Scenario
 from missile.bench.variants import ModelVariants
-from missile.compiler.overlap_table import Objective
+from missile.compiler.objective import Objective
 from missile.errors import MissileError, UnsupportedError
 from missile.gpu import open_gpu, resolve
 from missile.gpu.interface import Gpu, GpuInfo

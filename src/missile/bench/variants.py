@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from missile.coloring.halves import find_halves
 from missile.compiler.bind import BoundModel
-from missile.compiler.overlap_table import Objective
+from missile.compiler.objective import Objective
 from missile.errors import UnsupportedError
 from missile.gpu.interface import Gpu
 from missile.probe import map_for

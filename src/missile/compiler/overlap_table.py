@@ -10,29 +10,22 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 
 from missile.coloring.shape import Form
+from missile.compiler.objective import Objective
 from missile.compiler.placements import digest
 from missile.compiler.ptx.overlap import Dependents, Overlap
 from missile.compiler.tuning import AUTOTUNE
 from missile.errors import MisuseError
 from missile.files import write_whole
 
-__all__ = ["DEFAULT", "OVERLAPS", "PLAIN", "Objective", "OverlapTable", "Overlapping", "Tuned", "memory_of"]
+__all__ = ["DEFAULT", "OVERLAPS", "PLAIN", "OverlapTable", "Overlapping", "Tuned", "memory_of"]
 
 OVERLAPS = AUTOTUNE / "overlap"
 PLAIN = "plain"
 DEFAULT = Dependents.LATE
 _FORMAT = 1
-
-
-class Objective(StrEnum):
-    """For which situation the places were chosen."""
-
-    ALONE = "alone"  # nothing else runs on the GPU
-    BESIDE = "beside"  # on a part of the SMs, beside a BE model on the others
 
 
 @dataclass(frozen=True, slots=True)

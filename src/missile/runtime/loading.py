@@ -16,7 +16,8 @@ from missile.coloring.shares import Demand
 from missile.compiler.bind import BoundModel, bind
 from missile.compiler.bind_colored import bind_colored
 from missile.compiler.library import find_package
-from missile.compiler.overlap_table import Objective, Tuned
+from missile.compiler.objective import Objective
+from missile.compiler.overlap_table import Tuned
 from missile.compiler.overlapped import prepare_overlapped
 from missile.compiler.package import ModelPackage
 from missile.compiler.planning import needed_bytes

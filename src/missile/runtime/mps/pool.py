@@ -17,7 +17,7 @@ from types import TracebackType
 
 import numpy as np
 
-from missile.compiler.overlap_table import Objective
+from missile.compiler.objective import Objective
 from missile.errors import MissileError, MisuseError, OutOfMemoryError, UnsupportedError
 from missile.runtime.mps.daemon import MpsDaemon
 from missile.runtime.mps.process import Worker, hear

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from missile.compiler.overlap_table import Objective
+from missile.compiler.objective import Objective
 from missile.runtime.records import RunRecord
 from missile.runtime.tenant import Tenant
 
