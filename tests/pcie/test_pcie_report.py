@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,13 @@ def test_a_link_that_is_slower_with_long_copies_does_not_get_longer_chunks() -> 
     """As one H200 was in one run: 54.0 GB/s with 8 MiB, 52.9 from 16 MiB on."""
     rates = {MIB: 47.9e9, 4 * MIB: 53.3e9, 8 * MIB: 54.0e9, 16 * MIB: 52.9e9, 32 * MIB: 52.9e9, 64 * MIB: 52.9e9}
     assert choose_options(_profile(rates)).granularity.solo == 16 * MIB
+
+
+def test_small_copies_overtake_only_where_they_can_and_when_asked_to() -> None:
+    profile = replace(_profile({MIB: 48e9, 16 * MIB: 54e9}), bypass={Direction.H2D: 16 << 10, Direction.D2H: 0})
+    waiting, overtaking = choose_options(profile), choose_options(profile, overtake=True)
+    assert (waiting.h2d_bypass, waiting.d2h_bypass) == (0, 0)
+    assert overtaking == replace(waiting, h2d_bypass=16 << 10)
 
 
 def test_the_link_of_the_simulated_gpu_is_measured_as_specified() -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from missile.errors import MisuseError, UnsupportedError
+from missile.errors import GpuError, MisuseError, UnsupportedError
 from missile.gpu import open_gpu
 from missile.pcie.swap import Segment
 from missile.pcie.ticket import CopyState
@@ -154,6 +154,9 @@ class Scheduled:
         queue.append((lambda: after is None or after.done(), go))  # asks the event as it is then
         return ticket
 
+    def hand_over(self) -> None:
+        """Nothing: copies go when the machine takes them."""
+
 
 work = st.lists(
     st.tuples(st.integers(0, 3), st.integers(0, 1), st.integers(1, 4), st.integers(0, 12)), min_size=1, max_size=40
@@ -289,3 +292,57 @@ def test_weights_on_the_host_do_not_count_against_the_limit(gpu: Any, tenant: An
     hosted = limited.model_copy(update={"residency": "host"})
     with load_tenants(gpu, [hosted], swap_bytes=800 * MIB) as roster:
         assert roster.ready
+
+
+class FirstLaunches:
+    """Of a simulated GPU's graphs: those whose first launch found their stream waiting for a latch."""
+
+    def __init__(self, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, self.behind_latches = 0, 0
+        launched: set[int] = set()
+        waiting: dict[int, list[tuple[Any, int]]] = {}
+        kind = type(gpu.create_stream())
+        launch_graph, wait_latch = kind.launch_graph, kind.wait_latch
+        graphs: list[Any] = []  # kept: an id is not given to another one
+
+        def launch(stream: Any, graph: Any) -> None:
+            if id(graph) not in launched:
+                launched.add(id(graph))
+                graphs.append(graph)
+                self.count += 1
+                left = [entry for entry in waiting.get(id(stream), []) if not entry[0].reached(entry[1])]
+                self.behind_latches += bool(left)
+            launch_graph(stream, graph)
+
+        def wait(stream: Any, latch: Any, value: int) -> None:
+            waiting.setdefault(id(stream), []).append((latch, value))
+            wait_latch(stream, latch, value)
+
+        monkeypatch.setattr(kind, "launch_graph", launch)
+        monkeypatch.setattr(kind, "wait_latch", wait)
+
+
+@pytest.mark.parametrize("policy", ["partition", "missile", "missile:pause=off", "missile:copies=off"])
+def test_no_graph_is_first_launched_behind_weights_that_have_not_come(
+    policy: str, tenant: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where that makes the driver wait for the GPU, and the weights are yet to be asked for, it waits for ever."""
+    tenants = [
+        tenant("ls", "LS", "resnet34", rate=100),
+        tenant("one", "BE", "mobilebert", residency="host"),
+        tenant("two", "BE", "resnet152", residency="host"),
+    ]
+    with open_gpu("sim:h100") as gpu, load_tenants(gpu, tenants, swap_bytes=128 * MIB) as roster:
+        seen = FirstLaunches(gpu, monkeypatch)
+        record = run(gpu, roster, policy, seed=0, duration_ns=SECOND // 10)
+        assert all(len(found.cold) for found in record.tenants[1:])
+        assert seen.count > 10
+        assert seen.behind_latches == 0
+
+
+def test_a_rehearsal_that_does_not_end_is_an_error(tenant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tenants = [tenant("one", "BE", "mobilebert", residency="host")]
+    with open_gpu("sim:h100") as gpu, load_tenants(gpu, tenants, swap_bytes=128 * MIB) as roster:
+        monkeypatch.setattr(Residency, "arriving", lambda *_: True)
+        with pytest.raises(GpuError, match=r"10 s for a rehearsal failed for tenant 'one': TIMEOUT"):
+            run(gpu, roster, "missile", seed=0, duration_ns=SECOND // 10)

@@ -202,9 +202,12 @@ def _bypass(gpu: Gpu, end: _End) -> int:
 
 
 def choose_options(
-    profile: LinkProfile, *, latency_ns: float = 110_000, small: int = MIB, depth: int = 2
+    profile: LinkProfile, *, latency_ns: float = 110_000, small: int = MIB, depth: int = 2, overtake: bool = False
 ) -> EngineOptions:
     """Chunk sizes for a measured link.
+
+    overtake: let latency-sensitive copies of sizes that were seen to overtake do so, on a stream of their own. The median
+    is shorter then and the tail longer: that stream may have to wait while the other is kept fed (docs/pcie.md).
 
     Without latency-sensitive tenants: the smallest chunks that reach 98.5% (alone) and 96% (shared) of the raw rate and
     take long enough (300 and 75 us) for a scheduler that sleeps between them. With such tenants: the largest chunk with
@@ -222,8 +225,8 @@ def choose_options(
         ahead=round(_AHEAD_NS * 1e-9 * profile.raw(Direction.H2D)),
         copy_ns=min(_overhead(profile, direction) for direction in Direction),
         start_ns=min(profile.latency[direction][min(LATENCY_SIZES)][0] for direction in Direction),
-        h2d_bypass=profile.bypass[Direction.H2D],
-        d2h_bypass=profile.bypass[Direction.D2H],
+        h2d_bypass=profile.bypass[Direction.H2D] if overtake else 0,
+        d2h_bypass=profile.bypass[Direction.D2H] if overtake else 0,
     )
 
 

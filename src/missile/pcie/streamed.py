@@ -91,6 +91,14 @@ class StreamedCopies:
         ticket.add_done_callback(self._note)
         return ticket
 
+    def schedules(self, direction: Direction, nbytes: int) -> bool:
+        """Whether a copy of so many bytes may go through the engine even while nobody else copies."""
+        return direction in self._scheduled and nbytes > self._stays
+
+    def hand_over(self) -> None:
+        """Give the link's scheduler what was asked for; without it, the next `wait` does."""
+        self._engine.step()
+
     def to_host(self, tenant: str, stream: Stream, target: HostBuffer, address: int) -> CopyTicket | None:
         """Copy what is at `address` when `stream` has done its work so far to all of `target`, before its later work."""
         if Direction.D2H not in self._scheduled:

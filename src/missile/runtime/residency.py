@@ -228,6 +228,7 @@ class Residency:
                 ticket.add_done_callback(partial(self._give_back, after))
         self._under_way[tenant] += 1
         ticket.add_done_callback(lambda ticket: self._arrived(tenant, begun, ticket))
+        self._copies.hand_over()  # kernels are launched next, and the caller may be held up by the driver
 
     def _value(self, tenant: int, index: int) -> int:
         """What the tenant's latch is raised to behind part number `index`."""

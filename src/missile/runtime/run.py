@@ -105,14 +105,19 @@ def _run(
     rate = link_options(gpu).h2d_rate if any(loaded.weights is not None for loaded in ready) else 1.0
     stage = Stage(gpu, ready, layout, copies)
     fault: GpuError | None = None
+    lost = False
     try:
         engine = _engine(gpu, stage, policy, ready, len(layout.lanes), seed, span)
         with _quiet_interpreter(), _stop_on_interrupt(engine):
             if gate is not None:
                 gate()
             fault = _serve(engine, progress, gpu.info.simulated, span)
+            lost = fault is not None and fault.usable == "nothing"
+    except GpuError as error:
+        lost = error.usable == "nothing"
+        raise
     finally:
-        _strike(gpu, stage, lost=fault is not None and fault.usable == "nothing")
+        _strike(gpu, stage, lost=lost)
     whole = not engine.stopping and fault is None
     measured = span if whole else span._replace(end=min(max(engine.now_ns, span.begin), span.end))
     return RunRecord(

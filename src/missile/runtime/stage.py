@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from missile.errors import GpuError, InternalError
 from missile.gpu.interface import Copy, Event, Fill, Gpu, Graph, Launch, Left, PreemptControl, SmPartition, Stream
 from missile.pcie.streamed import StreamedCopies
+from missile.pcie.ticket import Direction
 from missile.runtime.loading import LoadedTenant, RunnableModel
 from missile.runtime.policies.interface import Layout, Segment, TenantBrief
 from missile.runtime.residency import ColdStart, Residency
@@ -25,6 +26,7 @@ MOST_PIECES = 16
 """Pieces of one tenant's requests (what one `Advance` gives the GPU) that may be in flight at once."""
 
 _LOOK_UP_NS = 10_000_000
+_REHEARSAL_LOOK_NS = 50_000
 _PATIENCE_NS = 10_000_000_000
 
 
@@ -259,10 +261,14 @@ class Stage:
         else:
             self._copies.wait(events, deadline_ns)
 
-    def _wait_for(self, event: Event) -> None:
-        """Until `event` and everything else has ended."""
-        while not event.done():
-            self.wait([event], self._gpu.now_ns() + _LOOK_UP_NS)
+    def _wait_for(self, tenant: int, over: Callable[[], bool]) -> None:
+        """Until `over` says so and everything else has ended. GpuError when it does not."""
+        give_up = self._gpu.now_ns() + _PATIENCE_NS
+        while not over():
+            if self._gpu.now_ns() >= give_up:
+                what = f"Waiting {_PATIENCE_NS // 1_000_000_000} s for a rehearsal"
+                raise GpuError(what, "TIMEOUT", tenant=self._tenants[tenant].tenant.name, usable="nothing")
+            self.wait([], self._gpu.now_ns() + _REHEARSAL_LOOK_NS)
         self._gpu.synchronize()
 
     # --- before the clock starts
@@ -286,24 +292,50 @@ class Stage:
         service: dict[int, int] = {}  # by partition
         if self._residency.hosts(tenant):
             self._pieces[tenant] = self._make_pieces(tenant)
-            slot, _ = self.enqueue(tenant, self._places()[0][1], 0)  # what follows finds the weights there
-            self._wait_for(slot.done)
+            self._residency.bring(tenant, self._tail)
+            self._wait_for(tenant, lambda: not self._residency.arriving(tenant))
+            self._launch_first(tenant, [piece.graph for piece in self._pieces[tenant]])
+            slot, _ = self.enqueue(tenant, self._places()[0][1], 0)  # what follows waits for no part of the weights
+            self._wait_for(tenant, slot.done.done)
+        self._launch_first(tenant, [model.graph])
         for stream, lane in self._places():
             slot, _ = self.enqueue(tenant, lane, 0)
-            self._wait_for(slot.done)
+            self._wait_for(tenant, slot.done.done)
             service[id(stream.partition)] = max(slot.end.time_ns() - slot.start.time_ns(), 1)
         by_lane = tuple(float(service[id(stream.partition)]) for stream in self._streams)
         operations = self._operations[tenant]
         segments = cut(operations, min(by_lane), wanted)
         if wanted is not None:
-            self._cuts[tenant] = self._make_cut(model, operations, segments)
+            mine = self._cuts[tenant] = self._make_cut(model, operations, segments)
+            self._launch_first(tenant, mine.graphs)
             for _, lane in self._places():
                 self._copied_in[tenant] = -1
                 slot, _, _ = self.advance(tenant, lane, 0, 0, len(segments))
-                self._wait_for(slot.done)
+                self._wait_for(tenant, slot.done.done)
         return TenantBrief(
             by_lane, segments, self._controls[tenant] is not None, exclusive=self._residency.has_rivals(tenant)
         )
+
+    def _launch_first(self, tenant: int, graphs: Sequence[Graph]) -> None:
+        """Run `graphs`, which are the tenant's model together, in every partition, before a latch holds them up there.
+
+        A graph's first launch may make the driver wait for all that the GPU has (to make room for its kernels' stacks, for
+        one). If that waited for a copy of which this thread has to look after the rest, it would be for ever.
+        """
+        loaded = self._tenants[tenant]
+        waits = self._copies is not None and any(
+            self._copies.schedules(Direction.H2D, buffer.nbytes) for buffer in loaded.inputs
+        )
+        if not waits and not self._residency.hosts(tenant):
+            return
+        for stream, _ in self._places():
+            if loaded.inputs:
+                stream.copy_to_device(self._models[tenant].input_address, loaded.inputs[0])
+            if (control := self._controls[tenant]) is not None:
+                control.begin(stream)
+            for graph in graphs:
+                stream.launch_graph(graph)
+            self._gpu.synchronize()
 
     def _places(self) -> list[tuple[Stream, int]]:
         """One lane of each partition, the whole GPU counting as one."""
