@@ -10,7 +10,9 @@ came before. --add keeps the parts that OUT/results.json has already. pcie_merge
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
+import signal
 import statistics
 import time
 import traceback
@@ -83,7 +85,9 @@ def latency_row(result: LoadResult) -> dict[str, Any]:
     }
 
 
-def urgent(session: Session, seconds: float, repeats: int) -> dict[str, Any]:
+def urgent(
+    session: Session, seconds: float, repeats: int, keep: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
     """Copies beside three bulk tenants by who makes them, both ways; and once with small ones that overtake.
 
     Each a list, one for each repeat; repeats take turns.
@@ -101,6 +105,7 @@ def urgent(session: Session, seconds: float, repeats: int) -> dict[str, Any]:
         found = latency_row(run_load(gpu, engine, bulk, requests, duration_s=seconds, source=source))
         out.setdefault(name, []).append(found)
         print(f"  {latency_line(name, found)}", flush=True)
+        keep(out)
 
     for _ in range(repeats):
         for direction in Direction:
@@ -310,6 +315,7 @@ def main() -> None:
         parser.error(f"Unknown part {unknown[0]!r}; there are {', '.join(PARTS)}.")
     options.output.mkdir(parents=True, exist_ok=True)
     target = options.output / "results.json"
+    faulthandler.register(signal.SIGTERM, chain=True)  # who ends a run that takes too long learns where it was
     before = json.loads(target.read_text()) if options.add and target.exists() else {}
     with open_gpu(options.device) as gpu:
         show_all(measure_parts(gpu, chosen, options, lambda out: _write(target, merged(before, out))))
@@ -349,7 +355,7 @@ def measure_parts(
         "shares": lambda: shares(session, shares_s, 2),
         "mix": lambda: mix(gpu, options.packages, max(0.4, 4 * scale), options.mix_s, keep_mix),
         "cold models": lambda: cold_models(session, max(4, round(11 * scale)), options.packages),
-        "urgent": lambda: urgent(session, 3.0 * scale, 2),
+        "urgent": lambda: urgent(session, 3.0 * scale, 2, lambda found: save(out | {"urgent": found})),
         "latencies": lambda: latencies(session, 2.0 * scale),
         "minimums": lambda: minimums(session, max(0.4, scale)),
         "plot": lambda: session.report and plot_report(session.report, options.output / "pcie.png"),

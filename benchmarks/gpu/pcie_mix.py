@@ -33,8 +33,9 @@ from missile.runtime.loading import load_tenants
 
 SCENARIO = Path(__file__).parents[2] / "examples" / "04_weights_on_host.toml"
 POLICIES = ("missile:pause=on", "missile:pause=on,copies=off", "priority", "streams")
-HANGS_S = 25.0
-"""A step that takes so much longer than its load is ended with the whole process, after everybody's stack was printed."""
+LOADING_S, BEYOND_S = 30.0, 12.0
+"""Loading models or making code that takes longer, or a run that goes on so long beyond its load, hangs: the process says where
+and ends."""
 
 
 def package_of(model: str, packages: Path | None) -> str:
@@ -70,10 +71,10 @@ def mix(
     took: dict[str, float] = {}
     out: dict[str, Any] = {"seconds": seconds, "simulated": gpu.info.simulated, "alone": {}, "took_s": took}
 
-    def timed(what: str, do: Callable[[], Any]) -> Any:
+    def timed(what: str, do: Callable[[], Any], most_s: float = seconds + BEYOND_S) -> Any:
         print(f"  {what}", flush=True)
         at = time.monotonic()
-        faulthandler.dump_traceback_later(seconds + HANGS_S, exit=True)
+        faulthandler.dump_traceback_later(most_s, exit=True)
         try:
             return do()
         finally:
@@ -82,11 +83,11 @@ def mix(
             print(f"    {took[what]:.1f} s", flush=True)
             keep(out)
 
-    roster = timed("load", lambda: load_tenants(gpu, scenario.tenants, swap_bytes=scenario.swap_bytes))
+    roster = timed("load", lambda: load_tenants(gpu, scenario.tenants, swap_bytes=scenario.swap_bytes), LOADING_S)
     with roster:
         testbed = GpuTestbed(gpu, roster, seed=scenario.seed)
         try:
-            timed("preemptible code", lambda: testbed.prepare(scenario.tenants, POLICIES))
+            timed("preemptible code", lambda: testbed.prepare(scenario.tenants, POLICIES), LOADING_S)
             bench = Bench(scenario, testbed)
             urgent = {tenant.name for tenant in scenario.tenants if tenant.latency_sensitive}
             for step in bench.steps:
