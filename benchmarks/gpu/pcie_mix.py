@@ -34,8 +34,7 @@ from missile.runtime.loading import load_tenants
 SCENARIO = Path(__file__).parents[2] / "examples" / "04_weights_on_host.toml"
 POLICIES = ("missile:pause=on", "missile:pause=on,copies=off", "priority", "streams")
 LOADING_S, BEYOND_S = 30.0, 12.0
-"""Loading models or making code that takes longer, or a run that goes on so long beyond its load, hangs: the process says where
-and ends."""
+"""What takes longer to load, or goes on for so long beyond its load, hangs: the process says where and ends."""
 
 
 def package_of(model: str, packages: Path | None) -> str:
