@@ -21,7 +21,15 @@ from missile.bench.suite.files import SuiteFolder, SuiteSettings, SuiteState
 from missile.bench.suite.report import SuiteReport, write_suite_report
 from missile.bench.suite.run import SuiteRun
 from missile.bench.suite.sampling import sample, settings_that_won
-from missile.bench.suite.summary import CellSummary, Point, geometric_mean, summarize_cells, summarize_families
+from missile.bench.suite.summary import (
+    CellSummary,
+    Point,
+    covered,
+    free_share,
+    geometric_mean,
+    summarize_cells,
+    summarize_families,
+)
 from missile.bench.summary import Spread
 from missile.bench.testbed import describe_policy
 from missile.errors import GpuError, MissileError, MisuseError, UnsupportedError
@@ -272,6 +280,28 @@ def summary(*points: Point, name: str = "poisson60--x--y") -> CellSummary:
     return CellSummary(Cell(name, "g", ({"model": "x"}, {"model": "y"})), grouped, best, ("x",), ("y",), False, ())
 
 
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)).map(sorted), max_size=8), st.integers(0, 30))
+def test_what_spans_cover_is_counted_once(spans: list[list[int]], begin: int) -> None:
+    inside = {at for first, last in spans for at in range(first, last) if begin <= at < begin + 20}
+    assert covered([(first, last) for first, last in spans], begin, begin + 20) == len(inside)
+
+
+def test_the_time_without_ls_requests_is_what_bounds_be_that_never_runs_beside_them(toy_results: Results) -> None:
+    def busy(name: str) -> float:
+        runs = [run for run in toy_results.runs if run.kind == "solo" and run.tenants[0].name == name]
+        spans = [list(zip(r.tenants[0].arrival_ns, r.tenants[0].done_ns, strict=True)) for r in runs]
+        times = [covered(some, run.warmup_ns, run.duration_ns) for some, run in zip(spans, runs, strict=True)]
+        return sum(times) / sum(run.duration_ns - run.warmup_ns for run in runs)
+
+    free = free_share(toy_results)
+    assert free is not None
+    assert max(busy("detect"), busy("rank")) < 1.0 - free < busy("detect") + busy("rank")
+    without = toy_results.model_copy(update={"runs": [run for run in toy_results.runs if run.kind != "solo"]})
+    assert free_share(without) is None
+    only_be = [tenant for tenant in toy_results.tenants if tenant.tenant_class == "BE"]
+    assert free_share(toy_results.model_copy(update={"tenants": only_be})) is None
+
+
 def test_the_best_setting_attains_and_does_most_be_work() -> None:
     points = [
         point("mps", 0.5, 9.0, 0.9),
@@ -380,7 +410,8 @@ def test_the_report_says_what_is_there(suite: Suite, tmp_path: Path) -> None:
     tables = (tmp_path / "tables.md").read_text()
     assert "Simulated" in tables.splitlines()[0]
     assert all(f"| {name} | temporal |" in tables for name in "abc")
-    assert all(line.count("|") == 7 for line in tables.splitlines() if line.startswith("| a |"))
+    counts = {line.count("|") for line in tables.splitlines() if line.startswith("| a |")}
+    assert counts == {7, 8}  # of every setting, and of the best with the time free of LS requests
 
 
 def test_baselines_are_those_of_the_settings() -> None:

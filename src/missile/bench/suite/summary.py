@@ -21,6 +21,8 @@ __all__ = [
     "CellSummary",
     "FamilySummary",
     "Point",
+    "covered",
+    "free_share",
     "geometric_mean",
     "summarize_cells",
     "summarize_families",
@@ -54,7 +56,7 @@ class Point:
 @dataclass(frozen=True, slots=True)
 class CellSummary:
     """points: by family, in the order in which the settings were run. accepted: whether the planner of `missile` expected
-    its plan to hold, None where it did not plan; plan: in the planner's words."""
+    its plan to hold, None where it did not plan; plan: in the planner's words. free: as `free_share` gives."""
 
     cell: Cell
     points: Mapping[str, tuple[Point, ...]]
@@ -65,6 +67,7 @@ class CellSummary:
     notes: tuple[str, ...]
     accepted: bool | None = None
     plan: str = ""
+    free: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,42 @@ def _cell(cell: Cell, results: Results) -> CellSummary:
         notes=tuple(results.notes),
         accepted=None if results.plan is None else bool(results.plan["accepted"]),
         plan="" if results.plan is None else str(results.plan["text"]),
+        free=free_share(results),
     )
+
+
+def free_share(results: Results) -> float | None:
+    """Share of the time in which no LS tenant's request is there, each tenant alone on its arrivals: what BE has at most
+    under a policy that never runs it beside LS requests. Mean over repeats; None where a run alone is missing.
+
+    From a request's arrival to its output on the host. Tenants that slow each other leave less.
+    """
+    names = [tenant.name for tenant in results.tenants if tenant.tenant_class == "LS"]
+    shares = []
+    for repeat in dict.fromkeys(run.repeat for run in results.runs):
+        runs = [run for run in results.runs if run.kind == "solo" and run.repeat == repeat and run.whole]
+        alone = {run.tenants[0].name: run for run in runs if run.tenants[0].name in names}
+        if not names or len(alone) < len(names):
+            continue
+        spans = [
+            span
+            for run in alone.values()
+            for span in zip(run.tenants[0].arrival_ns, run.tenants[0].done_ns, strict=True)
+        ]
+        begin, end = runs[0].warmup_ns, runs[0].duration_ns
+        shares.append(1.0 - covered(spans, begin, end) / (end - begin))
+    return sum(shares) / len(shares) if shares else None
+
+
+def covered(spans: Iterable[tuple[int, int]], begin: int, end: int) -> int:
+    """How much of [begin, end) lies in one of `spans`."""
+    total, reached = 0, begin
+    for first, last in sorted(spans):
+        first, last = max(first, reached), min(last, end)
+        if last > first:
+            total += last - first
+        reached = max(reached, last)
+    return total
 
 
 def _point(policy: PolicySummary, solo_p99: Mapping[str, float]) -> Point:

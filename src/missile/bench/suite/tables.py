@@ -69,12 +69,25 @@ def family_table(families: Sequence[FamilySummary]) -> Table:
 
 def best_table(cells: Sequence[CellSummary]) -> Table:
     """Every cell, every family at its best setting there."""
-    heads = ("cell", "policy at its best setting", "SLO met", "LS p99 / solo", "repeats", "BE / solo")
+    heads = (
+        "cell",
+        "policy at its best setting",
+        "SLO met",
+        "LS p99 / solo",
+        "repeats",
+        "BE / solo",
+        "time free of LS",
+    )
     rows = []
     for cell in cells:
         for index, point in enumerate(cell.best.values()):
-            rows.append((cell.cell.name if index == 0 else "", point.policy, *_figures(point)))
-    return Table(heads, tuple(rows), 2, "SLO met: of the LS tenant that met it least often.")
+            free = format_share(cell.free) if index == 0 else ""
+            rows.append((cell.cell.name if index == 0 else "", point.policy, *_figures(point), free))
+    caption = (
+        "SLO met: of the LS tenant that met it least often. Time free of LS: without any LS request, as these take alone: "
+        "what BE can have under a policy that never runs it beside them."
+    )
+    return Table(heads, tuple(rows), 2, caption)
 
 
 def setting_table(cells: Sequence[CellSummary]) -> Table:
