@@ -45,6 +45,8 @@ from missile.gpu.interface import Gpu, Launch
 from missile.probe.channel_map import ChannelMap
 from missile.probe.map_file import read_map
 
+STEPS = ("step", "step-kept")  # ways that take the larger table of `shadow_shape`
+
 
 def kind_of(kernel: str) -> str:
     """Class of a kernel by the name that Inductor gave it."""
@@ -177,9 +179,11 @@ class ModelRun:
         shape, ids = memory.translation.shape, list(code.cubins)
         steps = self._builder.code(self.name, shadow_shape(shape)).cubins
         looping = self._builder.kept(self.name, shape)
+        looping_steps = self._builder.kept(self.name, shadow_shape(shape))
         ways = {
             "kept": ColoredKernels(shape, {**code.cubins, **looping}, code.transfer),
             "step": ColoredKernels(shape, steps, code.transfer, frozenset(ids)),
+            "step-kept": ColoredKernels(shape, {**steps, **looping_steps}, code.transfer, frozenset(ids)),
         }
         times = {"usual": self._steps(usual)}
         for way, kernels in ways.items():
@@ -199,12 +203,14 @@ class ModelRun:
             chosen[own] = times[best][own]
             text = (self.directory / "kernels" / f"{kernel}.ptx").read_text()
             self._table.note(shape.form, text, Placement.KEPT if best == "kept" else None)
-            self._table.note_shadowed(shape.form, text, best == "step")
+            self._table.note_shadowed(shape.form, text, best in STEPS)
+            other = shadow_shape(shape).form
+            self._table.note(other, text, Placement.KEPT if best == "step-kept" else None)
         cubins = {
             kernel: ways[way].cubins[kernel] if way in ways else code.cubins[kernel] for kernel, way in taken.items()
         }
         mixed = ColoredKernels(
-            shape, cubins, code.transfer, frozenset(kernel for kernel, way in taken.items() if way == "step")
+            shape, cubins, code.transfer, frozenset(kernel for kernel, way in taken.items() if way in STEPS)
         )
         found = {
             "chosen": {way: list(taken.values()).count(way) for way in times},
@@ -278,6 +284,7 @@ def main() -> None:
                 if variant.mixed:
                     builder.ask(name, shadow_shape(shape))
                     builder.ask_kept(name, shape)
+                    builder.ask_kept(name, shadow_shape(shape))
         most = max(max(share.pages) for found in shares.values() for share in found.values()) + 1
         print(f"planned after {time.monotonic() - started:.1f} s", flush=True)
         with open_gpu(arguments.device) as gpu:

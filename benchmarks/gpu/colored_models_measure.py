@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import numpy as np
 from colored_models_code import TRANSFER_BYTES
 
 from missile.coloring.halves import find_halves
-from missile.coloring.pool import TenantMemory
-from missile.coloring.shares import Demand
+from missile.coloring.pool import ColoredPool, TenantMemory
+from missile.coloring.shares import Demand, plan_shares
 from missile.compiler.bind import BoundModel
 from missile.compiler.bind_colored import bind_colored
 from missile.compiler.colored import (
@@ -153,14 +154,31 @@ def startup(gpu: Gpu, channel_map: ChannelMap, packages: dict[str, tuple[ModelPa
         marks.append(clock())
         bind_colored(package, directory, gpu, memory, kernels=code).close()
         marks.append(clock())
-        names = ("map", "memory", "code", "bind")
+        seconds = dict(zip(("map", "memory", "code", "bind"), np.diff(marks).tolist(), strict=True))
+        pages = tenants.pages
+    with ExitStack() as undo:  # the same once more, in parts
+        marks = [clock()]
+        pool = undo.enter_context(ColoredPool(gpu, pages))
+        marks.append(clock())
+        constants = verified.classify(gpu, pool.addresses)
+        marks.append(clock())
+        (share,) = plan_shares(verified, constants, [Demand("tenant", halves.sets[0], needed_bytes(package))])
+        marks.append(clock())
+        memory = pool.attach(share)
+        marks.append(clock())
+        parts = dict(zip(("pages", "classify", "share out", "map"), np.diff(marks).tolist(), strict=True))
+        before = memory.table_bytes
+        memory.shadow()
         return {
             "model": package.name,
             "bytes": needed_bytes(package),
+            "seconds_per_gib": (seconds["memory"] + seconds["bind"]) / needed_bytes(package) * (1 << 30),
+            "steps": {"seconds": clock() - marks[-1], "bytes": memory.table_bytes - before},
+            "parts": parts,
             "weight_bytes": package.weight_bytes,
-            "pages": tenants.pages,
+            "pages": pages,
             "form": str(memory.translation.shape.form),
-            "table_bytes": memory.table_bytes,
+            "table_bytes": before,
             "same_chip": verified.uuid == channel_map.uuid,
-            "seconds": dict(zip(names, np.diff(marks).tolist(), strict=True)),
+            "seconds": seconds,
         }
