@@ -238,13 +238,15 @@ static void correct(struct lane *lane, int64_t now) {
     lane->busy_until += late;
 }
 
-static void arrivals(struct lane *lane, int64_t now) {
+/* Returns the time: an end counts from when it was known, not from when somebody began to ask. */
+static int64_t arrivals(struct lane *lane, int64_t now) {
     for (int which = 0; which < STREAMS; which++) {
         struct ring *ring = &lane->rings[which];
         while (ring->tail != ring->head) {
             struct chunk *chunk = &ring->chunks[ring->tail % DEPTH_MOST];
             int status = lane->options.calls.query(chunk->event);
             if (status == NOT_READY) break;
+            now = monotonic();
             struct copy *copy = chunk->copy;
             ring->tail++;
             lane->flying -= chunk->nbytes;
@@ -262,9 +264,10 @@ static void arrivals(struct lane *lane, int64_t now) {
         }
     }
     correct(lane, now);
-    if (lane->flying) return;
+    if (lane->flying) return now;
     if (lane->fair.awake_count) lane->vitals.dry_ns += now - least(now, lane->busy_until);
     lane->busy_until = 0;
+    return now;
 }
 
 static void issue(struct lane *lane, const struct pick *pick, int64_t now) {
@@ -351,7 +354,7 @@ static void advance(struct lane *lane) {
         lane->options.calls.set_context(current);
     }
     int64_t now = monotonic();
-    if (lane->flying) arrivals(lane, now);
+    if (lane->flying) now = arrivals(lane, now);
     if (lane->unready)
         for (int flow = 0; flow < MAX_FLOWS; flow++)
             if (lane->queues[flow].unready) refresh(lane, flow, now);
