@@ -33,7 +33,7 @@ from missile.runtime.loading import load_tenants
 
 SCENARIO = Path(__file__).parents[2] / "examples" / "04_weights_on_host.toml"
 POLICIES = ("missile:pause=on", "missile:pause=on,copies=off", "priority", "streams")
-LOADING_S, BEYOND_S = 30.0, 12.0
+LOADING_S, BEYOND_S = 30.0, 8.0
 """What takes longer to load, or goes on for so long beyond its load, hangs: the process says where and ends."""
 
 

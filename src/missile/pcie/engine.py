@@ -29,14 +29,15 @@ from missile.pcie.weights import MIB, Share
 __all__ = ["CopyEngine", "EngineOptions", "Stop", "TenantCopies"]
 
 
-_CLOSE_PATIENCE_NS = 60_000_000_000  # what was to be drained may take seconds; a GPU that hangs never ends
-
-
 class Stop(enum.StrEnum):
     """What becomes of copies that are still queued when the engine stops. None is lost silently either way."""
 
     DRAIN = "drain"  # they are copied
     CANCEL = "cancel"  # they end as cancelled; chunks that the GPU has still arrive
+
+
+# How long `close` waits: what was to be drained may take long, what the GPU has of cancelled copies may not.
+_PATIENCE_NS = {Stop.DRAIN: 60_000_000_000, Stop.CANCEL: 5_000_000_000}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,8 +329,8 @@ class CopyEngine:
         if self._stop is None:
             self.stop(Stop.CANCEL)
         try:
-            if self._lost is None:
-                self.run_until_idle(_CLOSE_PATIENCE_NS)
+            if self._lost is None and self._stop is not None:
+                self.run_until_idle(_PATIENCE_NS[self._stop])
         finally:
             for lane in self.lanes.values():
                 lane.close()
