@@ -17,11 +17,13 @@ from missile.gpu.sim.spec import KernelFault
 from missile.gpu.sim.streams import SimEvent
 from missile.runtime.loading import load_tenants
 from missile.runtime.policies import Snapshot, create_policy
+from missile.runtime.policies._rates import RateWatch
 from missile.runtime.policies.interface import Advance, Preempt, Reject, Segment, Start, TenantBrief, Wake
 from missile.runtime.policies.missile import MissilePolicy
 from missile.runtime.preempting import make_preemptible
 from missile.runtime.run import run, solo
 from missile.runtime.tenant import Tenant
+from missile.workloads.arrivals import arrival_times
 
 MS = 1_000_000
 INFO = GpuInfo("X", "sim:x", True, Level.PARTITIONS, 132, 1 << 20, 1 << 30, 2 << 20, 8, 8, 2, (9, 0))
@@ -334,6 +336,7 @@ def test_queues_are_bounded_even_without_an_objective():
         ("queue_limit=0", "queue_limit"),
         ("arm_us=-1", "arm_us"),
         ("patience=1.5", "patience"),
+        ("pause_above=-1", "pause_above"),
         ("patience_us=-1", "patience_us"),
         ("share=1", "ls_share"),
     ],
@@ -432,6 +435,67 @@ def test_patience_gives_be_more_for_a_tail_that_it_bounds(tenant):
     tails = [np.percentile(found[0].latency, 99) for found in (at_once, patient, never)]
     assert tails[1] < 1.1 * tails[0] < 0.95 * tails[2]
     assert len(set(patient[1].end.tolist())) == len(patient[1].end)
+
+
+@given(st.lists(st.tuples(st.integers(0, 50_000_000), st.integers(0, 5)), max_size=50), st.floats(1.0, 1e4))
+def test_rates_are_never_negative_and_change_sides_in_turn(steps, limit):
+    watch, now, arrived, high = RateWatch(limit), 0, 0, False
+    for wait, more in steps:
+        now, arrived = now + wait, arrived + more
+        changed = watch.ask(now, arrived)
+        assert watch.per_s >= 0.0
+        assert changed is (watch.high is not high)
+        high = watch.high
+        assert high or watch.per_s <= limit
+        assert not high or watch.per_s > 0.8 * limit
+
+
+def test_be_pauses_while_ls_requests_come_faster_than_planned():
+    policy, lanes = ready(pause=False, pause_above=1500)
+
+    def beside(now: int) -> list[str]:
+        policy.decide(snapshot(queued=(2, 1, 0, 2), oldest=(0, now, 0, 0), now=now))
+        actions = policy.decide(snapshot(queued=(2, 0, 0, 2), running=(0, 1, 0, 0), now=now))
+        return [lanes[action.lane] for action in actions if isinstance(action, Advance)]
+
+    slow = [beside(now) for now in range(0, 500 * MS, 1 * MS)]
+    assert all("68 SMs" in name for names in slow for name in names)
+    assert all(slow)
+    fast = [beside(now) for now in range(500 * MS, 1000 * MS, MS // 2)]
+    assert not any(fast[400:])
+    assert [at for at, _ in policy.changes] == [pytest.approx(570 * MS, abs=30 * MS)]
+    slow = [beside(now) for now in range(1000 * MS, 1500 * MS, 1 * MS)]
+    assert all(slow[400:])
+    assert [text.partition(":")[0] for _, text in policy.changes] == [
+        "BE pauses beside LS requests",
+        "BE runs beside LS requests again",
+    ]
+
+
+def test_a_run_whose_rate_doubles_changes_its_plan_and_says_when(tenant, monkeypatch):
+    def doubling(arrivals, *, seed, tenant, horizon_ns):
+        if tenant != "ls":
+            return arrival_times(arrivals, seed=seed, tenant=tenant, horizon_ns=horizon_ns)
+        gaps = [800_000] * 500 + [400_000] * 1000
+        return np.cumsum(np.array(gaps, np.int64))
+
+    monkeypatch.setattr("missile.runtime.run.arrival_times", doubling)
+    tenants = [tenant("ls", "LS", "mobilenet_v3_large", rate=1250, slo_ms=1.0), tenant("be", "BE", "decoder_1b")]
+    policy = "missile:pause=off,ls_share=0.5,pause_above=2000"
+    with open_gpu("sim:h200", seed=1) as gpu, make_preemptible(load_tenants(gpu, tenants)).roster as roster:
+        record = run(gpu, roster, policy, seed=2, duration_ns=800 * MS)
+        fixed = run(gpu, roster, policy.rpartition(",")[0], seed=2, duration_ns=800 * MS)
+    (note,) = record.notes
+    assert note.startswith((f"{policy} after 0.4", f"{policy} after 0.5"))
+    assert "BE pauses beside LS requests: these come at 2" in note
+    assert fixed.notes == ()
+
+    def latency(found, begin: int, end: int) -> float:
+        ls = found.tenants[0]
+        return float(np.median(ls.latency[(ls.arrival >= begin * MS) & (ls.arrival < end * MS)]))
+
+    assert latency(record, 0, 400) == pytest.approx(latency(fixed, 0, 400), rel=0.02)
+    assert latency(record, 600, 800) < 0.9 * latency(fixed, 600, 800)
 
 
 def test_a_tenant_that_dies_in_the_middle_of_a_request_leaves_the_others_results(tenant):

@@ -125,7 +125,7 @@ def trial_of(results: Mapping[str, tuple[float, float]], default: tuple[float, f
 
     def trial(policy: str) -> Measured:
         asked.append(policy)
-        met, rate = results.get(policy, default)
+        met, rate = results.get(policy.partition(",pause_above")[0], default)
         return Measured({"ls": met}, {"ls": 0.7 * MS}, rate)
 
     return trial, asked
@@ -254,6 +254,22 @@ def test_ls_tenants_that_need_few_sms_leave_the_others_to_be():
     assert Share(40) not in candidates(MACHINE)
     assert candidates(MACHINE, fitting=96) == candidates(MACHINE)  # three quarters
     assert Share(120) not in candidates(MACHINE, 0.2, fitting=120)
+
+
+def test_be_beside_ls_requests_pauses_at_rates_at_which_an_objective_would_break():
+    easy = ls(slo_ms=3.0, works=(KernelWork(16, solo_ns=10_000.0),))
+    plan = make_plan([easy, be()], MACHINE)
+    beside = [candidate for candidate in plan.considered if "pause=off" in candidate.policy]
+    assert beside
+    for candidate in beside:
+        limit = dict(part.split("=") for part in candidate.policy.partition(":")[2].split(","))["pause_above"]
+        factor = float(limit) / 300.0
+        assert factor >= 1.3
+        share = candidate.predicted.share
+        assert predict(share, plan.demands, MACHINE, rate_factor=0.98 * factor).slack >= 1.0
+        assert predict(share, plan.demands, MACHINE, rate_factor=1.02 * factor).slack < 1.0
+    promised = make_plan([easy, be()], MACHINE, be_min=0.2)
+    assert not any("pause_above" in candidate.policy for candidate in promised.considered)
 
 
 def test_when_nothing_holds_it_says_so_and_what_would():

@@ -154,14 +154,15 @@ def fitting_sms(demands: Sequence[Demand], machine: Machine) -> int | None:
     return None
 
 
-def policy_text(share: Share, machine: Machine, be_min: float = 0.0) -> str:
-    """The policy that carries a share out."""
+def policy_text(share: Share, machine: Machine, be_min: float = 0.0, pause_above: float = 0.0) -> str:
+    """The policy that carries a share out. pause_above: LS requests/s above which BE should rather pause; 0.0: none."""
     if share.ls_sms >= machine.sms:
         if share.patience:
             return f"missile:patience={share.patience:g}"
         return "missile" if share.preempts else "missile:preempt=off"
     options = f"pause=off,ls_share={share.ls_sms / machine.sms:.3f}"
     options += f",be_min={be_min:g}" if be_min else ""
+    options += f",pause_above={pause_above:.0f}" if pause_above else ""
     return f"missile:{options}" + (",colors=on" if share.separated else "")
 
 
@@ -197,7 +198,10 @@ def make_plan(
         (predict(share, demands, machine) for share in shares),
         key=lambda found: (found.slack < 1.0, -found.be_rate if found.slack >= 1.0 else -found.slack),
     )
-    considered = [Candidate(policy_text(found.share, machine, be_min), found) for found in predictions]
+    considered = [
+        Candidate(policy_text(found.share, machine, be_min, _pause_above(found, demands, machine, be_min)), found)
+        for found in predictions
+    ]
     chosen, accepted = considered[0], predictions[0].slack >= 1.0
     if trial is not None:
         # BE that pauses is what LS requests feel least, however its rate was predicted: it is always tried.
@@ -240,6 +244,15 @@ def _best(tried: Sequence[tuple[Candidate, Measured]], tail: float | None) -> tu
         most = max(result.be_rate for _, result in safe)
         return min((pair for pair in safe if pair[1].be_rate >= most * (1.0 - _ALIKE)), key=strain)[0], True
     return min(holding or tried, key=strain)[0], bool(holding)
+
+
+def _pause_above(found: Prediction, demands: Sequence[Demand], machine: Machine, be_min: float) -> float:
+    """At how many LS requests/s BE should pause instead of running beside: where an objective breaks first, by prediction.
+    0.0 where BE pauses anyway or may not, and where that is too close to the present rate to tell them apart."""
+    if found.share.ls_sms >= machine.sms or be_min:
+        return 0.0
+    _, factor = _breaks(Candidate("", found), demands, machine)
+    return factor * sum(demand.rate_per_s for demand in demands) if _RATE_CHANGE <= factor < _MOST_FACTOR else 0.0
 
 
 def rates_changed(plan: Plan, rates: Mapping[str, float]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from missile.runtime.copying import ScheduledCopies, link_options
 from missile.runtime.engine import Engine, Span
 from missile.runtime.loading import LoadedTenant, Roster, load_tenants
 from missile.runtime.policies import Policy, create_policy
-from missile.runtime.policies.interface import BriefedPolicy
+from missile.runtime.policies.interface import BriefedPolicy, ReplanningPolicy
 from missile.runtime.policies.streams import StreamsPolicy
 from missile.runtime.records import RunRecord, TenantRecord
 from missile.runtime.requests import RequestLog
@@ -134,7 +134,7 @@ def _run(
         jitter_ns=engine.jitter,
         interrupted=engine.stopping,
         fault="" if fault is None else str(fault),
-        notes=_notes(roster, measured, span, fault),
+        notes=(*_notes(roster, measured, span, fault), *_changes(policy, name)),
     )
 
 
@@ -246,6 +246,13 @@ def _notes(roster: Roster, measured: Span, planned: Span, fault: GpuError | None
     elif measured.end < planned.end:
         notes.append(f"The run was interrupted after {measured.end / 1e9:.3f} s of {planned.end / 1e9:.3f} s.")
     return tuple(notes)
+
+
+def _changes(policy: Policy, name: str) -> Iterator[str]:
+    """When a policy that plans anew while it runs did so."""
+    if isinstance(policy, ReplanningPolicy):
+        for at, what in policy.changes:
+            yield f"{name or policy.name} after {at / 1e9:.3f} s: {what}."
 
 
 @contextmanager

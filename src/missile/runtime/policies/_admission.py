@@ -31,6 +31,7 @@ class Admission:
         self._may_refuse = refuses and tenant.closed_loop is None
         self._alone_ns = 0.0
         self._usual_ns = 0.0
+        self.taken = 0  # requests that were started or turned away
         self.running = 0  # requests that were running or started when it was last asked
         self._since = 0  # when the request that runs now began to be served, as far as can be told
 
@@ -89,6 +90,7 @@ class Admission:
             if actions and queued > 1:
                 actions.append(Wake(now))
         begun = sum(isinstance(action, Start) for action in actions)
+        self.taken += begun + sum(isinstance(action, Reject) for action in actions)
         if begun and not running:
             self._since = now
         self.running = running + begun

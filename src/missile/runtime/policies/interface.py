@@ -26,6 +26,7 @@ __all__ = [
     "Policy",
     "Preempt",
     "Reject",
+    "ReplanningPolicy",
     "Segment",
     "Snapshot",
     "Start",
@@ -181,3 +182,12 @@ class BriefedPolicy(Protocol):
 
     def brief(self, tenants: Sequence[TenantBrief]) -> None:
         """Called once, between `setup` and the first `decide`."""
+
+
+@runtime_checkable
+class ReplanningPolicy(Protocol):
+    """A policy that changes its plan while it runs."""
+
+    @property
+    def changes(self) -> Sequence[tuple[int, str]]:
+        """When (ns since the run's start) and what, in order."""

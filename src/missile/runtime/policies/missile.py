@@ -13,10 +13,13 @@ from missile.gpu.interface import GpuInfo, Level, Priority
 from missile.runtime.policies._admission import Admission
 from missile.runtime.policies._common import latency_first, part_of
 from missile.runtime.policies._filling import NEVER, Filling, Floor
+from missile.runtime.policies._rates import RateWatch
 from missile.runtime.policies.interface import Action, Advance, Lane, Layout, Preempt, Snapshot, TenantBrief, Wake
 from missile.runtime.tenant import Tenant
 
 __all__ = ["MissilePolicy"]
+
+_MOST_CHANGES = 100  # noted of one run
 
 
 class MissilePolicy:
@@ -35,7 +38,9 @@ class MissilePolicy:
     begins them when they have (0: only after the host has seen that). Another LS request that arrives meanwhile makes them
     leave. patience: BE work is not stopped while every LS request there is expected to end within so large a share of its
     objective, even if it had to wait for all of that work; in [0, 1], 0: always stopped. patience_us: nor is BE work stopped
-    that ends by itself within so long. stop_first: BE is told to leave before the LS request is launched (off: after).
+    that ends by itself within so long. pause_above: LS requests/s, of all tenants together, above which BE pauses although
+    pause is off (0: never), until they come slower than 0.8 of that. stop_first: BE is told to leave before the LS request
+    is launched (off: after).
     """
 
     name = "missile"
@@ -57,6 +62,7 @@ class MissilePolicy:
         arm_us: float = 150.0,
         patience: float = 0.0,
         patience_us: float = 0.0,
+        pause_above: float = 0.0,
         stop_first: float = False,
     ) -> None:
         if not 0.0 < ls_share <= 1.0:
@@ -75,18 +81,21 @@ class MissilePolicy:
             ("queue_limit", queue_limit, 1.0),
             ("arm_us", arm_us, 0.0),
             ("patience_us", patience_us, 0.0),
+            ("pause_above", pause_above, 0.0),
         ):
             if not least <= value < float("inf"):
                 raise MisuseError(f"Policy 'missile': {name} must be at least {least:g}, not {value:g}.")
         self.ls_share, self.be_min, self.pause = ls_share, be_min, bool(pause)
         self.ls_whole, self.elastic, self.preempt = bool(ls_whole), bool(elastic), bool(preempt)
         self.colors, self.copies, self.admission = bool(colors), bool(copies), bool(admission)
-        self._pauses = self.elastic and (self.pause or ls_share == 1.0)
+        self._always_pauses = self._pauses = self.elastic and (self.pause or ls_share == 1.0)
+        self._rates = RateWatch(0.0 if self._pauses or not self.elastic else pause_above)
+        self.changes: list[tuple[int, str]] = []
         self._segment_ns, self._linger_ns = segment_us * 1e3, int(linger_us * 1e3)
         self._queue_limit = int(queue_limit)
         self._patience, self._patience_ns, self._stop_first = patience, patience_us * 1e3, bool(stop_first)
         # Beside LS requests, or when it lingers, BE has nothing to wait for at their end.
-        self._arm_ns = int(arm_us * 1e3) if self._pauses and not linger_us else 0
+        self._arm_ns = int(arm_us * 1e3) if not linger_us else 0
         self._ls: tuple[int, ...] = ()
         self._gates: tuple[Admission, ...] = ()
         self._be = Filling((), (), (), ())
@@ -163,6 +172,8 @@ class MissilePolicy:
                 actions += gate.starts(snapshot)
         if there:
             self._keep_off_until = now + self._linger_ns
+            if self._rates.ask(now, sum(gate.taken for gate in self._gates)):
+                self._change(now)
         elif now < self._keep_off_until:
             there = True
             actions.append(Wake(self._keep_off_until))
@@ -180,6 +191,13 @@ class MissilePolicy:
             return self._arm(snapshot, actions, stopped) if self._arm_ns else actions
         segment = self._be.fill(snapshot, beside_ls=there, stopped=stopped)
         return self._give(now, segment, actions)
+
+    def _change(self, now: int) -> None:
+        """Another plan for the rate at which LS requests come now: its lanes are there."""
+        self._pauses = self._always_pauses or self._rates.high
+        what = "BE pauses beside LS requests" if self._pauses else "BE runs beside LS requests again"
+        if len(self.changes) < _MOST_CHANGES:
+            self.changes.append((now, f"{what}: these come at {self._rates.per_s:.0f}/s"))
 
     def _make_way(self, snapshot: Snapshot) -> list[Preempt]:
         """Stop what BE has on the GPU, unless it ends soon or the LS requests can wait for it."""
