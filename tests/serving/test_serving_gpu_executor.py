@@ -16,11 +16,13 @@ from missile.compiler.library import find_package
 from missile.compiler.package import Buffer, BufferKind, ModelPackage, TensorSpec
 from missile.errors import MisuseError, UnsupportedError
 from missile.gpu import open_gpu
+from missile.gpu.interface import Launch
 from missile.probe import map_for, write_map
 from missile.serving.config import parse_config
 from missile.serving.engine.gpu import GpuExecutor
 from missile.serving.engine.loop import EngineLoop
 from missile.serving.engine.packages import copy_tensor, package_signature, tensor_view
+from missile.serving.engine.planes import takes_planes
 from missile.serving.link import CallKind, Link, Outcome
 from missile.serving.tensors import BlockLayout, ModelSignature
 
@@ -41,6 +43,54 @@ def test_channels_last_inputs_land_where_the_plan_reads_them() -> None:
     view[...] = image
     assert host.array[:16].sum() == 0
     np.testing.assert_array_equal(host.array[16:].view(np.float16), image.transpose(0, 2, 3, 1).ravel())
+
+
+def test_images_are_given_in_planes_and_turned_on_the_gpu(tmp_path: Path) -> None:
+    """LS only; the kernel is the model's first, reads what the copy brings and writes where the model's own reads."""
+    config = parse_config(TENANTS.format(ls="resnet34", be="resnet34", batch=1))
+    gpu = open_gpu("sim:h100")
+    before = gpu.memory_free()
+    executor = GpuExecutor(memoryview(bytearray(1 << 20)), gpu, policy="missile")
+    for slot, tenant in enumerate(config.tenants, start=1):
+        executor.install(slot, tenant, executor.prepare(tenant, tmp_path))
+    front, back = (executor._models[slot] for slot in (1, 2))
+    spec = front.bound.package.inputs[0]
+    assert spec.strides[1] == 1
+    assert [model.inputs[0][0].strides[1] for model in (front, back)] == [2 * 224 * 224, 2]
+    assert back.bound.input_address == back.bound.addresses[spec.buffer] + spec.offset
+    first = front.bound.operations[0]
+    assert isinstance(first, Launch)
+    assert first.kernel.name == "missile_interleave"
+    reads, writes = (int.from_bytes(param, "little") for param in first.params)
+    assert reads == front.bound.input_address
+    assert writes == front.bound.addresses[spec.buffer] + spec.offset
+    assert len(front.bound.operations) == 1 + len(front.bound.package.steps)
+    for slot in (1, 2):
+        executor.unload(slot)
+    assert gpu.memory_free() == before
+    executor.close()
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "taken"),
+    [
+        ((2, 3, 4, 5), (60, 1, 15, 3), True),
+        ((2, 3, 4, 5), (60, 20, 5, 1), False),  # in planes already
+        ((2, 3, 4, 5), (64, 1, 16, 3), False),  # with gaps
+        ((2, 9, 4, 5), (180, 1, 45, 9), False),  # many channels
+        ((2, 1, 4, 5), (20, 1, 5, 1), False),
+        ((2, 3, 20), (60, 1, 3), True),
+        ((2, 3), (3, 1), False),
+        ((70_000, 3, 2), (6, 1, 3), False),  # more images than a grid has rows
+    ],
+)
+def test_which_inputs_are_turned(shape: tuple[int, ...], strides: tuple[int, ...], taken: bool) -> None:
+    spec = TensorSpec(name="x", buffer="b", dtype="float16", shape=shape, strides=strides)
+    assert takes_planes([spec]) is taken
+    assert takes_planes([]) is False
+    assert (
+        takes_planes([spec, TensorSpec(name="y", buffer="b", dtype="float16", shape=(2, 3), strides=(3, 1))]) is False
+    )
 
 
 def _package(**changes: Any) -> ModelPackage:

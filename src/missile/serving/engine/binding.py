@@ -69,6 +69,11 @@ class Placed:
     escapes: int = 0
     weights: HostWeights | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all of it is on the device, in memory without colors."""
+        return self.colors is None and self.weights is None
+
 
 class Binder:
     """preempt: make BE tenants' blocks leave on demand, where their code allows it. channel_map: a file of this GPU, or of

@@ -33,6 +33,7 @@ from missile.serving.engine.escapes import EscapeCounter
 from missile.serving.engine.executor import Batch, DeviceFacts, Loaded, TenantFacts
 from missile.serving.engine.live import Ended, LiveEngine
 from missile.serving.engine.packages import Views, empty, fill, package_signature, views
+from missile.serving.engine.planes import in_planes, takes_planes
 from missile.serving.link import ring
 from missile.serving.tensors import ModelSignature
 
@@ -164,7 +165,11 @@ class GpuExecutor:
         others.pop(tenant.name, None)  # it takes over from itself
         with ExitStack() as undo:
             placed = self._binder.place(tenant, found, others, undo)
-            bound = placed.bound
+            model = bound = placed.bound
+            # Only LS: all kernels of a tenant whose blocks leave on demand look at its flag. (Long batches have a thread.)
+            planes = tenant.tenant_class == "LS" and placed.is_plain and takes_planes(found.package.inputs)
+            if planes:
+                bound = in_planes(model, self._gpu, undo)
             inputs = self._pinned(bound.input_bytes, depth, tenant, undo)
             outputs = self._pinned(bound.output_bytes, depth, tenant, undo)
             escapes = None
@@ -182,7 +187,7 @@ class GpuExecutor:
                 notes=placed.notes,
                 preemptible=_is_preemptible(bound),
                 aside=max(bound.input_bytes, bound.output_bytes) > _ASIDE_BYTES,
-                inputs=views(bound, inputs, depth, is_input=True, batched=tenant.batched),
+                inputs=views(model, inputs, depth, is_input=True, batched=tenant.batched, contiguous=planes),
                 outputs=views(bound, outputs, depth, is_input=False, batched=tenant.batched),
                 escapes=escapes,
                 resources=undo.pop_all(),

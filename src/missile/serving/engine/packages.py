@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from missile.gpu.interface import HostBuffer
 from missile.serving.engine.executor import Batch
 from missile.serving.tensors import DATATYPES, ModelSignature, TensorSignature
 
-__all__ = ["Views", "copy_tensor", "empty", "fill", "package_signature", "tensor_view", "views"]
+__all__ = ["Views", "copy_tensor", "empty", "fill", "item_bytes", "package_signature", "tensor_view", "views"]
 
 Views = tuple[tuple[npt.NDArray[Any], ...], ...]
 
@@ -63,21 +64,39 @@ def package_signature(
     return ModelSignature(tensors(package.inputs, "input"), outputs, package.batch if batched else 0)
 
 
+def item_bytes(spec: TensorSpec) -> int:
+    """Bytes of one value."""
+    return _BY_TORCH[spec.dtype.removeprefix("torch.")].numpy.itemsize
+
+
 def views(
-    bound: BoundModel, buffers: Sequence[HostBuffer], count: int, *, is_input: bool, batched: bool = True
+    bound: BoundModel,
+    buffers: Sequence[HostBuffer],
+    count: int,
+    *,
+    is_input: bool,
+    batched: bool = True,
+    contiguous: bool = False,
 ) -> Views:
     """The model's inputs or outputs in each of `count` pinned buffers, which mirror the device's range (no buffers: the
-    tensors are empty). Dimension 0 is the batch, of one item where the model is not batched."""
+    tensors are empty). Dimension 0 is the batch, of one item where the model is not batched. contiguous: in the shape's own
+    order, whatever order the model's is."""
     specs, base = bound.package.outputs, bound.output_address
     if is_input:
         specs, base = bound.package.inputs, bound.input_address
     places = [bound.addresses[spec.buffer] + spec.offset - base for spec in specs]
+    if contiguous:
+        specs = tuple(spec.model_copy(update={"strides": _contiguous(spec.shape)}) for spec in specs)
     found = []
     for index in range(count):
         buffer = buffers[index] if buffers else None
         tensors = (tensor_view(buffer, spec, place) for spec, place in zip(specs, places, strict=True))
         found.append(tuple(tensor if batched else tensor[None] for tensor in tensors))
     return tuple(found)
+
+
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[index + 1 :]) for index in range(len(shape)))
 
 
 def tensor_view(buffer: HostBuffer | None, spec: TensorSpec, offset: int) -> npt.NDArray[Any]:
