@@ -167,6 +167,25 @@ def test_trace_context_comes_back(served: Any) -> None:
         connection.close()
 
 
+def test_the_parts_of_a_request_do_not_overlap(served: Any) -> None:
+    """What the front end does before the engine has the request counts once: 16,384 numbers take a while to read."""
+    host, _, port = served.http.rpartition(":")
+    body = json.dumps(one(shape=[4096, 4], data=[0.123456789] * 16384)).encode()
+    connection = http.client.HTTPConnection(host, int(port), timeout=10)
+    for _ in range(3):
+        begun = time.perf_counter()
+        connection.request("POST", "/v2/models/finite/infer", body)
+        answer = connection.getresponse()
+        took_ms = 1000 * (time.perf_counter() - begun)
+        answer.read()
+        assert answer.status == 200
+        timing = answer.getheader("server-timing", "")
+        parts = {name: float(value) for name, _, value in (part.partition(";dur=") for part in timing.split(", "))}
+        assert set(parts) == {"front", "queue", "copy", "execute"}
+        assert sum(parts.values()) <= took_ms + 0.005  # rounded to microseconds
+    connection.close()
+
+
 # --- gRPC
 
 

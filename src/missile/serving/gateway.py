@@ -230,6 +230,7 @@ class Gateway:
         if link is None or self._arena is not pending.arena:  # the engine was lost while the inputs were copied
             raise Refusal(*_LOST, retry_after_s=1.0)
         deadline = inference.arrival_ns + inference.timeout_ns if inference.timeout_ns else 0
+        pending.sent_ns = time.monotonic_ns()
         sent = link.calls.push(
             CallKind.INFER,
             inference.deployment.slot,
@@ -237,13 +238,12 @@ class Gateway:
             inference.batch,
             pending.offset,
             inference.priority,
-            inference.arrival_ns,
+            pending.sent_ns,  # what came before was the front end's time, not queueing
             deadline,
         )
         if not sent:
             raise Refusal(Reason.OVERLOADED, "The engine's queue is full.", retry_after_s=1.0)
         link.call_bell.ring()
-        pending.sent_ns = time.monotonic_ns()
         if deadline:
             wait_s = max(0, deadline - pending.sent_ns) / _NS
             pending.timer = asyncio.get_running_loop().call_later(wait_s, self._expire, pending.id)

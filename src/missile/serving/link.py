@@ -43,7 +43,10 @@ class Outcome(IntEnum):
 
 
 class Call(NamedTuple):
-    """Front end to engine. Times on the monotonic clock, ns; deadline 0: none. priority: lower goes first."""
+    """Front end to engine. Times on the monotonic clock, ns; deadline 0: none. priority: lower goes first.
+
+    arrival_ns: when it was put on the ring.
+    """
 
     kind: int
     slot: int
