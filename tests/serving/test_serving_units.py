@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from missile.errors import InternalError
 from missile.serving.arena import MINIMUM_BLOCK, Arena
+from missile.serving.awake import LEAST_PROCESSORS, Awake
 from missile.serving.engine.queues import BatchLimits, Scheduler
 from missile.serving.engine.spin import Spin
 from missile.serving.engine.swapping import choose_place
@@ -327,6 +329,41 @@ def test_spinning_is_not_put_off_long_by_a_pause() -> None:
         spin.called(now)
     assert spin.until_ns(now) > now
     assert Spin(0).until_ns(now) == 0
+
+
+def _awake_for(processors: int, gap_s: float, calls: int, *, held_up: bool = False) -> tuple[list[bool], bool]:
+    """Whether the event loop stayed awake after each of some calls, and whether it still is once none has come for long.
+
+    held_up: its thread has no processor between two calls.
+    """
+
+    async def run() -> tuple[list[bool], bool]:
+        awake = Awake(20_000_000, processors=processors)
+        seen = []
+        for _ in range(calls):
+            awake.called(time.monotonic_ns())
+            seen.append(awake.turning)
+            if held_up:
+                time.sleep(gap_s)
+            await asyncio.sleep(0 if held_up else gap_s)
+        await asyncio.sleep(0.2)
+        return seen, awake.turning
+
+    return asyncio.run(run())
+
+
+def test_the_front_end_stays_awake_while_calls_come_where_there_are_processors() -> None:
+    seen, after = _awake_for(LEAST_PROCESSORS, 0.001, 60)
+    assert not seen[0]
+    assert any(seen)
+    assert not after
+    assert not any(_awake_for(LEAST_PROCESSORS - 1, 0.001, 60)[0])
+    assert not any(_awake_for(LEAST_PROCESSORS, 0.03, 8)[0])  # seldom
+
+
+def test_a_front_end_that_has_to_wait_for_a_processor_sleeps_for_a_while() -> None:
+    seen, _ = _awake_for(LEAST_PROCESSORS, 0.001, 60, held_up=True)
+    assert 1 <= sum(seen) <= 2  # 60 calls take less than the time for which it then leaves off, and not twice as long
 
 
 def test_who_loses_the_processor_while_spinning_sleeps_for_a_while() -> None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from missile.serving.arena import Arena
+from missile.serving.awake import Awake
 from missile.serving.link import Answer, CallKind, Link, Outcome
 from missile.serving.refusal import Reason, Refusal
 from missile.serving.tenant import Deployment, Tenant
@@ -124,9 +125,10 @@ class Result:
 
 
 class Gateway:
-    """One per server. All on the event loop."""
+    """One per server. All on the event loop, which stays awake while calls come at least every `spin_ns` (see `Awake`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, spin_ns: int = 0) -> None:
+        self._awake = Awake(spin_ns)
         self._link: Link | None = None
         self._arena: Arena | None = None
         self._ids = itertools.count(1)
@@ -244,6 +246,7 @@ class Gateway:
         if not sent:
             raise Refusal(Reason.OVERLOADED, "The engine's queue is full.", retry_after_s=1.0)
         link.call_bell.ring()
+        self._awake.called(pending.sent_ns)
         if deadline:
             wait_s = max(0, deadline - pending.sent_ns) / _NS
             pending.timer = asyncio.get_running_loop().call_later(wait_s, self._expire, pending.id)

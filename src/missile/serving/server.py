@@ -54,7 +54,7 @@ class Server:
         self._folder = path.resolve().parent
         self._config = config
         server = config.server
-        self._gateway = Gateway()
+        self._gateway = Gateway(1000 * server.spin_us)
         self._supervisor = Supervisor(
             self._folder,
             {
