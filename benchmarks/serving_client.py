@@ -54,13 +54,15 @@ class Flow:
     quiet: bool = False
 
     def result(self, warm: float = 0.1) -> dict[str, object]:
-        """Percentiles, ms, without the first `warm` of the requests. outside: the client's time less the engine's."""
+        """Percentiles, ms, without the first `warm` of the requests. outside: the client's time less the server's parts: the
+        loopback interface, waking each other, the client itself.
+        """
         skip = int(len(self.client_ms) * warm)
         client = np.array(self.client_ms[skip:])
         inside = {part: np.array(values[skip:]) for part, values in self.parts.items()}
         found: dict[str, object] = {"answered": len(self.client_ms), "errors": self.errors, "client": summary(client)}
         found.update({part: summary(values) for part, values in inside.items()})
-        found["outside"] = summary(client - inside["queue"] - inside["copy"] - inside["execute"])
+        found["outside"] = summary(client - sum(inside.values()))
         return found
 
 

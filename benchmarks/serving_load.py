@@ -9,7 +9,7 @@ case it reports
 - `client`: scheduled send time to the whole answer read, ms, as a client sees it;
 - `front`: what the server says of itself (Server-Timing): first bytes read to the engine's ring, and the engine's answer to
   the response's bytes, ms. This is the front-end overhead;
-- `outside`: client time less the engine's own (queue, copy, execute), ms: front end, kernel, and this client together.
+- `outside`: client time less the server's parts, ms: the loopback interface, waking each other, and this client.
 """
 
 from __future__ import annotations
