@@ -34,6 +34,18 @@ class Net(torch.nn.Module):
         return {"sum": self.linear(x) * self.scale, "twice": 2 * y + torch.zeros(16, dtype=y.dtype, device=x.device)}
 
 
+class Plain(torch.nn.Module):
+    """As `Net`, without a product of matrices, whose kernel is chosen among many that are compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.arange(1.0, 17.0) / 8)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        made = torch.ones(16, dtype=y.dtype, device=x.device)
+        return {"sum": x[:, :16] * self.scale + x[:, 16:], "twice": 2 * y + made}
+
+
 FACTORY = """
 import torch
 
@@ -48,11 +60,11 @@ def stubborn(batch):
 """
 
 
-def _save(path: Path, dtype: Any) -> None:
+def _save(path: Path, dtype: Any, net: type[torch.nn.Module] = Net) -> None:
     """A program with a batch of any size up to 8."""
     example = (torch.zeros(2, 32, dtype=dtype), torch.zeros(2, 16, dtype=dtype))
     batch = torch.export.Dim("batch", min=1, max=8)
-    program = torch.export.export(Net().eval().to(dtype), example, dynamic_shapes=({0: batch}, {0: batch}))
+    program = torch.export.export(net().eval().to(dtype), example, dynamic_shapes=({0: batch}, {0: batch}))
     torch.export.save(program, path)
 
 
@@ -74,16 +86,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("net", [Net, Plain])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_an_exported_program_is_what_the_compiler_takes(folder: Path, backend: str) -> None:
+def test_an_exported_program_is_what_the_compiler_takes(folder: Path, backend: str, net: type[torch.nn.Module]) -> None:
     """The whole graph, for one batch, as `compile_triton_only` asks for it."""
+    _save(folder / "net.pt2", torch.float32, net)
     built = build(_tenant('model = "net.pt2"'), folder, "cpu")
     assert (built.batch, built.input_names, built.output_names) == (4, ("x", "y"), ("sum", "twice"))
     torch._dynamo.reset()
     compiled = torch.compile(built.module, fullgraph=True, dynamic=False, backend=backend)
     with torch.no_grad():
         ours = built.outputs_of(compiled(*built.inputs))
-        theirs = Net().eval()(*built.inputs).values()
+        theirs = net().eval()(*built.inputs).values()
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -231,7 +245,7 @@ def test_a_served_pt2_equals_eager(kind: str, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setenv("MISSILE_CACHE", str(tmp_path / "cache"))
     dtype = getattr(torch, kind)
-    _save(tmp_path / "net.pt2", dtype)
+    _save(tmp_path / "net.pt2", dtype, Plain)
     client = _Client(lambda arena: GpuExecutor(arena, open_gpu("cuda:0"), policy="missile"), tmp_path)
     reply = client.load(1, _tenant('model = "net.pt2"'))
     assert reply["op"] == "loaded", reply
@@ -242,7 +256,7 @@ def test_a_served_pt2_equals_eager(kind: str, tmp_path: Path, monkeypatch: pytes
         x, y = (rng.standard_normal((batch, width)).astype(kind) for width in (32, 16))
         ours = _infer(client, signature, 1, [x, y])
         with torch.no_grad():
-            eager = Net().eval().to(dtype)(torch.from_numpy(x), torch.from_numpy(y))
+            eager = Plain().eval().to(dtype)(torch.from_numpy(x), torch.from_numpy(y))
         bound = 5e-3 if kind == "float16" else 1e-4
         for one, other in zip(ours, eager.values(), strict=True):
             np.testing.assert_allclose(one.astype(np.float32), other.float().numpy(), rtol=bound, atol=bound)
