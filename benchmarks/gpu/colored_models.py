@@ -272,6 +272,14 @@ def main() -> None:
     rng = np.random.default_rng(11)
     table = PlacementTable.load(channel_map.gpu)
     result: dict[str, Any] = {"stand_in_weights": True, "map": channel_map.gpu, "rows": []}
+    if arguments.startup:  # before all cores are busy
+        try:
+            with open_gpu(arguments.device) as gpu:
+                result["startup"] = startup(gpu, channel_map, packages)
+        except Exception as error:
+            result["startup"] = {"error": f"{type(error).__name__}: {error}"}
+            traceback.print_exc()
+        print(result["startup"], flush=True)
     with Builder(packages) as builder:
         shares = {}
         for name, (package, _) in packages.items():
@@ -289,13 +297,6 @@ def main() -> None:
         print(f"planned after {time.monotonic() - started:.1f} s", flush=True)
         with open_gpu(arguments.device) as gpu:
             result |= {"gpu": gpu.info.name, "driver": gpu.info.driver}
-            if arguments.startup:
-                try:
-                    result["startup"] = startup(gpu, channel_map, packages)
-                except Exception as error:
-                    result["startup"] = {"error": f"{type(error).__name__}: {error}"}
-                    traceback.print_exc()
-                print(result["startup"], flush=True)
             begin = time.perf_counter()
             with ColoredPool(gpu, most) as pool:
                 result["pool"] = {"pages": pool.page_count, "seconds": time.perf_counter() - begin}

@@ -184,7 +184,7 @@ def is_colored(directory: Path, shape: Shape, *, mixed: bool = False, overlap: O
 def code_version(overlap: Overlapping | None = None) -> str:
     """A digest of what writes rewritten code that overlaps so: code by another version is not used."""
     digest = sha256()
-    written = (*sorted(Path(ptx.__file__).parent.glob("*.py")), Path(missile.coloring.shape.__file__))
+    written = (*sorted(Path(ptx.__file__).parent.glob("*.py")), Path(missile.coloring.shape.__file__), Path(__file__))
     for path in (*written, *_tables(overlap)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
