@@ -111,7 +111,7 @@ def urgent(
         for direction in Direction:
             for name, source in sources.items():
                 run(f"{name}, {direction}", direction, source, session.options)
-    for name, source in list(sources.items())[:1]:
+    for name, source in sources.items():
         run(f"{name}, h2d, overtaking", Direction.H2D, source, overtaking)
     return out
 
