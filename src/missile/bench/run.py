@@ -122,7 +122,10 @@ class Bench:
             policy = step.what
             try:
                 tenants = tuple(self._with_objective(tenant) for tenant in scenario.tenants)
-                chosen = self._planned(policy, tenants)
+                chosen = policy
+                if _is_planned(policy):
+                    chosen = self._planned(policy, tenants)
+                    tenants = tuple(self._with_copy_weight(tenant) for tenant in tenants)
                 record = self.testbed.shared(tenants, chosen, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
             except UnsupportedError as error:
                 self._skipped.add(policy)
@@ -136,10 +139,8 @@ class Bench:
         self.notes += [note for note in record.notes if note not in self.notes]
 
     def _planned(self, policy: str, tenants: tuple[Tenant, ...]) -> str:
-        """What is run for `policy`: itself, or where it is `missile` with no shares of its own, what the planner chose."""
-        name, _, options = policy.partition(":")
-        if name != "missile" or not {part.partition("=")[0].strip() for part in options.split(",")} <= _SWITCHES:
-            return policy
+        """What is run for `policy`, which is `missile` with no shares of its own: what the planner chose."""
+        options = policy.partition(":")[2]
         if self.plan is None:
             solos = {
                 run.tenants[0].name: run.record() for run in reversed(self.runs) if run.kind == "solo" and run.whole
@@ -182,6 +183,13 @@ class Bench:
             return tenant
         return tenant.model_copy(update={"slo_ms": slo_ms, "slo_factor": None})
 
+    def _with_copy_weight(self, tenant: Tenant) -> Tenant:
+        """`tenant` with the plan's weight on the link, unless it was given one."""
+        weights = {} if self.plan is None else self.plan.data.get("copy_weights", {})
+        if tenant.copy_weight is not None or tenant.name not in weights:
+            return tenant
+        return tenant.model_copy(update={"copy_weight": weights[tenant.name]})
+
     def _tenant_info(self, tenant: Tenant) -> TenantInfo:
         slo_ms, slo_text = self._objective_ms(tenant), f"{tenant.slo_ms:g} ms" if tenant.slo_ms else ""
         if tenant.slo_factor:
@@ -195,6 +203,12 @@ class Bench:
             slo_ms=slo_ms,
             slo_text=slo_text,
         )
+
+
+def _is_planned(policy: str) -> bool:
+    """Whether it is `missile` with no shares of its own."""
+    name, _, options = policy.partition(":")
+    return name == "missile" and {part.partition("=")[0].strip() for part in options.split(",")} <= _SWITCHES
 
 
 def _with_suspects(record: RunRecord) -> str:

@@ -18,7 +18,7 @@ from missile.pcie.weights import MIB, Share
 from missile.runtime.loading import LoadedTenant
 from missile.runtime.tenant import Tenant
 
-__all__ = ["LONG", "ScheduledCopies", "link_options", "share_of"]
+__all__ = ["LONG", "ScheduledCopies", "link_options", "longest_copy", "share_of"]
 
 _CHUNKS: Final = (MIB, 2 * MIB, 4 * MIB, 16 * MIB)
 _REPEATS: Final = 2
@@ -37,8 +37,9 @@ def link_options(gpu: Gpu) -> EngineOptions:
 
 
 def share_of(tenant: Tenant) -> Share:
-    """The tenant's entitlement to the link: its weight, and its class."""
-    return Share(weight=tenant.weight, latency_sensitive=tenant.latency_sensitive)
+    """The tenant's entitlement to the link: its weight there, and its class."""
+    weight = tenant.weight if tenant.copy_weight is None else tenant.copy_weight
+    return Share(weight=weight, latency_sensitive=tenant.latency_sensitive)
 
 
 class ScheduledCopies(StreamedCopies):
@@ -51,7 +52,7 @@ class ScheduledCopies(StreamedCopies):
 
     def __init__(self, gpu: Gpu, tenants: Sequence[LoadedTenant]) -> None:
         """After an error nothing is held."""
-        scheduled = [direction for direction in Direction if _longest(tenants, direction) > LONG]
+        scheduled = [direction for direction in Direction if longest_copy(tenants, direction) > LONG]
         with ExitStack() as undo:
             # Requests' memory is pinned: no staging.
             engine = CopyEngine(gpu, replace(link_options(gpu), staging_slots=0))
@@ -65,7 +66,7 @@ class ScheduledCopies(StreamedCopies):
     @classmethod
     def where_needed(cls, gpu: Gpu, tenants: Sequence[LoadedTenant]) -> ScheduledCopies | None:
         """None where every direction would be left to the streams."""
-        needed = any(_longest(tenants, direction) > LONG for direction in Direction)
+        needed = any(longest_copy(tenants, direction) > LONG for direction in Direction)
         return cls(gpu, tenants) if needed else None
 
     def close(self) -> None:
@@ -74,7 +75,7 @@ class ScheduledCopies(StreamedCopies):
             self._resources.close()
 
 
-def _longest(tenants: Sequence[LoadedTenant], direction: Direction) -> int:
+def longest_copy(tenants: Sequence[LoadedTenant], direction: Direction) -> int:
     """Bytes of the longest copy of any request, weights that wait on the host included."""
     sides = (t.inputs if direction is Direction.H2D else t.outputs for t in tenants)
     longest = max((buffer.nbytes for side in sides for buffer in side), default=0)

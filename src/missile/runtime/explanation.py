@@ -29,6 +29,9 @@ def explain(plan: Plan) -> str:
             "",
             f"Would break first: {plan.breaks_first}, at {plan.breaks_at:.2g} times the present rates (by prediction).",
         ]
+    if plan.copy_weights:
+        weights = ", ".join(f"{name} {weight:.3g}" for name, weight in plan.copy_weights.items())
+        lines += ["", f"Weights on the link to the host: {weights}."]
     if plan.remedies:
         lines += ["", f"Would help: {'; or '.join(plan.remedies)}."]
     return "\n".join(lines)
@@ -41,6 +44,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "accepted": plan.accepted,
         "why": _why(plan),
         "tail": plan.tail,
+        "copy_weights": dict(plan.copy_weights),
         "objectives_ms": {name: ns / 1e6 for name, ns in plan.chosen.predicted.slo_ns.items()},
         "considered": [_candidate_data(candidate) for candidate in plan.considered],
         "breaks_first": plan.breaks_first,

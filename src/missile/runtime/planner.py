@@ -91,7 +91,8 @@ class Plan:
 
     considered: all candidates, best first by prediction. breaks_first: the LS tenant with the least room, "" where none has
     an objective; breaks_at: on how many times the present rates its objective breaks, by prediction. remedies: what would
-    make a plan hold, where none does. tail: as `make_plan` was told.
+    make a plan hold, where none does. tail: as `make_plan` was told. copy_weights: by tenant, on the link to the host; empty
+    where copies are not scheduled, and everybody keeps its own.
     """
 
     accepted: bool
@@ -103,6 +104,7 @@ class Plan:
     breaks_at: float
     remedies: tuple[str, ...]
     tail: float | None = None
+    copy_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 def candidates(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,9 @@ import numpy as np
 from missile.compiler.bind import BoundModel
 from missile.errors import MisuseError
 from missile.gpu.interface import Gpu, GpuInfo, Launch
+from missile.pcie.ticket import Direction
+from missile.runtime.copy_weights import copy_weights
+from missile.runtime.copying import LONG, link_options, longest_copy
 from missile.runtime.loading import LoadedTenant, Roster
 from missile.runtime.metrics import attainment, quantile
 from missile.runtime.planner import TAIL, Measured, Plan, make_plan
@@ -71,6 +75,7 @@ def plan_tenants(
         for loaded in roster.ready
         for name in (loaded.tenant.name,)
     ]
+    weights = _copy_weights(gpu, roster, demands)
     separate = None if colored is None else colored()
     if separate is not None:
         for place, demand in enumerate(demands):
@@ -87,10 +92,34 @@ def plan_tenants(
             tenants = separate
         elif plain is not None and "preempt=off" in policy:
             tenants = plain
+        tenants = _weighed(gpu, tenants, weights)
         record = run(gpu, tenants, policy, seed=seed, duration_ns=trial_ns, warmup_ns=warm)
         return _measured(record, demands, rates)
 
-    return make_plan(demands, machine_of(gpu.info), be_min=be_min, trial=trial, tail=tail)
+    plan = make_plan(demands, machine_of(gpu.info), be_min=be_min, trial=trial, tail=tail)
+    return replace(plan, copy_weights=weights)
+
+
+def _copy_weights(gpu: Gpu, roster: Roster, demands: list[Demand]) -> dict[str, float]:
+    """Empty where no direction's copies would be scheduled, or where somebody's weight on the link was given."""
+    ready = roster.ready
+    if any(loaded.tenant.copy_weight is not None for loaded in ready):
+        return {}
+    if all(longest_copy(ready, direction) <= LONG for direction in Direction):
+        return {}
+    own = {loaded.tenant.name: loaded.tenant.weight for loaded in ready}
+    return copy_weights(demands, own, link_options(gpu).h2d_rate)
+
+
+def _weighed(gpu: Gpu, roster: Roster, weights: Mapping[str, float]) -> Roster:
+    """A view of `roster` whose tenants have these weights on the link."""
+    if not weights:
+        return roster
+    tenants = [
+        replace(loaded, tenant=loaded.tenant.model_copy(update={"copy_weight": weights.get(loaded.tenant.name)}))
+        for loaded in roster.tenants
+    ]
+    return Roster(gpu, tenants, ExitStack())
 
 
 def machine_of(info: GpuInfo) -> Machine:
@@ -119,6 +148,7 @@ def _demand(loaded: LoadedTenant, alone: TenantRecord, rate: float) -> Demand:
         slo_ns=slo if tenant.latency_sensitive else None,
         works=works if len(works) == len(operations) else (),
         preemptible=any(launch.preempt is not None for launch in launches),
+        copy_bytes=max((buffer.nbytes for side in (loaded.inputs, loaded.outputs) for buffer in side), default=0),
     )
 
 

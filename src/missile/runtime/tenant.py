@@ -26,7 +26,8 @@ class Tenant(BaseModel):
 
     model: one of the twelve, a synthetic one ("synthetic-copy"), or a package directory. batch: None means the model's
     usual one. An LS tenant's objective is `slo_ms`, or `slo_factor` times its own solo p99; a BE tenant has none.
-    weight: its share among tenants of its class. memory_limit_mb: most device memory it may hold (MiB).
+    weight: its share among tenants of its class. copy_weight: its share of the link to the host among all tenants, where
+    copies are scheduled; None: `weight`, or what the planner finds. memory_limit_mb: most device memory it may hold (MiB).
     residency: where its weights are while it does nothing: "host" has them copied in when a request needs them.
     """
 
@@ -40,6 +41,7 @@ class Tenant(BaseModel):
     slo_ms: float | None = Field(None, gt=0)
     slo_factor: float | None = Field(None, ge=1)
     weight: float = Field(1.0, gt=0, le=1000)
+    copy_weight: float | None = Field(None, gt=0, le=1e6)
     memory_limit_mb: int | None = Field(None, ge=1)
     residency: Literal["device", "host"] = "device"
 
