@@ -17,9 +17,9 @@ def copy_weights(demands: Sequence[Demand], weights: Mapping[str, float], rate: 
     """By tenant: its weight among all tenants that copy at once. BE tenants keep theirs, LS tenants have at least theirs.
 
     weights: as the tenants have them. rate: of the link, bytes/s. An LS tenant with an objective gets so large a share that
-    the longer of its two copies, beside everybody else's, takes at most what the link takes for it and a tenth of the room that
-    its objective leaves. LS tenants get nine tenths of the link together at most, each less in proportion where they ask for
-    more.
+    the longer of its two copies, beside everybody else's, takes at most what the link takes for it and a tenth of the
+    room that its objective leaves. LS tenants get nine tenths of the link together at most, each less in proportion where
+    they ask for more.
     """
     shares = {}
     for demand in demands:
