@@ -10,9 +10,10 @@ import pytest
 from missile.bench.isolation.models import RealCell, RealPlan, Room, real_cells
 from missile.bench.isolation.models_plot import plot_models
 from missile.bench.isolation.models_results import RealResults, RealRun, pair_outcomes
-from missile.bench.isolation.models_run import run_real
+from missile.bench.isolation.models_run import _setting, run_real
 from missile.bench.isolation.models_table import grids_of, render_real_markdown
 from missile.cli.app import main
+from missile.compiler.objective import OverlapChoice
 from missile.errors import MisuseError
 from missile.gpu import open_gpu
 from missile.probe import ChannelMap, map_for
@@ -151,3 +152,15 @@ def test_the_command_says_simulated(
     assert main(["bench", "isolation", *arguments, "--duration", "0.02", "-o", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["simulated"] is True
     assert "(simulated)" in (out / "models.md").read_text()
+
+
+def test_runs_with_other_launches_are_not_taken_for_the_same(results: RealResults, tmp_path: Path) -> None:
+    """Results from before launches could overlap are off, and a run with the default does not go on there."""
+    assert results.overlap is OverlapChoice.ALONE
+    path = tmp_path / "models.json"
+    results.write(path, pair_outcomes(results))
+    raw = json.loads(path.read_text())
+    del raw["overlap"]
+    path.write_text(json.dumps(raw))
+    assert RealResults.read(path).overlap is OverlapChoice.OFF
+    assert _setting(results) != _setting(results.model_copy(update={"overlap": OverlapChoice.OFF}))

@@ -10,11 +10,11 @@ import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from missile.compiler.objective import Objective
+from missile.compiler.objective import Objective, OverlapChoice
 from missile.errors import MisuseError
 from missile.runtime.tenant import Tenant, TenantName
 from missile.workloads.arrivals import (
@@ -57,7 +57,7 @@ class Scenario(BaseModel):
     repeats: int = Field(1, ge=1, le=100)
     policies: tuple[str, ...] = Field(min_length=1)
     swap_mb: int | None = Field(None, ge=1)
-    overlap: Literal["alone", "beside", "off"] = "alone"
+    overlap: OverlapChoice = OverlapChoice.ALONE
     tenants: tuple[Tenant, ...] = Field(alias="tenant", min_length=1)
 
     @field_validator("policies")
@@ -94,7 +94,7 @@ class Scenario(BaseModel):
     @property
     def objective(self) -> Objective | None:
         """What `load_tenants` takes for `overlap`."""
-        return None if self.overlap == "off" else Objective(self.overlap)
+        return self.overlap.objective
 
     def changed(self, **fields: Any) -> Scenario:
         """A copy with the given fields replaced, validated again. Fields that are None stay as they are."""

@@ -16,6 +16,7 @@ from missile.bench.summary import summarize
 from missile.bench.table import render_table
 from missile.cli.output import JsonOption, console, print_json, progress_bar
 from missile.cli.suite import report_suite, run_suite
+from missile.compiler.objective import OverlapChoice
 from missile.errors import MissileError, MisuseError
 
 __all__ = ["command"]
@@ -37,7 +38,7 @@ def command(
     repeats: Annotated[int | None, typer.Option(metavar="N", help="How often each policy is run.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of arrivals and noise.")] = None,
     overlap: Annotated[
-        str | None,
+        OverlapChoice | None,
         typer.Option(
             metavar="HOW",
             help="Launches of LS models overlap as is best alone, beside BE work, or not: alone, beside, off.",

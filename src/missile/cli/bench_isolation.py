@@ -22,6 +22,7 @@ from missile.bench.isolation.results import IsolationResults, outcomes
 from missile.bench.isolation.run import run_micro
 from missile.bench.isolation.table import render_isolation, render_markdown
 from missile.cli.output import DeviceOption, JsonOption, console, print_json, progress_bar
+from missile.compiler.objective import OverlapChoice
 from missile.files import write_whole
 from missile.gpu import open_gpu, resolve
 
@@ -50,6 +51,9 @@ def command(
     ls: Annotated[str | None, typer.Option(metavar="A,B", help="LS models, with --part models.")] = None,
     be: Annotated[str | None, typer.Option(metavar="A,B", help="BE models, with --part models.")] = None,
     duration: Annotated[float, typer.Option(metavar="SECONDS", help="Length of a run, with --part models.")] = 0.3,
+    overlap: Annotated[
+        OverlapChoice, typer.Option(help="How launches of LS models overlap, with --part models.")
+    ] = OverlapChoice.ALONE,
     note: Annotated[str, typer.Option(help="Kept with the results of --part models.")] = "",
     seed: Annotated[int, typer.Option(help="Of the choice of samples, and of the simulator's noise.")] = 0,
     json: JsonOption = False,
@@ -65,6 +69,7 @@ def command(
         duration_s=duration,
         warmup_s=duration / 6,
         seed=seed + 1,
+        overlap=overlap,
     )
     name, why = resolve(device)
     with progress_bar() as bar:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-__all__ = ["Objective"]
+__all__ = ["Objective", "OverlapChoice"]
 
 
 class Objective(StrEnum):
@@ -12,3 +12,16 @@ class Objective(StrEnum):
 
     ALONE = "alone"  # nothing else runs on the GPU
     BESIDE = "beside"  # on a part of the SMs, beside a BE model on the others
+
+
+class OverlapChoice(StrEnum):
+    """What a user may say about the launches of LS models: an objective's name, or that they don't overlap."""
+
+    ALONE = "alone"
+    BESIDE = "beside"
+    OFF = "off"
+
+    @property
+    def objective(self) -> Objective | None:
+        """What loading takes for it."""
+        return None if self is OverlapChoice.OFF else Objective(self.value)

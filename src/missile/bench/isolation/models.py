@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from missile.bench.isolation.plan import halves_of
+from missile.compiler.objective import OverlapChoice
 from missile.errors import GpuError, MissileError, MisuseError
 from missile.gpu.interface import Gpu, GpuInfo
 from missile.probe.channel_map import ChannelMap
@@ -50,7 +51,8 @@ class Room(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RealPlan:
-    """ls, be: models. ls_share: of the SMs, for the LS side. duration_s of each run, of which warmup_s are not measured."""
+    """ls, be: models. ls_share: of the SMs, for the LS side. duration_s of each run, of which warmup_s are not measured.
+    overlap: how launches of LS models overlap."""
 
     ls: tuple[str, ...] = DEFAULT_LS
     be: tuple[str, ...] = DEFAULT_BE
@@ -58,6 +60,7 @@ class RealPlan:
     duration_s: float = 0.3
     warmup_s: float = 0.05
     seed: int = 1
+    overlap: OverlapChoice = OverlapChoice.ALONE
 
     def __post_init__(self) -> None:
         if not self.ls or not self.be:
@@ -120,7 +123,7 @@ def measure_real(
     tenants = {tenant.name: tenant for tenant in _tenants(plan)}
     layout = PartitionPolicy(plan.ls_share).setup(list(tenants.values()), gpu.info)
     with ExitStack() as owned:
-        models = _Models(gpu, channel_map, tenants, owned, progress)
+        models = _Models(gpu, channel_map, tenants, plan.overlap, owned, progress)
         for cell in cells:
             sides = [models.get(name, cell.colored) for name in (cell.ls, cell.be) if name]
             if missing := next((side.error for side in sides if side.model is None), ""):
@@ -149,10 +152,12 @@ class _Models:
         gpu: Gpu,
         channel_map: ChannelMap,
         tenants: Mapping[str, Tenant],
+        overlap: OverlapChoice,
         owned: ExitStack,
         progress: Callable[[str], None],
     ) -> None:
         self._gpu, self._map, self._tenants, self._owned, self._progress = gpu, channel_map, tenants, owned, progress
+        self._overlap = overlap
         self._halves = halves_of(channel_map)
         self._loaded: dict[tuple[str, bool], LoadedTenant] = {}
 
@@ -166,7 +171,9 @@ class _Models:
         colors = self._halves[0 if tenant.latency_sensitive else 1]
         coloring = Coloring(self._map, {tenant.name: colors}) if colored else None
         try:
-            roster = self._owned.enter_context(load_tenants(self._gpu, [tenant], coloring=coloring))
+            roster = self._owned.enter_context(
+                load_tenants(self._gpu, [tenant], coloring=coloring, overlap=self._overlap.objective)
+            )
         except GpuError as error:
             if error.usable == "nothing":
                 raise

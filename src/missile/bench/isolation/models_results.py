@@ -9,6 +9,7 @@ from pydantic import Field
 
 from missile.bench.isolation.models import RealCell, RealSample, Room
 from missile.bench.isolation.record import Record, Row
+from missile.compiler.objective import OverlapChoice
 
 __all__ = ["PairOutcome", "RealResults", "RealRun", "pair_outcomes"]
 
@@ -40,7 +41,8 @@ class RealRun(Row):
 class RealResults(Record):
     """One run of the benchmark. ls_sms, be_sms: SMs of the two sides. ls_colors, be_colors: of the channel map's.
 
-    notes: what a reader has to know (weights that are stand-ins, say).
+    notes: what a reader has to know (weights that are stand-ins, say). overlap: of LS models' launches; off in files
+    from before they could.
     """
 
     rows: ClassVar[str] = "runs"
@@ -53,6 +55,7 @@ class RealResults(Record):
     be_colors: tuple[int, ...]
     colors: tuple[tuple[int, ...], ...]
     duration_s: float
+    overlap: OverlapChoice = OverlapChoice.OFF
     runs: tuple[RealRun, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -55,6 +55,7 @@ def run_real(
         colors=channel_map.colors,
         duration_s=plan.duration_s,
         notes=tuple(notes),
+        overlap=plan.overlap,
     )
     if before is not None and _setting(before) != _setting(results):
         before = None
@@ -92,4 +93,4 @@ def run_real(
 
 def _setting(results: RealResults) -> tuple[object, ...]:
     """What must be the same for two results to be parts of one."""
-    return (results.ls_sms, results.ls_colors, results.colors, results.duration_s)
+    return (results.ls_sms, results.ls_colors, results.colors, results.duration_s, results.overlap)
