@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from missile.bench.scenario import parse_scenario
-from missile.bench.testbed import GpuTestbed, describe_policy, open_testbed
+from missile.bench.testbed import GpuTestbed, describe_policy, open_testbed, trial_length
 from missile.errors import MisuseError, UnsupportedError
 from missile.runtime.tenant import Tenant
 
@@ -71,6 +71,15 @@ def test_colors_separate_ls_from_be(testbed: GpuTestbed) -> None:
     assert be
     assert not ls & be
     testbed.close()
+
+
+def test_candidates_are_tried_until_ls_requests_have_a_tail(testbed: GpuTestbed) -> None:
+    ls = tenants(testbed)[0]
+    for rate, length in ((2000, 400_000_000), (300, 667_000_000), (20, 1_000_000_000)):
+        busier = ls.model_copy(update={"arrivals": ls.arrivals.model_copy(update={"rate_per_s": float(rate)})})
+        solos = {"ls": testbed.solo(busier, seed=1, duration_ns=500_000_000, warmup_ns=100_000_000)}
+        assert trial_length([busier], solos) == pytest.approx(length, rel=0.15)
+    assert trial_length([ls], {}) == 400_000_000
 
 
 def test_mps_says_why_it_can_t(testbed: GpuTestbed) -> None:

@@ -22,9 +22,11 @@ from missile.runtime.records import RunRecord
 from missile.runtime.run import run, solo
 from missile.runtime.tenant import Tenant
 
-__all__ = ["GpuTestbed", "open_testbed"]
+__all__ = ["GpuTestbed", "open_testbed", "trial_length"]
 
-_TRIAL_NS = 400_000_000  # of each candidate of a plan
+# Of each candidate of a plan: longer where that is too short for the LS tenants' requests to have a tail.
+_TRIAL_NS, _LONGEST_TRIAL_NS = 400_000_000, 1_000_000_000
+_TRIAL_REQUESTS = 200
 
 
 @dataclass(slots=True)
@@ -88,7 +90,9 @@ class GpuTestbed:
     def plan(self, tenants: Sequence[Tenant], *, seed: int, solos: Mapping[str, RunRecord]) -> Planned | None:
         variant = self._variants.of("missile")
         view = self._view(tenants, () if variant is None else variant.roster.tenants)
-        plan = plan_tenants(self.gpu, view, seed=seed, solos=solos, trial_ns=_TRIAL_NS, plain=self._view(tenants))
+        plan = plan_tenants(
+            self.gpu, view, seed=seed, solos=solos, trial_ns=trial_length(tenants, solos), plain=self._view(tenants)
+        )
         return Planned(plan.chosen.policy, {"text": explain(plan), **plan_data(plan)})
 
     def _processes(self) -> MpsPool:
@@ -107,6 +111,18 @@ class GpuTestbed:
         with closing(self._variants):
             if pool is not None:
                 pool.close()
+
+
+def trial_length(tenants: Sequence[Tenant], solos: Mapping[str, RunRecord]) -> int:
+    """How long a candidate is tried, ns: until the LS tenant with the fewest requests has about 200, but at most 1 s."""
+    rates = [
+        len(record.tenants[0].done) / max(record.duration_ns - record.warmup_ns, 1)
+        for tenant in tenants
+        if tenant.latency_sensitive and (record := solos.get(tenant.name)) is not None
+    ]
+    fewest = min(rates, default=0.0)
+    wanted = _TRIAL_REQUESTS / fewest if fewest else 0.0
+    return round(min(max(wanted, _TRIAL_NS), _LONGEST_TRIAL_NS))
 
 
 def describe_policy(policy: str) -> str:
