@@ -126,7 +126,8 @@ class Tuning:
         self.outputs: dict[str, bytes] = {}
         self.whole_ns: dict[str, float] = {}
         self.owned = ExitStack()
-        self.colors: dict[bool, dict[str, Any]] = {}
+        self.colors: dict[bool, dict[str, Any]] = {}  # memory of LS models (True) and BE models in their halves
+        self.neighbours: dict[bool, dict[str, Graph]] = {}
         try:
             self.stream = gpu.create_stream()
             self.owned.callback(self.stream.close)
@@ -221,7 +222,7 @@ class Tuning:
             part.callback(ours.close)
             theirs = self.gpu.create_stream(partition=split.remainder)
             part.callback(theirs.close)
-            others = {name: graph for name, graph in self._neighbours(False, part).items() if name in TUNED_BESIDE}
+            others = {name: graph for name, graph in self._neighbours(False).items() if name in TUNED_BESIDE}
             neighbours = {name: Neighbour(self.gpu, theirs, graph) for name, graph in others.items()}
             for neighbour in neighbours.values():
                 part.callback(neighbour.stop)
@@ -369,11 +370,10 @@ class Tuning:
             self.table.note(objective, memory, text, place)
 
     # --- neighbours
-    def _neighbours(self, colored: bool, undo: ExitStack) -> dict[str, Graph]:
+    def _neighbours(self, colored: bool) -> dict[str, Graph]:
         """BE models' graphs, loaded when first asked for and kept to the end."""
-        key = f"neighbours {colored}"
-        if key not in self.colors:  # type: ignore[comparison-overlap]
-            made: dict[str, Graph] = {}
+        if colored not in self.neighbours:
+            made = self.neighbours[colored] = {}
             for name in NEIGHBOURS:
                 with self.attempt(f"load {name}{' in colors' if colored else ''}"):
                     model = self._neighbour(name, colored)
@@ -381,8 +381,7 @@ class Tuning:
                         self.owned.callback(model.close)
                         self.bits.feed(model)
                         made[name] = model.graph
-            self.colors[key] = made  # type: ignore[index]
-        return self.colors[key]  # type: ignore[index]
+        return self.neighbours[colored]
 
     def _neighbour(self, name: str, colored: bool) -> Any:
         memory = self.colors.get(False, {}).get(name) if colored else None
@@ -402,7 +401,7 @@ class Tuning:
     def isolate(self, colored: bool, until: float) -> None:
         rows = self.result.setdefault("beside", {}).setdefault("colored" if colored else "plain", {})
         victims = {m: found for (m, c), found in self.found.items() if c is colored}
-        others: dict[str, Graph | None] = {"nothing": None, **self._neighbours(colored, self.owned)}
+        others: dict[str, Graph | None] = {"nothing": None, **self._neighbours(colored)}
         for sms in SMS:
             if self.left < until or not victims:
                 return
@@ -458,7 +457,7 @@ class Tuning:
     # --- (c) races
     def races(self, until: float) -> None:
         rows = self.result.setdefault("races", {})
-        graph = self._neighbours(False, self.owned).get("densenet161")
+        graph = self._neighbours(False).get("densenet161")
         with ExitStack() as part:
             split = self.gpu.split_sms([64])
             ours = self.gpu.create_stream(partition=split.parts[0])
