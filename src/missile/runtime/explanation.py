@@ -80,11 +80,11 @@ def _candidate_data(candidate: Candidate) -> dict[str, Any]:
 def _why(plan: Plan) -> str:
     sms, kept = plan.machine.sms, plan.chosen.predicted.share.ls_sms
     share = plan.chosen.predicted.share
-    pauses = "pauses while one is" if share.preempts else "pauses while one is, when its work has ended,"
+    pauses = "pauses while one is" if share.preempts else "pauses while one is, when its work has ended"
     if share.patience:
         pauses = (
             "pauses while one is, when its work has ended, or at once where a request is not expected to end within "
-            f"{share.patience:.0%} of its objective,"
+            f"{share.patience:.0%} of its objective"
         )
     beside = pauses if kept >= sms else f"has {sms - kept} of {sms} while one is"
     measured = plan.chosen.measured
