@@ -153,6 +153,25 @@ def test_rejected_requests_are_counted_and_do_not_run(gpu, tenant):
     assert set(ls.arrival.tolist()) < set(due.tolist())
 
 
+def test_requests_keep_their_times_however_many_were_refused_between_them(gpu, tenant):
+    class Choosy(Piecewise):
+        """Starts one request, and beside it the one that is as many later as there are slots."""
+
+        def decide(self, snapshot: Snapshot) -> Sequence[Action]:
+            between = 2 * snapshot.depth[0] + 1
+            if snapshot.queued[0] <= between or snapshot.running[0]:
+                return []
+            return [Start(0, 0), *[Reject(0)] * (between - 1), Start(0, 0)]
+
+    record = run(gpu, [tenant("ls", "LS", rate=30_000)], Choosy(1e5), seed=1, duration_ns=20 * MS)
+    ls = record.tenants[0]
+    assert not record.fault
+    assert len(ls.start) > 10
+    assert np.all(ls.start < ls.end)
+    assert np.all(ls.end <= ls.done)
+    assert np.all(ls.start[1:] >= ls.end[:-1])
+
+
 def test_a_policy_is_woken_when_it_asked_for_it(gpu, tenant):
     class Sleeper(Piecewise):
         def decide(self, snapshot: Snapshot) -> Sequence[Action]:

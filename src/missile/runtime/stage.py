@@ -106,6 +106,8 @@ class Stage:
         self._end: list[Event | None] = [None] * count  # of the kernels of its last whole request
         self._residency.forget()
         self._copied_in = [-1] * count  # the last request whose input was copied
+        self._latest = [-1] * count  # the last request that was given a slot
+        self._turn = [-1] * count  # how many were before it
         self._left: list[Left | None] = [None] * count  # where a stopped tenant goes on
 
     def enqueue(self, tenant: int, lane: int, request: int) -> tuple[Slot, int]:
@@ -114,8 +116,7 @@ class Stage:
         Returns its slot, and the host's time (ns, the GPU's clock) when its kernels had been launched. Requests of a tenant
         run one after another even when its lane changes: its buffers exist once.
         """
-        slots = self._slots[tenant]
-        slot, stream = slots[request % len(slots)], self._streams[lane]
+        slot, stream = self._slot_of(tenant, request), self._streams[lane]
         if self._lane_of[tenant] != lane:
             self._change_lane(tenant, lane)
         self._copy_in(tenant, stream, request)
@@ -150,8 +151,7 @@ class Stage:
         mine = self._cuts[tenant]
         if mine is None:
             raise InternalError(f"Tenant number {tenant} was advanced and is not cut into segments.")
-        slots = self._slots[tenant]
-        slot, stream = slots[request % len(slots)], self._streams[lane]
+        slot, stream = self._slot_of(tenant, request), self._streams[lane]
         if self._lane_of[tenant] != lane:
             self._change_lane(tenant, lane)
         control, left = self._controls[tenant], self._left[tenant]
@@ -222,6 +222,14 @@ class Stage:
     def take_cold_starts(self, tenant: int) -> int:
         """How many of the tenant were over since the last call; for runs without an end, they are not kept."""
         return self._residency.take_cold_starts(tenant)
+
+    def _slot_of(self, tenant: int, request: int) -> Slot:
+        """A request's slot, in turn by what runs. By number, which refused ones have too, one in flight could be met."""
+        if self._latest[tenant] != request:
+            self._latest[tenant] = request
+            self._turn[tenant] += 1
+        slots = self._slots[tenant]
+        return slots[self._turn[tenant] % len(slots)]
 
     def _await(self, stream: Stream, tenants: Sequence[int]) -> None:
         for tenant in tenants:
