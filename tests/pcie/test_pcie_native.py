@@ -407,7 +407,7 @@ def test_a_source_in_c_goes_through_the_same_scheduler(gpu: PretendedGpu, driver
         rows[:, 0] = now + 1_500_000 * np.arange(1, 21)
         rows[:, 1], rows[:, 2] = lane.flow("ls"), SMALL.short
         with ThreadPoolExecutor(1) as pool:
-            submitted = pool.submit(lane.run_source, rows, host, device.address, early_ns=200_000, end_ns=now + 10**10)
+            submitted = pool.submit(lane.run_source, rows, host, device.address, end_ns=now + 10**10)
             engine.run_until_idle(10**10)
             assert submitted.result() == 20
         chunks = [record for record in engine.recorded_chunks() if record.tenant != "ls"]
@@ -439,14 +439,14 @@ def test_a_source_in_c_ends_with_the_gpu(engine: CopyEngine, driver: Any) -> Non
     rows[:, 0] = now + 1_000_000 * np.arange(3)
     rows[:, 1], rows[:, 2] = lane.flow("ls"), 4096
     driver.fake_break(1)  # a copy that the driver refuses is over, as failed
-    assert lane.run_source(rows, host, device.address, early_ns=500_000, end_ns=now + 10**9) == 3
+    assert lane.run_source(rows, host, device.address, end_ns=now + 10**9) == 3
     assert rows[:, 7].all()
     assert (rows[:, 6] >= rows[:, 3]).all()
     driver.fake_break(0)
     lane.abandon(GpuError("x", "700", usable="nothing"), 0)
     rows[:, 6] = 0
     rows[:, 0] = time.perf_counter_ns() + 20_000_000 * np.arange(3)
-    assert lane.run_source(rows, host, device.address, early_ns=0, end_ns=now + 10**10) == 1
+    assert lane.run_source(rows, host, device.address, end_ns=now + 10**10) == 1
     assert not rows[:, 6].any()
 
 

@@ -23,6 +23,9 @@ LATENCY_SIZES: Final = (4 << 10, 64 << 10, MIB)
 BYPASS_SIZES: Final = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10)
 
 _HOST_NS: Final = 25_000  # between a copy's arrival and the driver's call, and from its end until the owner has seen it
+_LATENCY_NS: Final = 110_000  # for the window and a short copy behind it
+_SHORT: Final = MIB  # that copy
+_DEPTH: Final = 2  # chunks with the GPU: the link has the next one when one ends
 _STEP: Final = 256 << 10  # chunk sizes beside latency-sensitive tenants are multiples of this
 _AHEAD_NS: Final = 1_200_000  # of copying, given to the GPU while nobody is latency-sensitive: a host's short stops
 _BYPASS_CHUNK: Final = 4 * MIB
@@ -201,9 +204,7 @@ def _bypass(gpu: Gpu, end: _End) -> int:
     return best
 
 
-def choose_options(
-    profile: LinkProfile, *, latency_ns: float = 110_000, small: int = MIB, depth: int = 2, overtake: bool = False
-) -> EngineOptions:
+def choose_options(profile: LinkProfile, *, overtake: bool = False) -> EngineOptions:
     """Chunk sizes for a measured link.
 
     overtake: let latency-sensitive copies of sizes that were seen to overtake do so, on a stream of their own. The median
@@ -211,17 +212,17 @@ def choose_options(
 
     Without latency-sensitive tenants: the smallest chunks that reach 98.5% (alone) and 96% (shared) of the raw rate and
     take long enough (300 and 75 us) for a scheduler that sleeps between them. With such tenants: the largest chunk with
-    which `depth` of them and a copy of `small` bytes take at most `latency_ns`, lone-copy latency included.
+    which two of them and a copy of 1 MiB take at most 110 us, lone-copy latency included.
     """
     solo = max(_smallest(profile, direction, 0.985, 300_000) for direction in Direction)
     shared = max(_smallest(profile, direction, 0.96, 75_000) for direction in Direction)
-    short = min(_largest(profile, direction, latency_ns, small, depth) for direction in Direction)
+    short = min(_largest(profile, direction) for direction in Direction)
     shared = min(shared, solo)
     return EngineOptions(
         h2d_rate=profile.raw(Direction.H2D),
         d2h_rate=profile.raw(Direction.D2H),
         granularity=Granularity(solo=solo, shared=shared, short=min(short, shared)),
-        depth=depth,
+        depth=_DEPTH,
         ahead=round(_AHEAD_NS * 1e-9 * profile.raw(Direction.H2D)),
         copy_ns=min(_overhead(profile, direction) for direction in Direction),
         start_ns=min(profile.latency[direction][min(LATENCY_SIZES)][0] for direction in Direction),
@@ -244,12 +245,12 @@ def _smallest(profile: LinkProfile, direction: Direction, part: float, at_least_
     return min((chunk for chunk in long if rates[chunk] >= part * raw), default=min(long, default=max(rates)))
 
 
-def _largest(profile: LinkProfile, direction: Direction, latency_ns: float, small: int, depth: int) -> int:
+def _largest(profile: LinkProfile, direction: Direction) -> int:
     rates = profile.chunk_rates[direction]
     sizes = sorted(rates)
     times = [size / rates[size] * 1e9 for size in sizes]
     overhead = profile.latency[direction][min(LATENCY_SIZES)][0] + _HOST_NS
-    left = latency_ns - overhead - small / profile.raw(direction) * 1e9
+    left = _LATENCY_NS - overhead - _SHORT / profile.raw(direction) * 1e9
     tried = range(_STEP, sizes[-1] + 1, _STEP)
-    fit = [size for size in tried if depth * float(np.interp(size, sizes, times)) <= left]
+    fit = [size for size in tried if _DEPTH * float(np.interp(size, sizes, times)) <= left]
     return max(fit, default=sizes[0])

@@ -284,7 +284,7 @@ class _NativeSource:
 
     def start(self, host: HostBuffer, device: DeviceBuffer, end_ns: int) -> None:
         def run() -> None:
-            self._submitted = self._lane.run_source(self._rows, host, device.address, early_ns=0, end_ns=end_ns)
+            self._submitted = self._lane.run_source(self._rows, host, device.address, end_ns=end_ns)
 
         self.thread = threading.Thread(target=run, name="missile-load", daemon=True)
         self.thread.start()

@@ -10,15 +10,12 @@ import asyncio
 import os
 import time
 
-from missile.serving.engine.spin import Spin
+from missile.serving.engine.spin import STOLEN_NS, Spin
 
 __all__ = ["LEAST_PROCESSORS", "Awake"]
 
 LEAST_PROCESSORS = 8
 """With fewer, a second one that is kept busy, besides the engine's, is missed elsewhere: by clients, for example."""
-
-_STOLEN_NS = 300_000  # of one turn of the loop, in which this thread had no processor
-_YIELD_NS = 200_000_000
 
 
 class Awake:
@@ -31,13 +28,12 @@ class Awake:
         there = len(os.sched_getaffinity(0)) if processors is None else processors
         self._spin = Spin(limit_ns if there >= LEAST_PROCESSORS else 0)
         self._used = self._looked = 0
-        self._not_before = 0
         self.turning = False
 
     def called(self, now_ns: int) -> None:
         """A call has come."""
         self._spin.called(now_ns)
-        if not self.turning and now_ns >= self._not_before and now_ns < self._spin.until_ns(now_ns):
+        if not self.turning and now_ns < self._spin.until_ns(now_ns):
             self.turning = True
             self._looked, self._used = now_ns, time.thread_time_ns()
             asyncio.get_running_loop().call_soon(self._turn)
@@ -46,8 +42,8 @@ class Awake:
         now, used = time.monotonic_ns(), time.thread_time_ns()
         away = (now - self._looked) - (used - self._used)
         self._looked, self._used = now, used
-        if away > _STOLEN_NS:  # somebody else wants the processor: who sleeps is served first when it wakes
-            self._not_before = now + _YIELD_NS
+        if away > STOLEN_NS:  # a turn takes as long as the calls in it; only what was not its own counts
+            self._spin.rest(now)
             self.turning = False
         elif now >= self._spin.until_ns(now):
             self.turning = False

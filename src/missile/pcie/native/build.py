@@ -84,7 +84,7 @@ _SIGNATURES: Final = {
     "lane_step": (c_int64, c_void_p, c_void_p, c_int64, POINTER(c_int64)),
     "lane_clock": (c_int64,),
     "lane_look": (c_int, c_void_p),
-    "source_run": (c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_uint64, c_int64, c_int64),
+    "source_run": (c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_uint64, c_int64),
     "lane_queued": (c_int64, c_void_p, c_int),
     "lane_record": (None, c_void_p),
     "lane_recorded": (c_int64, c_void_p, c_void_p, c_int64),

@@ -170,20 +170,17 @@ class NativeLane(Lane):
 
     # --- copies that a loop in C submits
 
-    def run_source(
-        self, rows: npt.NDArray[np.int64], host: HostBuffer, device: int, *, early_ns: int, end_ns: int
-    ) -> int:
+    def run_source(self, rows: npt.NDArray[np.int64], host: HostBuffer, device: int, *, end_ns: int) -> int:
         """Submit copies of `host` to or from `device` as they arrive, by the entry that `submit` uses, and see their ends.
 
         rows: shape (n, 8), written in place (`ROW` names the columns), by arrival, ns on the GPU's clock. Blocks, without
         the interpreter's lock, until all that arrived by `end_ns` are over: for a thread of its own, joined before `close`.
-        early_ns: it sleeps until so long before the next arrival while nothing is outstanding; 0: never.
         Returns how many were submitted. They appear in no statistics.
         """
         assert rows.flags.c_contiguous
         assert rows.shape[1] == len(ROW)
         at = rows.ctypes.data
-        return int(self._library.source_run(self._lane, at, len(rows), host.address, device, early_ns, end_ns))
+        return int(self._library.source_run(self._lane, at, len(rows), host.address, device, end_ns))
 
     def flow(self, tenant: str) -> int:
         """The tenant's number, for `run_source`."""

@@ -1,10 +1,6 @@
 /* Latency-sensitive copies that arrive at given times, submitted by a loop in C as Python submits: what the lane does to a copy,
- * without what an interpreter and its timers add. One thread that spins while anything is outstanding or about to arrive. */
-#define _GNU_SOURCE
-#include <errno.h>
+ * without what an interpreter and its timers add. One thread that never sleeps. */
 #include <stdbool.h>
-#include <sys/prctl.h>
-#include <time.h>
 
 #include "lane.h"
 
@@ -13,17 +9,9 @@ struct arrival_row { /* in: arrival, flow, nbytes; out: when `lane_submit` was c
     struct outcome outcome;
 };
 
-static void sleep_until(int64_t at) {
-    struct timespec until = {at / 1000000000, at % 1000000000};
-    while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, 0) == EINTR) {}
-}
-
-/* Rows in order of arrival. Between arrivals it sleeps until `early` ns before the next one (0: it never sleeps) while nothing
- * is outstanding. Returns how many rows were submitted by `end`, once all of these are over or the GPU is lost. */
-int64_t source_run(struct lane *lane, struct arrival_row *rows, int64_t count, void *host, uint64_t device, int64_t early,
-                   int64_t end) {
+/* Rows in order of arrival. Returns how many were submitted by `end`, once all of these are over or the GPU is lost. */
+int64_t source_run(struct lane *lane, struct arrival_row *rows, int64_t count, void *host, uint64_t device, int64_t end) {
     int64_t next = 0, first = 0; /* rows before `first` are over */
-    prctl(PR_SET_TIMERSLACK, 1);
     for (;;) {
         int64_t now = lane_clock();
         bool open = next < count && now < end;
@@ -40,7 +28,6 @@ int64_t source_run(struct lane *lane, struct arrival_row *rows, int64_t count, v
         }
         while (first < next && rows[first].outcome.done) first++;
         if (first < next && !lane_look(lane)) return next;
-        if (first == next && open && early && rows[next].at - now > early) sleep_until(rows[next].at - early);
         for (int i = 0; i < 8; i++) lane_pause();
     }
 }

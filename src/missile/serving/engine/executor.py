@@ -72,7 +72,6 @@ class Batch:
     slot: int
     calls: Sequence[Call]
     layouts: Sequence[BlockLayout]
-    taken_ns: int
     start_ns: int = 0
     execute_ns: int = 0
     executed_ns: int = 0

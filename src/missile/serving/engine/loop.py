@@ -153,7 +153,7 @@ class EngineLoop:
                 for call in cancelled:
                     self._answer(call, Outcome.CANCELLED, queue_ns=now - call.arrival_ns)
                 if run:
-                    batch = Batch(slot, run, [self._layout(call) for call in run], now)
+                    batch = Batch(slot, run, [self._layout(call) for call in run])
                     self._running.setdefault(slot, deque()).append(now)
                     self._executor.start(batch, latency_sensitive=latency_sensitive)
                     self._collect(_at_once)

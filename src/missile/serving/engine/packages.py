@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -111,25 +111,29 @@ def tensor_view(buffer: HostBuffer | None, spec: TensorSpec, offset: int) -> npt
 
 def fill(arena: npt.NDArray[np.uint8], tensors: Sequence[npt.NDArray[Any]], batch: Batch) -> None:
     """Copy the inputs of a batch's calls from `arena`, one after another, into `tensors`, those of one buffer."""
-    row = 0
-    for call, layout in zip(batch.calls, batch.layouts, strict=True):
-        for tensor, offset, size in zip(tensors, layout.inputs, layout.input_sizes, strict=True):
-            start = call.offset + offset
-            rows = tensor[row : row + call.batch]
-            copy_tensor(rows, arena[start : start + size].view(tensor.dtype).reshape(rows.shape))
-        row += call.batch
+    for rows, place in _pairs(arena, tensors, batch, is_input=True):
+        copy_tensor(rows, place)
 
 
 def empty(arena: npt.NDArray[np.uint8], tensors: Sequence[npt.NDArray[Any]], batch: Batch) -> None:
     """Copy the outputs of a batch's calls from `tensors`, those of one buffer, to where each call's lie in `arena`."""
+    for rows, place in _pairs(arena, tensors, batch, is_input=False):
+        copy_tensor(place, rows)
+    batch.end_ns = time.monotonic_ns()
+
+
+def _pairs(
+    arena: npt.NDArray[np.uint8], tensors: Sequence[npt.NDArray[Any]], batch: Batch, *, is_input: bool
+) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    """Each call's rows of each of `tensors`, and where they lie in `arena`."""
     row = 0
     for call, layout in zip(batch.calls, batch.layouts, strict=True):
-        for tensor, offset, size in zip(tensors, layout.outputs, layout.output_sizes, strict=True):
+        offsets, sizes = (layout.inputs, layout.input_sizes) if is_input else (layout.outputs, layout.output_sizes)
+        for tensor, offset, size in zip(tensors, offsets, sizes, strict=True):
             start = call.offset + offset
             rows = tensor[row : row + call.batch]
-            copy_tensor(arena[start : start + size].view(tensor.dtype).reshape(rows.shape), rows)
+            yield rows, arena[start : start + size].view(tensor.dtype).reshape(rows.shape)
         row += call.batch
-    batch.end_ns = time.monotonic_ns()
 
 
 def copy_tensor(target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:

@@ -8,11 +8,13 @@ meanwhile: who has used one up waits longest for the next turn, and who wakes is
 
 from __future__ import annotations
 
-__all__ = ["Spin"]
+__all__ = ["STOLEN_NS", "Spin"]
+
+STOLEN_NS = 300_000
+"""Between two looks, longer than any step of a loop that looks for calls: somebody else had the processor."""
 
 _NEWEST = 0.125  # weight of the newest gap in the running mean
-_STOLEN_NS = 300_000  # between two looks, longer than any step of the loop: somebody else had the processor
-_YIELD_NS = 200_000_000  # how long the engine then doesn't stay awake
+_YIELD_NS = 200_000_000  # how long a loop then doesn't stay awake
 _PATIENCE = 3.0  # gaps that vary by chance are rarely longer than this many of their mean
 
 
@@ -42,7 +44,11 @@ class Spin:
     def stolen(self, now_ns: int) -> bool:
         """Whether the processor was somebody else's since the last look; then it is better to sleep now."""
         took, self._looked = now_ns - self._looked, now_ns
-        if took < _STOLEN_NS:
+        if took < STOLEN_NS:
             return False
-        self._not_before = now_ns + _YIELD_NS
+        self.rest(now_ns)
         return True
+
+    def rest(self, now_ns: int) -> None:
+        """Somebody else wants the processor: waiting awake is not worth it for a while."""
+        self._not_before = now_ns + _YIELD_NS
