@@ -91,6 +91,7 @@ def test_the_report_can_be_made_again(folder: Path, tmp_path: Path, capsys: pyte
         (["--suite", "paper", "--sample", "0"], "1 to 42"),
         (["--suite", "paper", "--tuned-by", "nowhere"], "suite.json"),
         (["--predict", "sim:h100"], "--suite"),
+        (["--suite", "paper", "--overlap", "off"], "--overlap goes with a scenario"),
     ],
 )
 def test_misuse_writes_nothing(

@@ -9,6 +9,10 @@ import pytest
 from ptx_cases import source
 
 from missile.cli.app import main
+from missile.coloring.usual import usual_shapes
+from missile.compiler.colored import is_colored
+from missile.compiler.overlap_table import Tuned
+from missile.compiler.overlapped import is_overlapped
 from missile.compiler.package import (
     Buffer,
     BufferKind,
@@ -17,29 +21,32 @@ from missile.compiler.package import (
     ModelPackage,
     PointerArgument,
     TensorSpec,
+    read_package,
     write_package,
 )
+from missile.compiler.placements import PlacementTable
+from missile.probe.map_file import read_map
 
 MAP = Path(__file__).parents[2] / "benchmarks" / "results" / "probe-h200" / "map1.json"
 
 
-def _write(directory: Path, gpu: str = "NVIDIA H200") -> None:
+def _write(directory: Path, gpu: str = "NVIDIA H200", name: str = "two") -> None:
     """A package of two kernels."""
     (directory / "kernels").mkdir(parents=True)
     names = ("add_relu", "gather")
-    for name in names:
-        (directory / "kernels" / f"{name}.ptx").write_text(source(name))
+    for kernel in names:
+        (directory / "kernels" / f"{kernel}.ptx").write_text(source(kernel))
     spec = TensorSpec(name="x", buffer="in", dtype="float16", shape=(4,), strides=(1,))
     step = KernelStep(kernel="gather", grid=(1, 1, 1), block=(128, 1, 1), arguments=(PointerArgument(buffer="in"),))
     package = ModelPackage(
-        name="two",
+        name=name,
         batch=1,
         gpu=gpu,
         arch="sm_90",
         inputs=(spec,),
         outputs=(spec,),
         buffers=(Buffer(id="in", kind=BufferKind.INPUT, nbytes=8),),
-        kernels=tuple(KernelImage(id=name, entry=name) for name in names),
+        kernels=tuple(KernelImage(id=kernel, entry=kernel) for kernel in names),
         steps=(step,),
     )
     write_package(package, directory)
@@ -54,14 +61,41 @@ def test_a_package_is_colored_where_it_lies(tmp_path: Path, capsys: pytest.Captu
     _write(tmp_path)
     given = ["compile", str(tmp_path), "--color", "--map", str(MAP), "--json"]
     assert main(given) == 0
-    rows = json.loads(capsys.readouterr().out)["colored"]
+    answer = json.loads(capsys.readouterr().out)
+    rows = answer["colored"]
     assert {row["form"] for row in rows} >= {"pair", "shadow"}
-    assert all(row["made"] for row in rows)
+    assert all(row["made"] for row in [*rows, answer["overlapped"]])
     for row in rows:
         names = {path.name for path in (tmp_path / "colored" / row["shape"]).glob("*.cubin")}
         assert names == {"add_relu.cubin", "gather.cubin", "transfer.cubin"}
     assert main(given) == 0
-    assert not any(row["made"] for row in json.loads(capsys.readouterr().out)["colored"])
+    answer = json.loads(capsys.readouterr().out)
+    assert not any(row["made"] for row in [*answer["colored"], answer["overlapped"]])
+
+
+def test_what_an_ls_tenant_loads_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Plain and colored, as `load_tenants` asks for it."""
+    pytest.importorskip("triton", reason="its wheel has the assembler")
+    _write(tmp_path)
+    assert main(["compile", str(tmp_path), "--color", "--map", str(MAP), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["overlapped"]["kernels"] == 2
+    package = read_package(tmp_path)
+    assert is_overlapped(tmp_path, Tuned())
+    shadowed = PlacementTable.load(package.gpu).shadowed
+    for shape in usual_shapes(read_map(MAP)):
+        assert is_colored(tmp_path, shape)
+        assert is_colored(tmp_path, shape, mixed=bool(shadowed.get(shape.form)), overlap=Tuned())
+
+
+def test_a_be_model_gets_no_code_that_overlaps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton", reason="its wheel has the assembler")
+    _write(tmp_path, name="bert_large")
+    assert main(["compile", str(tmp_path), "--color", "--map", str(MAP), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["overlapped"] is None
+    assert not any(row["overlaps"] for row in answer["colored"])
+    assert not (tmp_path / "overlapped").exists()
 
 
 def test_a_kernel_that_can_not_be_colored_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,6 +102,10 @@ def command(
         raise MisuseError("--predict goes with --suite, or with --report and a suite's folder.")
     if sum(choice is not None for choice in (scenario, report, suite)) > 1:
         raise MisuseError("Give a scenario to run, a --suite to run or a --report to show, and one of them only.")
+    if overlap is not None and (suite is not None or report is not None):
+        raise MisuseError(
+            "--overlap goes with a scenario: in a suite all LS models' launches overlap, as is best alone."
+        )
     if suite is not None:
         settings = {"duration_s": duration, "repeats": repeats, "seed": seed, "policies": _policies(policies)}
         run_suite(

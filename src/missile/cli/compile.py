@@ -1,7 +1,11 @@
-"""`missile compile`: a model becomes a package of Triton kernels for this machine's GPU; with `--color`, colored too."""
+"""`missile compile`: a model becomes a package of Triton kernels for this machine's GPU; with `--color`, colored too.
+
+Code whose launches overlap is made along with it, so that the first load of an LS tenant need not.
+"""
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,11 +15,15 @@ import typer
 from missile.cli.output import JsonOption, console, print_json, stderr_console
 from missile.coloring.usual import usual_shapes
 from missile.compiler.colored import color_kernels, is_colored, shape_name
+from missile.compiler.overlap_table import Tuned
+from missile.compiler.overlapped import is_overlapped, overlapped_kernels
 from missile.compiler.package import ModelPackage, read_package
+from missile.compiler.placements import PlacementTable
 from missile.errors import MisuseError, UnsupportedError
 from missile.gpu import open_gpu, resolve
 from missile.probe import ChannelMap, map_for
 from missile.probe.map_file import read_map
+from missile.workloads.models import MODELS
 
 __all__ = ["command", "summary"]
 
@@ -47,7 +55,8 @@ def command(
     """Compile MODEL for this machine's GPU: Triton kernels only, launch plan, weights, profile, check against eager.
 
     Colored code goes into the package beside the plain one: for the forms of translation that tenants can come to have on
-    this GPU, whatever their colors. It is made when a tenant is loaded, too, where a package has none yet.
+    this GPU, whatever their colors. For models that are not BE ones, code whose launches overlap is made as well. All of it
+    is made when a tenant is loaded, too, where a package has none yet.
     """
     if channel_map is not None and not color:
         raise MisuseError("--map says what to color for; it goes with --color.")
@@ -64,11 +73,13 @@ def command(
             raise MisuseError(f"Where should the package of {model!r} go? -o DIR says so.")
         package, directory = _compile(model, output, batch, device), output
     colored = _color(package, directory, known, device) if color else []
+    overlapped = _overlap(package, directory) if _overlaps(package) else None
     if as_json:
-        extra = {"colored": colored} if color else {}
-        print_json(summary(package) | {"directory": str(directory)} | extra)
+        extra: dict[str, Any] = {"colored": colored} if color else {}
+        print_json(summary(package) | {"directory": str(directory), "overlapped": overlapped} | extra)
         return
-    for line in _lines(package, directory) + [_colored_line(row) for row in colored]:
+    lines = _lines(package, directory) + [_colored_line(row) for row in colored]
+    for line in lines + ([] if overlapped is None else [_overlapped_line(overlapped)]):
         console().print(line)
 
 
@@ -88,6 +99,22 @@ def _compile(model: str, output: Path, batch: int | None, device: str) -> ModelP
         )
 
 
+def _overlaps(package: ModelPackage) -> bool:
+    """Whether a tenant may come to run the package with launches that overlap: an LS one, on a GPU that can."""
+    info = MODELS.get(package.name)
+    generation = re.fullmatch(r"sm_(\d+)[a-z]?", package.arch)
+    return (info is None or info.kind == "ls") and generation is not None and int(generation[1]) >= 90
+
+
+def _overlap(package: ModelPackage, directory: Path) -> dict[str, Any]:
+    """Plain code whose launches overlap as is best alone on the GPU; how many kernels have it, and how long it took."""
+    with stderr_console().status(f"{package.name}: launches that overlap"):
+        started = time.perf_counter()
+        fresh = not is_overlapped(directory, Tuned())
+        found = overlapped_kernels(package, directory, Tuned())
+        return {"kernels": len(found.cubins), "made": fresh, "seconds": time.perf_counter() - started}
+
+
 def _color(package: ModelPackage, directory: Path, known: ChannelMap | None, device: str) -> list[dict[str, Any]]:
     """Code for every shape that there is none for yet; what was made or found, and how long it took."""
     with stderr_console().status(f"{package.name}: looking at the GPU's memory") as status:
@@ -102,20 +129,31 @@ def _color(package: ModelPackage, directory: Path, known: ChannelMap | None, dev
         if known.gpu != package.gpu:
             raise MisuseError(f"The channel map is of {known.gpu!r}, the package is for {package.gpu!r}.")
         rows = []
+        shadowed = PlacementTable.load(package.gpu).shadowed
         for shape in usual_shapes(known):
-            status.update(f"{package.name}: coloring, form {shape.form}")
-            started = time.perf_counter()
-            fresh = not is_colored(directory, shape)
-            if fresh:
-                color_kernels(package, directory, shape)
-            seconds = time.perf_counter() - started
-            rows.append({"form": str(shape.form), "shape": shape_name(shape), "made": fresh, "seconds": seconds})
+            for overlap in (None, Tuned()) if _overlaps(package) else (None,):
+                status.update(f"{package.name}: coloring, form {shape.form}")
+                started = time.perf_counter()
+                mixed = overlap is not None and bool(shadowed.get(shape.form))  # as LS models are loaded
+                fresh = not is_colored(directory, shape, mixed=mixed, overlap=overlap)
+                if fresh:
+                    color_kernels(package, directory, shape, mixed=mixed, overlap=overlap)
+                row = {"form": str(shape.form), "shape": shape_name(shape), "overlaps": overlap is not None}
+                rows.append(row | {"made": fresh, "seconds": time.perf_counter() - started})
         return rows
 
 
 def _colored_line(row: dict[str, Any]) -> str:
-    done = f"made in {row['seconds']:.1f} s" if row["made"] else "was there already"
-    return f"Colored, form {row['form']} ({row['shape']}): {done}."
+    what = ", launches overlap" if row["overlaps"] else ""
+    return f"Colored, form {row['form']} ({row['shape']}){what}: {_done(row)}."
+
+
+def _overlapped_line(row: dict[str, Any]) -> str:
+    return f"Launches overlap, {row['kernels']} kernels: {_done(row)}."
+
+
+def _done(row: dict[str, Any]) -> str:
+    return f"made in {row['seconds']:.1f} s" if row["made"] else "was there already"
 
 
 def summary(package: ModelPackage) -> dict[str, Any]:
