@@ -266,7 +266,7 @@ def test_a_broken_folder_is_said(suite: Suite) -> None:
 
 
 def point(policy: str, attainment: float, p99: float, be: float) -> Point:
-    return Point(policy, attainment, Spread(p99, p99, p99), p99, be, 0.2, p99)
+    return Point(policy, attainment, Spread(p99, p99, p99), p99, be, 0.2, p99, p99)
 
 
 def summary(*points: Point, name: str = "poisson60--x--y") -> CellSummary:
@@ -355,6 +355,30 @@ def test_exceptions_are_named_with_a_reason() -> None:
     (line,) = check_claims([close])[5].exceptions
     assert "1.50 ×" in line
     assert "more than the GPU gives" in line
+
+
+def test_a_cell_in_which_missile_failed_is_counted_against_it() -> None:
+    held = summary(point("streams", 0.5, 4.0, 0.95), point("missile", 0.999, 1.05, 0.8))
+    note = "Policy missile was left out: it broke: badly."
+    failed = dataclasses.replace(summary(point("streams", 0.5, 4.0, 0.95), name="p--x--z"), notes=(note,))
+    claim = check_claims([held, failed])[0]
+    assert claim.holds is False
+    assert claim.found == "in 1 of 1 cells; it failed to run in 1 more"
+    assert claim.exceptions == ("p--x--z: it did not run: it broke: badly.",)
+    assert check_claims([failed])[0].holds is False
+    other = dataclasses.replace(held, notes=("Policy missile:elastic=off was left out: it broke.",))
+    assert check_claims([other])[0].holds is True
+    assert check_claims([dataclasses.replace(failed, notes=())]) == []  # nobody asked for it
+
+
+def test_tails_are_told_with_the_requests_that_were_turned_away_too() -> None:
+    def one(p99: float, of_all: float | None) -> CellSummary:
+        return summary(dataclasses.replace(point("missile", 0.995, p99, 0.8), worst_of_all=of_all))
+
+    _, median, worst, *_ = check_claims([one(1.0, 1.1), one(1.04, 1.2), one(1.08, None)])
+    assert "1.04 × over 3 pairs; 1.20 × with requests that were turned away" in median.found
+    assert "without bound with requests" in worst.found
+    assert "turned away" not in check_claims([one(1.0, 1.0)])[1].found  # none were
 
 
 def test_what_the_planner_refuses_is_not_counted_and_listed() -> None:

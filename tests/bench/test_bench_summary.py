@@ -104,6 +104,21 @@ def test_lost_requests_miss_their_objective(hand_made: Summary) -> None:
     detect = hand_made.policies[0].ls[0]
     assert detect.lost == 5
     assert detect.attainment == pytest.approx(198 / 205)
+    assert detect.over_solo_of_all is None  # more than 1%
+
+
+def test_a_p99_of_all_requests_counts_lost_ones_as_the_slowest(toy_results: Results) -> None:
+    late = [float(i) for i in range(1, 201)]
+    runs = [
+        _run("solo", "solo", 0, _tenant("detect", [1.0] * 100)),
+        _run("policy", "streams", 0, _tenant("detect", late, lost=2)),
+    ]
+    tenants = [tenant for tenant in toy_results.tenants if tenant.name == "detect"]
+    (detect,) = summarize(toy_results.model_copy(update={"runs": runs, "tenants": tenants})).policies[0].ls
+    assert (detect.over_solo, detect.over_solo_of_all) == (
+        198.0,
+        200.0,
+    )  # the 3rd longest of 202 is the longest finished
 
 
 def test_throughput_counts_the_measured_span_only(hand_made: Summary) -> None:

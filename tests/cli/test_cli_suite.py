@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 
-from missile.bench.results import read_results
+from missile.bench.results import Results, read_results
+from missile.bench.suite.files import SuiteFolder
 from missile.cli.app import main
 
 CELL = "poisson30--resnet34--decoder_1b"
@@ -57,6 +61,27 @@ def test_a_sample_with_settings_that_won_says_how_it_was_chosen(folder: Path, tm
     assert "in at least one of 1 cells measured before" in tables
     assert "| poisson60--mobilenet_v3_large--resnet152 | temporal |" in tables
     assert "Latin square" in (out / "report.html").read_text()
+
+
+def test_a_suite_that_is_terminated_reports_the_cells_that_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep = SuiteFolder.keep
+
+    def keep_and_be_terminated(folder: SuiteFolder, results: Results, path: Path) -> None:
+        keep(folder, results, path)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()  # in the middle of the next cell
+
+    monkeypatch.setattr(SuiteFolder, "keep", keep_and_be_terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    out = tmp_path / "out"
+    settings = ["--policies", "temporal,missile", "--cells", "poisson30--resnet34--*", "--duration", "0.5"]
+    assert main([*SHORT[:-4], "--repeats", "1", *settings, "-o", str(out)]) == 130
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert len(list((out / "cells").iterdir())) == 1
+    assert "1 of its 170 cells" in (out / "report.html").read_text()
+    assert "1 of 170 cells" in (out / "tables.md").read_text()
+    assert capsys.readouterr().err.strip().endswith("missile: Interrupted.")
 
 
 def test_a_report_can_be_predicted_without_the_gpu(folder: Path, tmp_path: Path) -> None:

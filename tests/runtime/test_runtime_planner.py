@@ -392,6 +392,22 @@ def test_tails_are_told_on_the_same_arrivals_and_what_stops_nothing_runs_plain_c
     assert plan.chosen.measured.tails["ls"] == plan.chosen.measured.p99_ns["ls"] / demand.tail_ns
 
 
+@pytest.mark.parametrize("name", ["solo", "run"])
+def test_ctrl_c_ends_the_trials_and_is_not_taken_for_a_measurement(gpu, tenant, monkeypatch, name):
+    tenants = [tenant("ls", "LS", rate=500, slo_factor=3.0), tenant("be")]
+    whole = getattr(planning, name)
+    asked = []
+
+    def interrupted(*args, **options):
+        asked.append(args)
+        return replace(whole(*args, **options), interrupted=True)
+
+    monkeypatch.setattr(planning, name, interrupted)
+    with load_tenants(gpu, tenants) as roster, pytest.raises(KeyboardInterrupt):
+        plan_tenants(gpu, roster, seed=1, trial_ns=20_000_000)
+    assert len(asked) == 1
+
+
 def test_a_colored_roster_is_tried_too(gpu, tenant):
     tenants = [tenant("ls", "LS", rate=500, slo_factor=3.0), tenant("be", "BE", "synthetic-spin")]
     said = []

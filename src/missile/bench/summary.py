@@ -51,6 +51,8 @@ class LsSummary:
 
     queueing: arrival to first kernel running; service: from there to the output on the host.
     over_solo: p99 divided by the tenant's solo p99. attainment: share of requests within the objective, 0 to 1.
+    over_solo_of_all: the same with requests that were rejected or lost counted as slower than all; None where they are
+    more than 1%.
     """
 
     tenant: str
@@ -64,6 +66,7 @@ class LsSummary:
     over_solo: float | None
     attainment: float | None
     lost: int  # rejected or unfinished
+    over_solo_of_all: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +186,7 @@ def _ls(tenant: TenantInfo, runs: list[Run], solo_p99: float | None) -> LsSummar
     records = [record for run in runs for record in run.tenants if record.name == tenant.name]
     lost = sum(record.rejected + record.unfinished for record in records)
     total = len(latency) + lost
+    p99_of_all = None if p99 is None else _p99_with_lost(latency, lost)
     return LsSummary(
         tenant=tenant.name,
         n=len(latency),
@@ -195,7 +199,14 @@ def _ls(tenant: TenantInfo, runs: list[Run], solo_p99: float | None) -> LsSummar
         over_solo=p99 / solo_p99 if p99 is not None and solo_p99 else None,
         attainment=float(np.count_nonzero(latency <= tenant.slo_ms)) / total if tenant.slo_ms and total else None,
         lost=lost,
+        over_solo_of_all=p99_of_all / solo_p99 if p99_of_all is not None and solo_p99 else None,
     )
+
+
+def _p99_with_lost(latency: Samples, lost: int) -> float | None:
+    """The p99 of these and `lost` more that are longer than all; None where it is one of those."""
+    rank = nearest_rank(len(latency) + lost, 0.99)
+    return float(np.partition(latency, rank)[rank]) if rank < len(latency) else None
 
 
 def _be(tenant: TenantInfo, runs: list[Run], solo_rate: float | None) -> BeSummary:

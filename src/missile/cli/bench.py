@@ -15,6 +15,7 @@ from missile.bench.scenario import default_scenario, read_scenario
 from missile.bench.summary import summarize
 from missile.bench.table import render_table
 from missile.cli.output import JsonOption, console, print_json, progress_bar
+from missile.cli.stopping import terminated_like_interrupted
 from missile.cli.suite import report_suite, run_suite
 from missile.compiler.objective import OverlapChoice
 from missile.errors import MissileError, MisuseError
@@ -94,7 +95,7 @@ def command(
 ) -> None:
     """Run LS and BE tenants under each policy on the same arrivals, and compare.
 
-    Options given here replace what the scenario file says. Ctrl-C keeps what has been measured so far.
+    Options given here replace what the scenario file says. Ctrl-C and SIGTERM keep what has been measured so far.
     """
     if suite is None and (cells, models, budget, redo, sample, tuned_by) != (None, None, None, False, None, None):
         raise MisuseError("--cells, --models, --sample, --tuned-by, --budget-s and --redo go with --suite.")
@@ -144,9 +145,10 @@ def command(
                 bar.console.print(f"Device: {testbed.info.device} ({testbed.why}).", soft_wrap=True, markup=False)
             bench = Bench(chosen, testbed)
             bar.update(task, total=len(bench.steps))
-            results, stopped = run_all(
-                bench, lambda index, step: bar.update(task, completed=index, description=str(step))
-            )
+            with terminated_like_interrupted():
+                results, stopped = run_all(
+                    bench, lambda index, step: bar.update(task, completed=index, description=str(step))
+                )
     raw = out / "results.json"
     write_results(results, raw)
     _show(results, raw, out, as_json=json, explained=explained)

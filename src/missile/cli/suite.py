@@ -22,6 +22,7 @@ from missile.bench.suite.summary import summarize_cells
 from missile.bench.suite.tables import claim_table, family_table, to_terminal
 from missile.bench.summary import summarize
 from missile.cli.output import console, print_json, progress_bar
+from missile.cli.stopping import terminated_like_interrupted
 from missile.errors import MisuseError
 from missile.gpu import open_gpu, resolve
 
@@ -47,7 +48,8 @@ def run_suite(
 
     given: settings of the command line, by field of `SuiteSettings`; others are the folder's, or the defaults.
     sampled: run so many cells of the suite's sample. tuned_by: an earlier suite: baselines run only at settings that were
-    their best somewhere in it. predict_on: a simulated GPU to run every measured cell on as well.
+    their best somewhere in it. predict_on: a simulated GPU to run every measured cell on as well. Ctrl-C and SIGTERM end it
+    with a report of the cells that are whole.
     """
     if name not in SUITES:
         raise MisuseError(f"Unknown suite {name!r}; known: {', '.join(SUITES)}.")
@@ -92,7 +94,8 @@ def run_suite(
         quiet = (lambda _: None) if as_json else say
         run = SuiteRun(folder, state, chosen, testbed, quiet, redo=redo)
         try:
-            run.run(budget_s)
+            with terminated_like_interrupted():
+                run.run(budget_s)
             if predict_on is not None:
                 for cell in predict(folder, chosen, predict_on, quiet):
                     bar.update(task, description=f"predicted {cell}")

@@ -60,13 +60,13 @@ def plan_tenants(
         record = None if solos is None else solos.get(name)
         if record is None:
             say(f"{name} alone")
-            record = solo(gpu, roster, name, seed=seed, duration_ns=trial_ns, warmup_ns=warm)
+            record = _uninterrupted(solo(gpu, roster, name, seed=seed, duration_ns=trial_ns, warmup_ns=warm))
         alone[name] = next(found for found in record.tenants if found.name == name)
         rates[name] = len(alone[name].done) / max(record.duration_ns - record.warmup_ns, 1) * 1e9
         if loaded.tenant.latency_sensitive:
             if (record.seed, record.duration_ns, record.warmup_ns) != (seed, trial_ns, warm):
                 say(f"{name} alone, on the arrivals of the trials")
-                record = solo(gpu, roster, name, seed=seed, duration_ns=trial_ns, warmup_ns=warm)
+                record = _uninterrupted(solo(gpu, roster, name, seed=seed, duration_ns=trial_ns, warmup_ns=warm))
             found = next(found for found in record.tenants if found.name == name)
             if len(found.done):
                 tails[name] = _p99(found)
@@ -80,7 +80,7 @@ def plan_tenants(
     if separate is not None:
         for place, demand in enumerate(demands):
             say(f"{demand.name} alone, colored")
-            record = solo(gpu, separate, demand.name, seed=seed, duration_ns=trial_ns, warmup_ns=warm)
+            record = _uninterrupted(solo(gpu, separate, demand.name, seed=seed, duration_ns=trial_ns, warmup_ns=warm))
             (found,) = record.tenants
             if len(found.done):
                 demands[place] = replace(demand, colored_ns=float(np.median(found.service)))
@@ -93,11 +93,18 @@ def plan_tenants(
         elif plain is not None and "preempt=off" in policy:
             tenants = plain
         tenants = _weighed(gpu, tenants, weights)
-        record = run(gpu, tenants, policy, seed=seed, duration_ns=trial_ns, warmup_ns=warm)
+        record = _uninterrupted(run(gpu, tenants, policy, seed=seed, duration_ns=trial_ns, warmup_ns=warm))
         return _measured(record, demands, rates)
 
     plan = make_plan(demands, machine_of(gpu.info), be_min=be_min, trial=trial, tail=tail)
     return replace(plan, copy_weights=weights)
+
+
+def _uninterrupted(record: RunRecord) -> RunRecord:
+    """KeyboardInterrupt where Ctrl-C ended the run: what is left of it is no measurement, and nobody waits for a plan."""
+    if record.interrupted:
+        raise KeyboardInterrupt
+    return record
 
 
 def _copy_weights(gpu: Gpu, roster: Roster, demands: list[Demand]) -> dict[str, float]:

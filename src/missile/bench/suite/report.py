@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,7 +14,7 @@ from missile.bench.suite.cells import BASELINES, SLO_FACTOR, family, settings_of
 from missile.bench.suite.charts import curves, family_class
 from missile.bench.suite.claims import Claim, check_claims
 from missile.bench.suite.files import SuiteState
-from missile.bench.suite.summary import ATTAINED, CellSummary, FamilySummary, summarize_families
+from missile.bench.suite.summary import ATTAINED, LEFT_OUT, CellSummary, FamilySummary, summarize_families
 from missile.bench.suite.tables import (
     Table,
     best_table,
@@ -30,8 +29,6 @@ from missile.bench.svg import element
 from missile.files import write_whole
 
 __all__ = ["SuiteReport", "write_suite_report"]
-
-_LEFT_OUT = re.compile(r"Policy (\S+) was left out: (.*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +191,7 @@ def _left_out(report: SuiteReport) -> str:
     where: dict[str, dict[str, None]] = {}
     for cell in report.cells:
         for note in cell.notes:
-            policy = _LEFT_OUT.match(note)
+            policy = LEFT_OUT.match(note)
             # A policy that was left out for one reason at several settings was left out once.
             said = f"Policy {family(policy[1])} was left out: {policy[2]}" if policy else note
             where.setdefault(said, {})[cell.cell.name] = None

@@ -112,6 +112,8 @@ class SuiteRun:
             loop = Tenant.model_validate({**tenant, "arrivals": {"kind": "closed", "depth": 2}})
             duration = round(_CAPACITY_S * 1e9)
             record = testbed.solo(loop, seed=self.state.settings.seed, duration_ns=duration, warmup_ns=duration // 10)
+            if record.interrupted:
+                raise KeyboardInterrupt
             rate = len(record.tenants[0].done) / (0.9 * _CAPACITY_S)
             if not rate:
                 raise MissileError(

@@ -7,6 +7,7 @@ objective in at least 99% of requests; where none did, the one with the highest 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from missile.bench.summary import PolicySummary, Spread, summarize
 
 __all__ = [
     "ATTAINED",
+    "LEFT_OUT",
     "CellSummary",
     "FamilySummary",
     "Point",
@@ -29,6 +31,8 @@ __all__ = [
 ]
 
 ATTAINED = 0.99
+LEFT_OUT = re.compile(r"Policy (\S+) was left out: (.*)")
+"""A note of results about a policy that was asked for and did not run: which, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,7 @@ class Point:
 
     attainment: of the LS tenant that met its objective least often. p99: LS p99 / solo p99, geometric mean over LS tenants,
     and the smallest and largest of one repeat (None: too few requests). worst: of the most affected LS tenant.
+    worst_of_all: the same with requests that were rejected or lost counted as slower than all, None above 1% of them.
     be: BE rate / solo rate, summed over BE tenants. queueing, service: p99 of these parts / solo p99, worst LS tenant.
     """
 
@@ -47,6 +52,7 @@ class Point:
     be: float | None
     queueing: float | None
     service: float | None
+    worst_of_all: float | None = None
 
     @property
     def attained(self) -> bool:
@@ -68,6 +74,11 @@ class CellSummary:
     accepted: bool | None = None
     plan: str = ""
     free: float | None = None
+
+    def left_out(self, policy: str) -> str:
+        """Why `policy` was asked for and did not run; "" where it ran or nobody asked."""
+        found = (LEFT_OUT.match(note) for note in self.notes)
+        return "" if policy in self.best else next((note[2] for note in found if note and note[1] == policy), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +159,7 @@ def covered(spans: Iterable[tuple[int, int]], begin: int, end: int) -> int:
 def _point(policy: PolicySummary, solo_p99: Mapping[str, float]) -> Point:
     met = [row.attainment for row in policy.ls if row.attainment is not None]
     ratios = [row.over_solo for row in policy.ls if row.over_solo is not None]
+    of_all = [row.over_solo_of_all for row in policy.ls if row.over_solo_of_all is not None]
     whole = len(ratios) == len(policy.ls) > 0
     spread = None
     if whole:
@@ -174,6 +186,7 @@ def _point(policy: PolicySummary, solo_p99: Mapping[str, float]) -> Point:
         be=policy.be_share,
         queueing=worst_part("queueing_p99"),
         service=worst_part("service_p99"),
+        worst_of_all=max(of_all) if whole and len(of_all) == len(ratios) else None,
     )
 
 

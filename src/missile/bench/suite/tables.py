@@ -43,8 +43,8 @@ def family_table(families: Sequence[FamilySummary]) -> Table:
     heads = (
         "policy",
         "cells",
-        "99% attained in",
-        "least attainment",
+        "99% met in",
+        "least met",
         "LS p99 / solo, median",
         "worst",
         "BE / solo, mean",
@@ -138,7 +138,9 @@ def _closeness(found: Sequence[Comparison]) -> tuple[str, str, str]:
 def to_terminal(table: Table) -> RichTable:
     shown = RichTable(title=table.caption or None, title_justify="left", title_style="", box=box.SIMPLE_HEAD)
     for index, head in enumerate(table.heads):
-        shown.add_column(head, justify="left" if index < table.texts else "right")
+        # Policies whose names were cut off would be alike; claims are sentences, which wrap.
+        names = index == 0 and table.texts == 1
+        shown.add_column(head, justify="left" if index < table.texts else "right", no_wrap=names)
     for row in table.rows:
         shown.add_row(*row)
     return shown
