@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from missile.bench.fidelity import Comparison, compare, host_factor, rank_by_be, rank_by_p99, simulate, tabulate_error
+from missile.bench.fidelity import (
+    Comparison,
+    compare,
+    host_factor,
+    rank_by_be,
+    rank_by_p99,
+    service_factors,
+    simulate,
+    tabulate_error,
+)
 from missile.bench.results import Results, Run, read_results
 from missile.bench.summary import summarize
 from missile.gpu import open_gpu
+from missile.runtime.loading import load_tenants
+from missile.runtime.run import solo
+from missile.runtime.tenant import Tenant
 
+TENANT = Tenant.model_validate({"name": "ls", "class": "LS", "model": "synthetic-gemv", "arrivals": {"kind": "closed"}})
 MEASURED = Path(__file__).parents[2] / "benchmarks/results/h200-default/results.json.gz"
 
 
@@ -48,6 +62,32 @@ def test_the_host_is_as_slow_as_it_was_measured_alone(measured: Results) -> None
     assert host_factor(runs, runs) == 1.0
     assert host_factor(slower(3.0), runs) == pytest.approx(3.0, rel=1e-3)
     assert host_factor([], runs) == 1.0
+
+
+def test_kernels_take_what_they_were_measured_to_take_alone(measured: Results) -> None:
+    runs = [run for run in measured.runs if run.kind == "solo"]
+
+    def scaled(run: Run, factor: float) -> Run:
+        (row,) = run.tenants
+        ends = [start + round(factor * (end - start)) for start, end in zip(row.start_ns, row.end_ns, strict=True)]
+        return run.model_copy(update={"tenants": [row.model_copy(update={"end_ns": ends})]})
+
+    shorter = [scaled(run, 0.8 if run.tenants[0].name == "detect" else 1.0) for run in runs]
+    assert service_factors(shorter, runs) == pytest.approx(
+        {run.tenants[0].name: 0.8 if run.tenants[0].name == "detect" else 1.0 for run in runs}, rel=1e-3
+    )
+    assert service_factors([], runs) == {}
+
+
+def test_a_tenant_s_pace_scales_its_kernels_and_gaps_and_nobody_else_s() -> None:
+    def took(factor: float, of: str) -> int:
+        with open_gpu("sim:h200") as gpu, load_tenants(gpu, [TENANT]) as roster:
+            gpu.pace_kernels(of, factor)
+            record = solo(gpu, roster, "ls", seed=1, duration_ns=20_000_000)
+            return int(np.median(record.tenants[0].service))
+
+    assert took(0.5, "ls") == pytest.approx(0.5 * took(1.0, "ls"), rel=0.02)
+    assert took(0.5, "other") == took(1.0, "ls")
 
 
 def test_a_slower_host_makes_calls_cost_more_and_nothing_else() -> None:

@@ -5,18 +5,29 @@ Pure but for `simulate`, which runs the scenario.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 
 from missile.bench.results import Results, Run
 from missile.bench.run import Bench, Planned, Step, run_all
 from missile.bench.summary import PolicySummary, Summary
 from missile.bench.testbed import open_testbed
+from missile.runtime.records import TenantRecord
 
-__all__ = ["Comparison", "compare", "host_factor", "rank_by_be", "rank_by_p99", "simulate", "tabulate_error"]
+__all__ = [
+    "Comparison",
+    "compare",
+    "host_factor",
+    "rank_by_be",
+    "rank_by_p99",
+    "service_factors",
+    "simulate",
+    "tabulate_error",
+]
 
 Figure = Literal["p50", "p99", "rate"]
 CLOSE = 1.2  # within 20%
@@ -45,16 +56,19 @@ class Comparison:
 
 @runtime_checkable
 class _HasHost(Protocol):
-    """A simulated GPU whose host thread can be slower."""
+    """A simulated GPU whose host thread can be slower, and whose tenants' kernels can take another time."""
 
     def slow_host(self, factor: float) -> None: ...
+
+    def pace_kernels(self, tenant: str, factor: float) -> None: ...
 
 
 def simulate(measured: Results, device: str, *, duration_s: float | None = None) -> Results:
     """Run the scenario of `measured` on the simulated GPU `device`. Raises what `open_testbed` and the runs raise.
 
     `missile` runs as the plan that was measured says. What calls cost the host is scaled to that session's host: by how long
-    LS tenants' requests waited for it alone, measured over simulated. No other measured figure is used.
+    LS tenants' requests waited for it alone, measured over simulated. LS tenants' kernels are scaled to what a request takes
+    alone: profiles are of kernels one after another, and launches of LS models overlap. No other measured figure is used.
     """
     changes: dict[str, object] = {"device": device}
     if duration_s is not None:
@@ -68,6 +82,8 @@ def simulate(measured: Results, device: str, *, duration_s: float | None = None)
                 if tenant.latency_sensitive:
                     alone.execute(Step("solo", tenant.name, 0))
             testbed.gpu.slow_host(host_factor(measured.runs, alone.runs))
+            for name, factor in service_factors(measured.runs, alone.runs).items():
+                testbed.gpu.pace_kernels(name, factor)
         results, stopped = run_all(Bench(scenario, testbed, plan=plan), lambda *_: None)
     if stopped is not None:
         raise stopped
@@ -77,18 +93,30 @@ def simulate(measured: Results, device: str, *, duration_s: float | None = None)
 def host_factor(measured: Sequence[Run], simulated: Sequence[Run]) -> float:
     """How much slower the measured session's host is than the simulated one: the median over LS tenants alone of the median
     times from arrival to launch, over one another. 1.0 where no tenant says."""
-    here, there = (_dispatch_alone(runs) for runs in (simulated, measured))
-    ratios = [there[name] / here[name] for name in here if here[name] > 0 and there.get(name, 0) > 0]
-    return float(np.median(ratios)) if ratios else 1.0
+    ratios = _ratios_alone(measured, simulated, lambda row: row.dispatch - row.arrival)
+    return float(np.median([*ratios.values()])) if ratios else 1.0
 
 
-def _dispatch_alone(runs: Sequence[Run]) -> dict[str, float]:
+def service_factors(measured: Sequence[Run], simulated: Sequence[Run]) -> dict[str, float]:
+    """By LS tenant: how long a request's kernels take alone, from the first one's start to the last one's end, the measured
+    median over the simulated one."""
+    return _ratios_alone(measured, simulated, lambda row: row.end - row.start)
+
+
+def _ratios_alone(
+    measured: Sequence[Run], simulated: Sequence[Run], times: Callable[[TenantRecord], npt.NDArray[np.int64]]
+) -> dict[str, float]:
+    here, there = (_medians_alone(runs, times) for runs in (simulated, measured))
+    return {name: there[name] / here[name] for name in here if here[name] > 0 and there.get(name, 0) > 0}
+
+
+def _medians_alone(runs: Sequence[Run], times: Callable[[TenantRecord], npt.NDArray[np.int64]]) -> dict[str, float]:
     """By tenant whose arrivals depend on nothing, ns. A closed loop's requests wait for one another."""
     found: dict[str, float] = {}
     for run in runs:
         if run.kind == "solo" and run.whole and len(run.tenants[0].arrival_ns):
             row = run.tenants[0].record()
-            found.setdefault(row.name, float(np.median(row.dispatch - row.arrival)))
+            found.setdefault(row.name, float(np.median(times(row))))
     return found
 
 

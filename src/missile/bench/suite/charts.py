@@ -31,7 +31,7 @@ def curves(cell: CellSummary) -> str:
         return ""
     width, height = 330, 230
     every = [point for points in shown.values() for point in points]
-    x = linear_axis(max(1.0, *(be for be, _, _ in every)) * 100, 44, width - 12, suffix="%")
+    x = linear_axis(max(1.0, *(be for be, _, _ in every)) * 100, 44, width - 22, suffix="%")
     y = log_axis(0.9, max(tail for _, tail, _ in every) * 1.15, height - 40, 22, suffix="×")
     parts = [
         grid(x, y, x_label="BE rate, of solo", y_label="LS p99 / solo"),

@@ -128,7 +128,8 @@ def _groups(report: SuiteReport) -> str:
     parts = []
     for group in groups:
         cells = [cell for cell in report.cells if cell.cell.group == group]
-        parts.append(f"<h3>{escape(group)}, {len(cells)} cells</h3>{to_html(family_table(summarize_families(cells)))}")
+        count = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
+        parts.append(f"<h3>{escape(group)}, {count}</h3>{to_html(family_table(summarize_families(cells)))}")
     return _section(report, "By kind of load", "", "".join(parts))
 
 

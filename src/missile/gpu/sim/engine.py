@@ -42,6 +42,7 @@ class Engine:
         link = spec.link
         self.h2d = CopyEngine(self.timeline, link.h2d_gb_s, link.overhead_ns, copy_noise)
         self.d2h = CopyEngine(self.timeline, link.d2h_gb_s, link.overhead_ns, copy_noise)
+        self.paces: dict[str, float] = {}  # by tenant: how long its kernels take, over their costs; others 1
         self._faults = faults
         self._launches: Counter[str] = Counter()
         self._copies: Counter[str] = Counter()

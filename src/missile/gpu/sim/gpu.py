@@ -177,6 +177,11 @@ class SimulatedGpu:
         """From now on, calls cost the host thread `factor` times what they did: another machine, or one with more to do."""
         self._engine.spec = self.spec = self.spec.model_copy(update={"host": self.spec.host.slower(factor)})
 
+    def pace_kernels(self, tenant: str, factor: float) -> None:
+        """From now on, the tenant's kernels and the gaps before them take `factor` times what they did: other code for the
+        same work. What they ask of memory in all stays the same, what they ask at a time too."""
+        self._engine.paces[tenant] = factor * self._engine.paces.get(tenant, 1.0)
+
     def memory_free(self) -> int:
         return self._memory.free_bytes
 

@@ -216,7 +216,7 @@ class _Kernels:
             stream.parts,
             priority=stream.level,
             gap=self._gap,
-            noise=engine.kernel_noise(),
+            noise=engine.kernel_noise() * engine.paces.get(kernel.tenant, 1.0),
         )
         running.finish = self._ended
         if kernel.preempt is not None:
@@ -237,6 +237,7 @@ class _Kernels:
             stream.complete(now)
             return
         gap = sharing.graph_gap_ns + sharing.frontend_ns * crowd
+        gap *= engine.paces.get(self._kernels[self._at].tenant, 1.0)
         if engine.compute.contended:
             # Others get the room of this kernel while the next one is on its way.
             self._gap = 0.0
