@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from missile.bench.results import Results, read_results
 from missile.bench.suite.files import SuiteFolder
 from missile.cli.app import main
+from missile.cli.stopping import stopping_on_sigterm
 
 CELL = "poisson30--resnet34--decoder_1b"
 SHORT = ["bench", "--suite", "paper", "--device", "sim:h200", "--duration", "0.15", "--repeats", "1"]
@@ -70,18 +70,35 @@ def test_a_suite_that_is_terminated_reports_the_cells_that_are_whole(
 
     def keep_and_be_terminated(folder: SuiteFolder, results: Results, path: Path) -> None:
         keep(folder, results, path)
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()  # in the middle of the next cell
+        os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(SuiteFolder, "keep", keep_and_be_terminated)
     before = signal.getsignal(signal.SIGTERM)
     out = tmp_path / "out"
-    settings = ["--policies", "temporal,missile", "--cells", "poisson30--resnet34--*", "--duration", "0.5"]
+    settings = ["--policies", "temporal", "--cells", "poisson30--resnet34--*", "--duration", "0.5"]
     assert main([*SHORT[:-4], "--repeats", "1", *settings, "-o", str(out)]) == 130
     assert signal.getsignal(signal.SIGTERM) is before
     assert len(list((out / "cells").iterdir())) == 1
     assert "1 of its 170 cells" in (out / "report.html").read_text()
     assert "1 of 170 cells" in (out / "tables.md").read_text()
     assert capsys.readouterr().err.strip().endswith("missile: Interrupted.")
+
+
+def test_sigterm_ends_the_run_that_lasts_and_nothing_else() -> None:
+    ended = []
+    before = signal.getsignal(signal.SIGINT)
+    with stopping_on_sigterm() as check:
+        check()
+        signal.raise_signal(signal.SIGTERM)  # no run lasts: nothing happens here and now
+        signal.signal(signal.SIGINT, lambda *_: ended.append(1))
+        try:
+            assert not ended
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert ended == [1]
+        with pytest.raises(KeyboardInterrupt):
+            check()
 
 
 def test_a_report_can_be_predicted_without_the_gpu(folder: Path, tmp_path: Path) -> None:

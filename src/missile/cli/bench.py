@@ -10,12 +10,12 @@ import typer
 
 from missile.bench.report import write_report
 from missile.bench.results import Results, read_results, write_results
-from missile.bench.run import Bench, run_all
+from missile.bench.run import Bench, Step, run_all
 from missile.bench.scenario import default_scenario, read_scenario
 from missile.bench.summary import summarize
 from missile.bench.table import render_table
 from missile.cli.output import JsonOption, console, print_json, progress_bar
-from missile.cli.stopping import terminated_like_interrupted
+from missile.cli.stopping import stopping_on_sigterm
 from missile.cli.suite import report_suite, run_suite
 from missile.compiler.objective import OverlapChoice
 from missile.errors import MissileError, MisuseError
@@ -145,10 +145,13 @@ def command(
                 bar.console.print(f"Device: {testbed.info.device} ({testbed.why}).", soft_wrap=True, markup=False)
             bench = Bench(chosen, testbed)
             bar.update(task, total=len(bench.steps))
-            with terminated_like_interrupted():
-                results, stopped = run_all(
-                    bench, lambda index, step: bar.update(task, completed=index, description=str(step))
-                )
+            with stopping_on_sigterm() as check:
+
+                def on_step(index: int, step: Step) -> None:
+                    check()
+                    bar.update(task, completed=index, description=str(step))
+
+                results, stopped = run_all(bench, on_step)
     raw = out / "results.json"
     write_results(results, raw)
     _show(results, raw, out, as_json=json, explained=explained)

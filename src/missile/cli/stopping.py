@@ -1,28 +1,38 @@
-"""Ending a long run in order when it is asked to end by a signal (`timeout`, a job scheduler, `kill`)."""
+"""Ending a long run in order when a signal asks for it (`timeout`, a job scheduler, `kill`)."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["terminated_like_interrupted"]
+__all__ = ["stopping_on_sigterm"]
 
 
 @contextmanager
-def terminated_like_interrupted() -> Iterator[None]:
-    """Inside, SIGTERM does what Ctrl-C does there: what is whole is kept and reported. Only on the main thread."""
+def stopping_on_sigterm() -> Iterator[Callable[[], None]]:
+    """Inside, SIGTERM ends the run that lasts as Ctrl-C does, and makes what this yields, called between runs, raise
+    KeyboardInterrupt. Nowhere else: models are loaded and taken down whole. Only on the main thread."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
+    asked = False
+    outside = signal.getsignal(signal.SIGINT)
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        signal.raise_signal(signal.SIGINT)
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        if signal.getsignal(signal.SIGINT) is not outside:  # a run has put its own in place, which ends it in order
+            signal.raise_signal(signal.SIGINT)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        yield check
     finally:
         signal.signal(signal.SIGTERM, before)

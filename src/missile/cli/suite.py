@@ -22,7 +22,7 @@ from missile.bench.suite.summary import summarize_cells
 from missile.bench.suite.tables import claim_table, family_table, to_terminal
 from missile.bench.summary import summarize
 from missile.cli.output import console, print_json, progress_bar
-from missile.cli.stopping import terminated_like_interrupted
+from missile.cli.stopping import stopping_on_sigterm
 from missile.errors import MisuseError
 from missile.gpu import open_gpu, resolve
 
@@ -94,7 +94,7 @@ def run_suite(
         quiet = (lambda _: None) if as_json else say
         run = SuiteRun(folder, state, chosen, testbed, quiet, redo=redo)
         try:
-            with terminated_like_interrupted():
+            with stopping_on_sigterm() as run.check:
                 run.run(budget_s)
             if predict_on is not None:
                 for cell in predict(folder, chosen, predict_on, quiet):

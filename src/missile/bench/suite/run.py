@@ -31,7 +31,8 @@ class SuiteRun:
     """Makes what is missing of `cells` in `folder`.
 
     open_testbed: loads a scenario's tenants; asked once, for all that the missing cells need. clock: seconds.
-    redo: cells that were made otherwise are made again instead of refused.
+    redo: cells that were made otherwise are made again instead of refused. check: called before each run; raises what ends
+    the suite.
     """
 
     folder: SuiteFolder
@@ -41,6 +42,7 @@ class SuiteRun:
     say: Say
     clock: Callable[[], float] = time.monotonic
     redo: bool = False
+    check: Callable[[], None] = lambda: None
     _solos: dict[tuple[str, float], list[Run]] = field(default_factory=dict, init=False)
     _began: float = field(default=0.0, init=False)
 
@@ -109,6 +111,7 @@ class SuiteRun:
         for model, tenant in wanted.items():
             if model in self.state.capacity:
                 continue
+            self.check()
             loop = Tenant.model_validate({**tenant, "arrivals": {"kind": "closed", "depth": 2}})
             duration = round(_CAPACITY_S * 1e9)
             record = testbed.solo(loop, seed=self.state.settings.seed, duration_ns=duration, warmup_ns=duration // 10)
@@ -129,6 +132,7 @@ class SuiteRun:
         given_up: set[str] = set()
         for step in bench.steps:
             if step.kind == "policy" and step.what not in given_up:
+                self.check()
                 try:
                     bench.execute(step)
                 except MissileError as error:
