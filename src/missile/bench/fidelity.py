@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from missile.bench.results import Results, Run
-from missile.bench.run import Bench, Planned, Step, run_all
+from missile.bench.run import Bench, Planned, Step, Testbed, run_all
+from missile.bench.scenario import Scenario
 from missile.bench.summary import PolicySummary, Summary
 from missile.bench.testbed import open_testbed
 from missile.runtime.records import TenantRecord
@@ -77,17 +78,23 @@ def simulate(measured: Results, device: str, *, duration_s: float | None = None)
     plan = None if measured.plan is None else Planned(str(measured.plan["policy"]), measured.plan)
     with open_testbed(scenario) as testbed:
         if isinstance(testbed.gpu, _HasHost):
-            alone = Bench(scenario, testbed)
-            for tenant in scenario.tenants:
-                if tenant.latency_sensitive:
-                    alone.execute(Step("solo", tenant.name, 0))
-            testbed.gpu.slow_host(host_factor(measured.runs, alone.runs))
-            for name, factor in service_factors(measured.runs, alone.runs).items():
+            for name, factor in service_factors(measured.runs, _ls_alone(scenario, testbed)).items():
                 testbed.gpu.pace_kernels(name, factor)
+            # After that: where kernels take longer than they should, requests wait for each other and not for the host.
+            testbed.gpu.slow_host(host_factor(measured.runs, _ls_alone(scenario, testbed)))
         results, stopped = run_all(Bench(scenario, testbed, plan=plan), lambda *_: None)
     if stopped is not None:
         raise stopped
     return results
+
+
+def _ls_alone(scenario: Scenario, testbed: Testbed) -> Sequence[Run]:
+    """Every LS tenant alone, once."""
+    alone = Bench(scenario, testbed)
+    for tenant in scenario.tenants:
+        if tenant.latency_sensitive:
+            alone.execute(Step("solo", tenant.name, 0))
+    return alone.runs
 
 
 def host_factor(measured: Sequence[Run], simulated: Sequence[Run]) -> float:
