@@ -18,7 +18,10 @@ from missile.bench.fidelity import (
     tabulate_error,
 )
 from missile.bench.results import Results, Run, read_results
+from missile.bench.run import Bench, run_all
+from missile.bench.scenario import Scenario
 from missile.bench.summary import summarize
+from missile.bench.testbed import open_testbed
 from missile.gpu import open_gpu
 from missile.runtime.loading import load_tenants
 from missile.runtime.run import solo
@@ -77,6 +80,25 @@ def test_kernels_take_what_they_were_measured_to_take_alone(measured: Results) -
         {run.tenants[0].name: 0.8 if run.tenants[0].name == "detect" else 1.0 for run in runs}, rel=1e-3
     )
     assert service_factors([], runs) == {}
+
+
+def test_what_is_known_of_tenants_alone_is_enough_where_nothing_else_differs() -> None:
+    """At a load that kernels as profiled could not take: what the host costs is told after kernels have their pace."""
+    arrivals = {"kind": "poisson", "rate_per_s": 9000}
+    ls = {"name": "ls", "class": "LS", "model": "synthetic-tiny", "arrivals": arrivals}
+    scenario = Scenario.model_validate(
+        {"device": "sim:h200", "duration_s": 0.1, "warmup_s": 0.01, "policies": ["streams"], "tenant": [ls]}
+    )
+    with open_testbed(scenario) as testbed:
+        testbed.gpu.pace_kernels("ls", 0.5)
+        testbed.gpu.slow_host(2.0)
+        measured, _ = run_all(Bench(scenario, testbed), lambda *_: None)
+    simulated = simulate(measured, "sim:h200")
+    assert host_factor(measured.runs, simulated.runs) == pytest.approx(1.0, rel=0.1)
+    assert service_factors(measured.runs, simulated.runs)["ls"] == pytest.approx(1.0, rel=0.02)
+    (there,), (here,) = summarize(measured).solo_ls, summarize(simulated).solo_ls
+    assert here.p50 == pytest.approx(there.p50, rel=0.05)
+    assert here.p99.value == pytest.approx(there.p99.value, rel=0.1)
 
 
 def test_a_tenant_s_pace_scales_its_kernels_and_gaps_and_nobody_else_s() -> None:
