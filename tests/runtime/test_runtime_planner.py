@@ -371,6 +371,13 @@ def test_a_plan_for_loaded_tenants_is_measured_and_holds(gpu, tenant):
     assert len(plan.demands[1].works) == 8
 
 
+def test_two_be_tenants_that_have_the_gpu_together_have_all_of_it(gpu, tenant):
+    tenants = [tenant("ls", "LS", rate=100, slo_factor=1.5), *(tenant(n, "BE", "synthetic-spin") for n in ("a", "b"))]
+    with load_tenants(gpu, tenants) as roster:
+        plan = plan_tenants(gpu, roster, seed=1, trial_ns=60_000_000)
+    assert 0.7 < plan.chosen.measured.be_rate <= 1.05
+
+
 def test_tails_are_told_on_the_same_arrivals_and_what_stops_nothing_runs_plain_code(gpu, tenant, monkeypatch):
     tenants = [tenant("ls", "LS", rate=500, slo_factor=1.5), tenant("be", "BE", "synthetic-spin")]
     said, stoppable = [], {}

@@ -49,8 +49,8 @@ _ALIKE = 0.02
 @dataclass(frozen=True, slots=True)
 class Measured:
     """What a short run under a candidate gave: share of requests within the objective by LS tenant (those that have one),
-    p99 by LS tenant (ns), the BE tenants' rate over that alone, and by LS tenant p99 over that alone on the same arrivals
-    (those of which it is known)."""
+    p99 by LS tenant (ns), the BE tenants' rates over those alone, summed, and by LS tenant p99 over that alone on the same
+    arrivals (those of which it is known)."""
 
     attainment: Mapping[str, float]
     p99_ns: Mapping[str, float]

@@ -165,11 +165,11 @@ def _measured(record: RunRecord, demands: list[Demand], rates: Mapping[str, floa
     met: dict[str, float] = {}
     p99: dict[str, float] = {}
     tails: dict[str, float] = {}
-    shares = []
+    shares = 0.0  # of BE tenants together, as predictions have it: two with half of their rate each have all of the GPU
     for demand in demands:
         found = by_name[demand.name]
         if not demand.latency_sensitive:
-            shares.append(len(found.done) / span_s / max(rates[demand.name], 1e-9))
+            shares += len(found.done) / span_s / max(rates[demand.name], 1e-9)
             continue
         if len(found.done):
             p99[demand.name] = _p99(found)
@@ -177,7 +177,7 @@ def _measured(record: RunRecord, demands: list[Demand], rates: Mapping[str, floa
                 tails[demand.name] = p99[demand.name] / demand.tail_ns
         if demand.slo_ns is not None:
             met[demand.name] = attainment(found, demand.slo_ns) or 0.0
-    return Measured(met, p99, float(np.mean(shares)) if shares else 0.0, tails)
+    return Measured(met, p99, shares, tails)
 
 
 def _p99(record: TenantRecord) -> float:
