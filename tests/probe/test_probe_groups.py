@@ -55,15 +55,30 @@ def nearest_first(ratio: Callable[[int, int], float], threshold: float = 1.5) ->
     return tuple(sorted(tuple(group) for group in groups))
 
 
+def groups_under_noise(seed: int, brush: float):
+    """What is found of the recorded groups; None where that is refused."""
+    rng = np.random.default_rng(seed)
+    ratio = contention(RECORDED.channels, rng, brush=brush, spikes=0.02, late=0.02)
+    try:
+        return find_groups(CENTRES, RECORDED.model.permutations, ratio, rng)
+    except NoisyGpuError:
+        return None
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(1.0, 1.9))
 def test_brushes_and_disturbances_do_not_move_a_slice(seed: int, brush: float) -> None:
-    rng = np.random.default_rng(seed)
-    ratio = contention(RECORDED.channels, rng, brush=brush, spikes=0.02, late=0.02)
-    found = find_groups(CENTRES, RECORDED.model.permutations, ratio, rng)
+    found = groups_under_noise(seed, brush)
+    if found is None:  # rather than wrong; how often is the next test's matter
+        return
     assert found.members == tuple(sorted(RECORDED.channels))
     assert found.witness.verdict is Verdict.AGREES
     assert found.witness.numbers["inside_min"] > found.witness.numbers["cut"] > found.witness.numbers["outside_max"]
+
+
+def test_brushes_and_disturbances_are_seldom_a_reason_to_refuse() -> None:
+    refused = sum(groups_under_noise(seed, brush) is None for seed in range(20) for brush in (1.2, 1.5, 1.8))
+    assert refused <= 3
 
 
 def test_the_rule_before_put_slices_into_the_wrong_group() -> None:
