@@ -31,6 +31,7 @@ from colored_models_code import Variant, pages_for
 from colored_models_measure import Contents
 from leftover import straight
 from overlap_measure import Beside, Bits, Neighbour, Turns, programmatic_edges, summary
+from overlap_options import LS, find_packages, read_options
 
 from missile.bench.isolation.record import header_of
 from missile.coloring.halves import find_halves
@@ -42,7 +43,7 @@ from missile.compiler.bind_colored import bind_colored
 from missile.compiler.colored import color_kernels
 from missile.compiler.mover import Mover
 from missile.compiler.overlapped import build_overlapped
-from missile.compiler.package import BufferKind, ModelPackage, read_package
+from missile.compiler.package import BufferKind, ModelPackage
 from missile.compiler.planning import needed_bytes
 from missile.compiler.ptx.overlap import Dependents, Overlap, make_overlapping
 from missile.compiler.synthetic import bind_synthetic
@@ -58,10 +59,6 @@ from missile.runtime.loading import load_tenants
 from missile.runtime.tenant import Tenant
 from missile.workloads.arrivals import ClosedLoop
 
-LS = (
-    "resnet34", "mobilenet_v3_large", "mobilebert", "efficientnet_b0", "mobilevit_s", "squeezenet1_1", "shufflenet_v2",
-    "efficientformer_l1",
-)  # fmt: skip
 BE = ("densenet161", "bert_large", "decoder_1b", "resnet152")
 NEIGHBOURS = ("synthetic-gemv", "synthetic-copy", "densenet161", "bert_large", "decoder_1b")
 COLORED = ("resnet34", "mobilenet_v3_large", "mobilebert", "efficientnet_b0")
@@ -500,29 +497,9 @@ class Benchmark:
         return {name: graph for name, graph in found.items() if graph is not None or name == "nothing"}
 
 
-def find_packages(root: Path, chosen: Sequence[str]) -> dict[str, tuple[ModelPackage, Path]]:
-    found = {}
-    for model in (*LS, *BE):
-        for directory in (root / f"{model}-bdefault", root / model):
-            if (directory / "package.json").is_file() and (not chosen or model in chosen):
-                found[model] = (read_package(directory), directory)
-                break
-    return found
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--out", type=Path, default=Path("missile-out/overlap"))
-    parser.add_argument("--packages", type=Path, required=True)
-    parser.add_argument("--models", default="", help="of the twelve, with commas; all when left out")
-    parser.add_argument("--map", type=Path, default=None)
-    parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--seconds", type=float, default=165.0)
-    parser.add_argument("--rounds", type=int, default=20, help="of ten runs of each variant")
-    options = parser.parse_args()
-    options.started = time.monotonic()
-    options.out.mkdir(parents=True, exist_ok=True)
-    packages = find_packages(options.packages, [m for m in options.models.split(",") if m])
+    options = read_options(__doc__, 165.0, 20, "of ten runs of each variant")
+    packages = find_packages(options, (*LS, *BE))
     with open_gpu(options.device) as gpu:
         benchmark = Benchmark(gpu, options, packages)
         phases: list[Callable[[], None]] = [

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 from overlap_candidates import Candidates, all_late, places_of, ptx_of
 from overlap_measure import Beside, Bits, Neighbour, Turns, summary
+from overlap_options import LS, find_packages, read_options
 
 from missile.bench.isolation.record import header_of
 from missile.coloring.halves import find_halves
@@ -43,7 +44,7 @@ from missile.compiler.objective import Objective
 from missile.compiler.overlap_search import by_gain, descend, sweep, uniform
 from missile.compiler.overlap_table import OverlapTable, memory_of
 from missile.compiler.overlapped import build_overlapped
-from missile.compiler.package import BufferKind, ModelPackage, read_package
+from missile.compiler.package import BufferKind, ModelPackage
 from missile.compiler.planning import needed_bytes
 from missile.compiler.ptx.overlap import Dependents, Overlap
 from missile.compiler.synthetic import bind_synthetic, is_synthetic, synthetic_package
@@ -54,10 +55,6 @@ from missile.probe import map_for
 from missile.probe.map_file import read_map
 from missile.runtime.coloring import ColoredTenants, Coloring
 
-LS = (
-    "resnet34", "mobilenet_v3_large", "mobilebert", "efficientnet_b0", "mobilevit_s", "squeezenet1_1", "shufflenet_v2",
-    "efficientformer_l1",
-)  # fmt: skip
 COLORED = ("resnet34", "mobilenet_v3_large", "mobilebert", "efficientnet_b0", "squeezenet1_1")
 BE = ("densenet161", "bert_large", "decoder_1b")
 NEIGHBOURS = ("synthetic-gemv", "synthetic-copy", *BE)
@@ -114,7 +111,7 @@ class Code:
 class Tuning:
     def __init__(self, gpu: Gpu, options: argparse.Namespace, packages: dict[str, tuple[ModelPackage, Path]]) -> None:
         self.gpu, self.packages, self.out = gpu, packages, options.out
-        self.started, self.seconds, self.runs = options.started, options.seconds, options.runs
+        self.started, self.seconds, self.runs = options.started, options.seconds, options.rounds
         self.known = read_map(options.map) if options.map else None
         self.real = not gpu.info.simulated
         self.code = Code(self.real)
@@ -484,29 +481,9 @@ class Tuning:
         self.save()
 
 
-def find_packages(root: Path, chosen: Sequence[str]) -> dict[str, tuple[ModelPackage, Path]]:
-    found = {}
-    for model in (*LS, *BE):
-        for directory in (root / f"{model}-bdefault", root / model):
-            if (directory / "package.json").is_file() and (not chosen or model in chosen):
-                found[model] = (read_package(directory), directory)
-                break
-    return found
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--out", type=Path, default=Path("missile-out/overlap"))
-    parser.add_argument("--packages", type=Path, required=True)
-    parser.add_argument("--models", default="", help="with commas; all when left out")
-    parser.add_argument("--map", type=Path, default=None)
-    parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--seconds", type=float, default=140.0)
-    parser.add_argument("--runs", type=int, default=40, help="of each choice, at most")
-    options = parser.parse_args()
-    options.started = time.monotonic()
-    options.out.mkdir(parents=True, exist_ok=True)
-    packages = find_packages(options.packages, [m for m in options.models.split(",") if m])
+    options = read_options(__doc__, 140.0, 40, "of each choice, at most")
+    packages = find_packages(options, (*LS, *BE))
     with open_gpu(options.device) as gpu:
         tuning = Tuning(gpu, options, packages)
         share = options.seconds
