@@ -8,8 +8,6 @@ makes a plan of it.
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -21,6 +19,7 @@ import missile.coloring.shape
 from missile.coloring.shape import Form, Shape
 from missile.compiler import ptx
 from missile.compiler.color_worker import Task, color_each, or_apart
+from missile.compiler.kept import is_kept, keep, target_of
 from missile.compiler.overlap_table import DEFAULT, OVERLAPS, Overlapping, OverlapTable, Tuned, memory_of
 from missile.compiler.package import ModelPackage
 from missile.compiler.placements import PLACEMENTS, PlacementTable
@@ -43,7 +42,6 @@ __all__ = [
 ]
 
 _TRANSFER = "transfer"
-_VERSION = "version"
 _SHADOWED = "shadowed"
 _APART = "apart"
 _MOVERS = Overlap(DEFAULT)  # of tuned code: these kernels are in no table
@@ -126,7 +124,7 @@ def color_kernels(
             ) from None
     if not sources:
         raise MisuseError(f"Package {package.name!r} has no kernels to color.")
-    targets = {_target(text, name) for name, text in sources.items()}
+    targets = {target_of(text, name) for name, text in sources.items()}
     if len(targets) != 1:
         raise MisuseError(
             f"The kernels of package {package.name!r} are for different GPUs: {', '.join(sorted(targets))}."
@@ -154,14 +152,6 @@ def color_kernels(
     return made
 
 
-def _target(text: str, name: str) -> str:
-    """The GPU that PTX is for: in its first lines, so that the rest need not be parsed for it."""
-    found = re.search(r"^\s*\.target\s+([\w]+)", text, re.MULTILINE)
-    if found is None:
-        raise MisuseError(f"The PTX of kernel {name!r} does not say which GPU it is for.")
-    return found[1]
-
-
 def colored_kernels(
     package: ModelPackage, directory: Path, shape: Shape, *, mixed: bool = False, overlap: Overlapping | None = None
 ) -> ColoredKernels:
@@ -174,10 +164,7 @@ def colored_kernels(
 
 def is_colored(directory: Path, shape: Shape, *, mixed: bool = False, overlap: Overlapping | None = None) -> bool:
     """Whether the package in `directory` has code for `shape`, by this version of the translation."""
-    try:
-        return (_folder(directory, shape, mixed, overlap) / _VERSION).read_text() == code_version(overlap)
-    except OSError:
-        return False
+    return is_kept(_folder(directory, shape, mixed, overlap), code_version(overlap))
 
 
 @cache
@@ -225,17 +212,8 @@ def _folder(directory: Path, shape: Shape, mixed: bool, overlap: Overlapping | N
 
 
 def _keep(kernels: ColoredKernels, folder: Path) -> None:
-    """Write all files or none."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        for name, cubin in (*kernels.cubins.items(), (_TRANSFER, kernels.transfer)):
-            (part / f"{name}.cubin").write_bytes(cubin)
-        (part / _SHADOWED).write_text("".join(f"{name}\n" for name in sorted(kernels.shadowed)))
-        (part / _APART).write_text("".join(f"{name}\n" for name in sorted(kernels.apart)))
-        (part / _VERSION).write_text(code_version(kernels.overlap))
-        shutil.rmtree(folder, ignore_errors=True)
-        part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    cubins = {**kernels.cubins, _TRANSFER: kernels.transfer}
+    files = {f"{name}.cubin": cubin for name, cubin in cubins.items()}
+    for name, some in ((_SHADOWED, kernels.shadowed), (_APART, kernels.apart)):
+        files[name] = "".join(f"{kernel}\n" for kernel in sorted(some)).encode()
+    keep(folder, files, code_version(kernels.overlap))

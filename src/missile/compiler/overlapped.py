@@ -8,9 +8,6 @@ Nothing here touches a GPU.
 from __future__ import annotations
 
 import json
-import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -19,6 +16,7 @@ from pathlib import Path
 
 from missile.compiler.color_worker import Task, color_each
 from missile.compiler.colored import code_version
+from missile.compiler.kept import is_kept, keep, target_of
 from missile.compiler.overlap_table import PLAIN, Overlapping, OverlapTable
 from missile.compiler.package import ModelPackage
 from missile.errors import MissileError, MisuseError
@@ -32,7 +30,6 @@ __all__ = [
     "read_overlapped",
 ]
 
-_VERSION = "version"
 _APART = "apart.json"
 
 
@@ -70,10 +67,7 @@ def overlapped_kernels(package: ModelPackage, directory: Path, overlap: Overlapp
 
 def is_overlapped(directory: Path, overlap: Overlapping) -> bool:
     """Whether the package in `directory` has such code, by this version of the rewriting."""
-    try:
-        return (_folder(directory, overlap) / _VERSION).read_text() == code_version(overlap)
-    except OSError:
-        return False
+    return is_kept(_folder(directory, overlap), code_version(overlap))
 
 
 def read_overlapped(package: ModelPackage, directory: Path, overlap: Overlapping) -> OverlappedKernels:
@@ -101,7 +95,7 @@ def _build(
             path = directory / "kernels" / f"{image.id}.ptx"
             try:
                 text = path.read_text()
-                arch = _target(text, image.id)
+                arch = target_of(text, image.id)
             except OSError as error:
                 apart[owner][image.id] = f"{path} can't be read: {error.strerror}."
             except MissileError as error:
@@ -119,34 +113,13 @@ def _build(
     found = []
     for (_, directory), own, others in zip(packages, cubins, apart, strict=True):
         found.append(OverlappedKernels(own, others))
-        _keep(found[-1], _folder(directory, overlap), code_version(overlap))
+        files = {f"{name}.cubin": cubin for name, cubin in own.items()}
+        files[_APART] = (json.dumps(dict(others), indent=1) + "\n").encode()
+        # Not where the package can't be written to, or another process has just written the same.
+        with suppress(OSError):
+            keep(_folder(directory, overlap), files, code_version(overlap))
     return found
-
-
-def _target(text: str, name: str) -> str:
-    """The GPU that PTX is for."""
-    found = re.search(r"^\s*\.target\s+(\w+)", text, re.MULTILINE)
-    if found is None:
-        raise MisuseError(f"The PTX of kernel {name!r} does not say which GPU it is for.")
-    return found[1]
 
 
 def _folder(directory: Path, overlap: Overlapping) -> Path:
     return directory / "overlapped" / overlap.name
-
-
-def _keep(kernels: OverlappedKernels, folder: Path, version: str) -> None:
-    """Write all files or none; none where the package can't be written to, or another process has just written the same."""
-    with suppress(OSError):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-        try:
-            part.chmod(0o755)  # as other folders of a package, which several users may share
-            for name, cubin in kernels.cubins.items():
-                (part / f"{name}.cubin").write_bytes(cubin)
-            (part / _APART).write_text(json.dumps(dict(kernels.apart), indent=1) + "\n")
-            (part / _VERSION).write_text(version)
-            shutil.rmtree(folder, ignore_errors=True)
-            part.replace(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)

@@ -7,8 +7,6 @@ would, behind all others. Nothing here touches a GPU; `preempt_model` makes a pl
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from pathlib import Path
 from missile.coloring.shape import Shape
 from missile.compiler.color_worker import Task, color, color_all
 from missile.compiler.colored import code_version, shape_name
+from missile.compiler.kept import is_kept, keep, target_of
 from missile.compiler.package import KernelStep, ModelPackage
 from missile.compiler.placements import PlacementTable
 from missile.compiler.ptx.assemble import assemble
@@ -37,7 +36,7 @@ __all__ = [
 
 HIDE_BELOW_NS = 12_000.0
 
-_FOLDER, _PLAIN, _TRANSFER, _VERSION = "preemptible", "plain", "transfer", "version"
+_FOLDER, _PLAIN, _TRANSFER = "preemptible", "plain", "transfer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ def build_preemptible(
             ) from None
         placement = None if shape is None else best.find(shape.form, text)
         preempt = look, chosen.get(image.id, Place.EARLY)
-        tasks.append(Task(image.id, text, shape, placement, _target(text), preempt))
+        tasks.append(Task(image.id, text, shape, placement, target_of(text, image.id), preempt))
     done = color_all(tasks) if executor is None else executor.map(color, tasks)
     cubins = dict(zip((task.name for task in tasks), done, strict=True))
     transfer = b""
@@ -100,16 +99,9 @@ def build_preemptible(
         text = make_preemptible(transfer_ptx(shape, arch) + fill_entry(shape), name=_TRANSFER, look=look)
         transfer = assemble(text, arch=arch, name=_TRANSFER)
     kernels = PreemptibleKernels(shape, cubins, transfer)
-    _keep(kernels, _folder(directory, shape))
+    files = {f"{name}.cubin": cubin for name, cubin in (cubins | ({_TRANSFER: transfer} if transfer else {})).items()}
+    keep(_folder(directory, shape), files, code_version())
     return kernels
-
-
-def _target(text: str) -> str:
-    """The GPU that PTX is for."""
-    found = re.search(r"^\s*\.target\s+(\w+)", text, re.MULTILINE)
-    if found is None:
-        raise MisuseError("A kernel's PTX does not say which GPU it is for.")
-    return found[1]
 
 
 def preemptible_kernels(package: ModelPackage, directory: Path, shape: Shape | None = None) -> PreemptibleKernels:
@@ -121,10 +113,7 @@ def preemptible_kernels(package: ModelPackage, directory: Path, shape: Shape | N
 
 def is_preemptible(directory: Path, shape: Shape | None = None) -> bool:
     """Whether the package in `directory` has such code, by this version of the rewriting."""
-    try:
-        return (_folder(directory, shape) / _VERSION).read_text() == code_version()
-    except OSError:
-        return False
+    return is_kept(_folder(directory, shape), code_version())
 
 
 def read_preemptible(package: ModelPackage, directory: Path, shape: Shape | None = None) -> PreemptibleKernels:
@@ -142,20 +131,3 @@ def read_preemptible(package: ModelPackage, directory: Path, shape: Shape | None
 
 def _folder(directory: Path, shape: Shape | None) -> Path:
     return directory / _FOLDER / (_PLAIN if shape is None else shape_name(shape))
-
-
-def _keep(kernels: PreemptibleKernels, folder: Path) -> None:
-    """Write all files or none."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        for name, cubin in kernels.cubins.items():
-            (part / f"{name}.cubin").write_bytes(cubin)
-        if kernels.transfer:
-            (part / f"{_TRANSFER}.cubin").write_bytes(kernels.transfer)
-        (part / _VERSION).write_text(code_version())
-        shutil.rmtree(folder, ignore_errors=True)
-        part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
