@@ -14,14 +14,10 @@ Variants: `plain`, the package's code; `start`, `late`, `never`: it overlaps, an
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +27,8 @@ from colored_models_code import Variant, pages_for
 from colored_models_measure import Contents
 from leftover import straight
 from overlap_measure import Beside, Bits, Neighbour, Turns, programmatic_edges, summary
-from overlap_options import LS, find_packages, read_options
+from overlap_options import LS, Makers, Record, find_packages, read_options
 
-from missile.bench.isolation.record import header_of
 from missile.coloring.halves import find_halves
 from missile.coloring.pool import ColoredPool
 from missile.coloring.shape import Form
@@ -48,7 +43,6 @@ from missile.compiler.planning import needed_bytes
 from missile.compiler.ptx.overlap import Dependents, Overlap, make_overlapping
 from missile.compiler.synthetic import bind_synthetic
 from missile.errors import UnsupportedError
-from missile.files import write_whole
 from missile.gpu import open_gpu
 from missile.gpu.interface import Gpu, Graph, Launch, Stream
 from missile.gpu.work import KernelWork
@@ -78,19 +72,17 @@ class Bound:
     output: bytes = b""
 
 
-class Code:
+class Code(Makers):
     """Code that overlaps, made by other processes in the order asked for, while the GPU measures what is there."""
 
     def __init__(self, packages: Mapping[str, tuple[ModelPackage, Path]], real: bool) -> None:
+        super().__init__(spare=2, threads=3)
         self._packages, self._real = packages, real
-        self.seconds: dict[str, float] = {}
-        self._workers = ProcessPoolExecutor(max((os.cpu_count() or 2) - 2, 1), multiprocessing.get_context("spawn"))
-        self._threads = ThreadPoolExecutor(3)
         self._asked: dict[tuple[str, str, bool], Future[Any]] = {}
 
     def ask(self, model: str, what: str, shape: Any = None) -> None:
         if self._real and model in self._packages:
-            self._asked[model, what, shape is not None] = self._threads.submit(self._make, model, what, shape)
+            self._asked[model, what, shape is not None] = self.threads.submit(self._make, model, what, shape)
 
     def get(self, model: str, what: str, *, colored: bool = False) -> Any:
         """Colored kernels, or None when plain code lies in the package by now. Raises what the making raised."""
@@ -100,27 +92,21 @@ class Code:
         package, directory = self._packages[model]
         begin = time.monotonic()
         if shape is None:
-            build_overlapped(package, directory, VARIANTS[what], executor=self._workers)
+            build_overlapped(package, directory, VARIANTS[what], executor=self.workers)
             made = None
         else:
             how = COLORED_VARIANTS[what]
-            made = color_kernels(package, directory, shape, overlap=how, executor=self._workers, keep=False)
+            made = color_kernels(package, directory, shape, overlap=how, executor=self.workers, keep=False)
         self.seconds[f"{model} {what}{' colored' if shape else ''}"] = round(time.monotonic() - begin, 2)
         return made
 
-    def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
-        self._workers.shutdown(cancel_futures=True)
 
-
-class Benchmark:
+class Benchmark(Record):
     def __init__(self, gpu: Gpu, options: argparse.Namespace, packages: dict[str, tuple[ModelPackage, Path]]) -> None:
-        self.gpu, self.packages, self.out = gpu, packages, options.out / "overlap.json"
-        self.map = read_map(options.map) if options.map else None
-        self.started, self.seconds = options.started, options.seconds
-        self.rounds = options.rounds
         self.code = Code(packages, not gpu.info.simulated)
-        self.result: dict[str, Any] = {**header_of(gpu), "stand_in_weights": True, "failures": []}
+        super().__init__(gpu, options, "overlap.json", self.code)
+        self.gpu, self.packages, self.rounds = gpu, packages, options.rounds
+        self.map = read_map(options.map) if options.map else None
         self.bound: dict[str, Bound] = {}
         self.shares: dict[str, Any] = {}
         self.owned = ExitStack()
@@ -130,28 +116,6 @@ class Benchmark:
         self.owned.callback(self.turns.close)
         self.bits = Bits(gpu, self.stream)
         self.owned.callback(self.bits.close)
-
-    # --- housekeeping
-    @property
-    def left(self) -> float:
-        return self.seconds - (time.monotonic() - self.started)
-
-    @contextmanager
-    def attempt(self, what: str) -> Iterator[None]:
-        """What fails is noted, and the rest goes on, unless the GPU is lost."""
-        try:
-            yield
-        except Exception as error:
-            self.result["failures"].append({"what": what, "error": f"{type(error).__name__}: {error}"})
-            traceback.print_exc()
-            self.save()
-            if getattr(error, "usable", "") == "nothing":
-                raise
-        self.result["elapsed_s"] = round(time.monotonic() - self.started, 1)
-
-    def save(self) -> None:
-        self.result["code_seconds"] = dict(self.code.seconds)
-        write_whole(self.out, (json.dumps(self.result, indent=1) + "\n").encode())
 
     def close(self) -> None:
         self.code.close()

@@ -18,23 +18,18 @@ Code: `plain` or `colored`, launched one after another; `late`: all kernels let 
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
 import time
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from overlap_candidates import Candidates, all_late, places_of, ptx_of
 from overlap_measure import Beside, Bits, Neighbour, Turns, summary
-from overlap_options import LS, find_packages, read_options
+from overlap_options import LS, Makers, Record, find_packages, read_options
 
-from missile.bench.isolation.record import header_of
 from missile.coloring.halves import find_halves
 from missile.coloring.shares import Demand
 from missile.compiler.bind import bind
@@ -48,7 +43,6 @@ from missile.compiler.package import BufferKind, ModelPackage
 from missile.compiler.planning import needed_bytes
 from missile.compiler.ptx.overlap import Dependents, Overlap
 from missile.compiler.synthetic import bind_synthetic, is_synthetic, synthetic_package
-from missile.files import write_whole
 from missile.gpu import open_gpu
 from missile.gpu.interface import Gpu, Graph, Stream
 from missile.probe import map_for
@@ -66,21 +60,19 @@ PLACES = {place: Overlap(place) for place in Dependents}
 GAIN = 0.001  # of the whole model's time: less is taken for noise
 
 
-class Code:
+class Code(Makers):
     """Code made by other processes, in the order asked for."""
 
     def __init__(self, real: bool) -> None:
+        super().__init__(spare=1, threads=4)
         self._real = real
-        self.seconds: dict[str, float] = {}
         self._begin = time.monotonic()
-        self._workers = ProcessPoolExecutor(max((os.cpu_count() or 2) - 1, 1), multiprocessing.get_context("spawn"))
-        self._threads = ThreadPoolExecutor(4)
         self._asked: dict[tuple[str, str], Future[Any]] = {}
 
     def ask(self, found: tuple[ModelPackage, Path], what: str, overlap: Overlap | None, shape: Any = None) -> None:
         key = (found[0].name, what)
         if self._real and key not in self._asked:
-            self._asked[key] = self._threads.submit(self._make, found, what, overlap, shape)
+            self._asked[key] = self.threads.submit(self._make, found, what, overlap, shape)
 
     def get(self, model: str, what: str) -> Any:
         """Cubins by kernel, or colored code; raises what the making raised."""
@@ -92,32 +84,28 @@ class Code:
         made: Any
         if shape is None:
             assert overlap is not None
-            made = build_overlapped(package, directory, overlap, executor=self._workers)
+            made = build_overlapped(package, directory, overlap, executor=self.workers)
         else:
             # LS tenants have kernels of mixed forms, as `load_tenants` gives them.
             mixed = what != "colored-be"
             made = color_kernels(
-                package, directory, shape, mixed=mixed, overlap=overlap, executor=self._workers, keep=False
+                package, directory, shape, mixed=mixed, overlap=overlap, executor=self.workers, keep=False
             )
         self.seconds[f"{package.name} {what}"] = round(time.monotonic() - begin, 2)
         self.seconds["all"] = round(time.monotonic() - self._begin, 2)
         return made
 
-    def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
-        self._workers.shutdown(cancel_futures=True)
 
-
-class Tuning:
+class Tuning(Record):
     def __init__(self, gpu: Gpu, options: argparse.Namespace, packages: dict[str, tuple[ModelPackage, Path]]) -> None:
-        self.gpu, self.packages, self.out = gpu, packages, options.out
-        self.started, self.seconds, self.runs = options.started, options.seconds, options.rounds
-        self.known = read_map(options.map) if options.map else None
         self.real = not gpu.info.simulated
         self.code = Code(self.real)
+        super().__init__(gpu, options, "overlap2.json", self.code)
+        self.result["tuned"] = {}
+        self.gpu, self.packages, self.out, self.runs = gpu, packages, options.out, options.rounds
+        self.known = read_map(options.map) if options.map else None
         self.table = OverlapTable(gpu.info.name)
         self.noted: dict[tuple[str, str, str], tuple[str, Dependents]] = {}
-        self.result: dict[str, Any] = {**header_of(gpu), "stand_in_weights": True, "failures": [], "tuned": {}}
         self.found: dict[tuple[str, bool], Candidates] = {}
         self.choices: dict[tuple[str, bool], dict[str, dict[str, Dependents]]] = {}
         self.outputs: dict[str, bytes] = {}
@@ -138,27 +126,8 @@ class Tuning:
             self.close()
             raise
 
-    # --- housekeeping
-    @property
-    def left(self) -> float:
-        return float(self.seconds - (time.monotonic() - self.started))
-
-    @contextmanager
-    def attempt(self, what: str) -> Iterator[None]:
-        """What fails is noted, and the rest goes on, unless the GPU is lost."""
-        try:
-            yield
-        except Exception as error:
-            self.result["failures"].append({"what": what, "error": f"{type(error).__name__}: {error}"})
-            traceback.print_exc()
-            self.save()
-            if getattr(error, "usable", "") == "nothing":
-                raise
-        self.result["elapsed_s"] = round(time.monotonic() - self.started, 1)
-
     def save(self) -> None:
-        self.result["code_seconds"] = dict(self.code.seconds)
-        write_whole(self.out / "overlap2.json", json.dumps(self.result, indent=1) + "\n")
+        super().save()
         if self.table.places:
             self.table.save(self.out)
 
