@@ -14,11 +14,10 @@ import typer
 
 from missile.cli.output import JsonOption, console, print_json, stderr_console
 from missile.coloring.usual import usual_shapes
-from missile.compiler.colored import color_kernels, is_colored, shape_name
+from missile.compiler.colored import color_kernels, has_mixed, is_colored, shape_name
 from missile.compiler.overlap_table import Tuned
 from missile.compiler.overlapped import is_overlapped, overlapped_kernels
 from missile.compiler.package import ModelPackage, read_package
-from missile.compiler.placements import PlacementTable
 from missile.errors import MisuseError, UnsupportedError
 from missile.gpu import open_gpu, resolve
 from missile.probe import ChannelMap, map_for
@@ -129,12 +128,11 @@ def _color(package: ModelPackage, directory: Path, known: ChannelMap | None, dev
         if known.gpu != package.gpu:
             raise MisuseError(f"The channel map is of {known.gpu!r}, the package is for {package.gpu!r}.")
         rows = []
-        shadowed = PlacementTable.load(package.gpu).shadowed
         for shape in usual_shapes(known):
             for overlap in (None, Tuned()) if _overlaps(package) else (None,):
                 status.update(f"{package.name}: coloring, form {shape.form}")
                 started = time.perf_counter()
-                mixed = overlap is not None and bool(shadowed.get(shape.form))  # as LS models are loaded
+                mixed = overlap is not None and has_mixed(package, shape)  # as LS models are loaded
                 fresh = not is_colored(directory, shape, mixed=mixed, overlap=overlap)
                 if fresh:
                     color_kernels(package, directory, shape, mixed=mixed, overlap=overlap)

@@ -35,6 +35,7 @@ __all__ = [
     "code_version",
     "color_kernels",
     "colored_kernels",
+    "has_mixed",
     "is_colored",
     "read_colored",
     "shadow_shape",
@@ -156,10 +157,15 @@ def colored_kernels(
     package: ModelPackage, directory: Path, shape: Shape, *, mixed: bool = False, overlap: Overlapping | None = None
 ) -> ColoredKernels:
     """What is kept for `shape`, made now where there is nothing. Raises what `color_kernels` raises."""
-    mixed = mixed and bool(PlacementTable.load(package.gpu).shadowed.get(shape.form))
+    mixed = mixed and has_mixed(package, shape)
     if is_colored(directory, shape, mixed=mixed, overlap=overlap):
         return read_colored(package, directory, shape, mixed=mixed, overlap=overlap)
     return color_kernels(package, directory, shape, mixed=mixed, overlap=overlap)
+
+
+def has_mixed(package: ModelPackage, shape: Shape) -> bool:
+    """Whether code of mixed forms can differ from that of one: whether any kernel is known to be better off in another."""
+    return bool(PlacementTable.load(package.gpu).shadowed.get(shape.form))
 
 
 def is_colored(directory: Path, shape: Shape, *, mixed: bool = False, overlap: Overlapping | None = None) -> bool:

@@ -14,8 +14,9 @@ from missile.errors import MisuseError
 from missile.gpu.interface import Gpu, HostBuffer, Stream
 from missile.pcie.swap import HostModel, Segment, Swapper, WeightSlice, segments
 from missile.pcie.weights import MIB
+from missile.runtime.residency import LEAST_PART, PARTS, HostWeights
 
-__all__ = ["HostedModel", "host_model", "load_image", "weight_bytes", "weight_parts"]
+__all__ = ["HostedModel", "host_model", "host_weights", "load_image", "weight_bytes", "weight_parts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,12 @@ def host_model(
         hosted = HostModel(tenant, image, weight_bytes(package), weight_parts(package), model.operations_at)
         swapper.add(hosted, stream)
         return HostedModel(tenant, model, hosted, undo.pop_all())
+
+
+def host_weights(package: ModelPackage, image: HostBuffer, address: int) -> HostWeights:
+    """The package's weights, which wait in `image` (of `load_image`) for their place at `address`, in parts to be copied."""
+    nbytes = weight_bytes(package)
+    return HostWeights(image, address, nbytes, weight_parts(package, at_least=max(LEAST_PART, nbytes // PARTS)))
 
 
 def load_image(package: ModelPackage, directory: Path | None, gpu: Gpu, *, tenant: str) -> HostBuffer:

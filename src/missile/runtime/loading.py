@@ -25,8 +25,8 @@ from missile.compiler.synthetic import bind_synthetic, is_synthetic, synthetic_p
 from missile.errors import GpuError, MisuseError, OutOfMemoryError, UnsupportedError
 from missile.gpu.interface import Gpu, Graph, HostBuffer
 from missile.runtime.coloring import ColoredTenants, Coloring
-from missile.runtime.hosted import load_image, weight_bytes, weight_parts
-from missile.runtime.residency import LEAST_PART, PARTS, HostWeights, places
+from missile.runtime.hosted import host_weights, load_image, weight_bytes
+from missile.runtime.residency import HostWeights, places
 from missile.runtime.tenant import Tenant
 
 __all__ = ["BE_DEPTH", "LS_DEPTH", "Coloring", "LoadedTenant", "Roster", "RunnableModel", "load_tenants", "overlap_of"]
@@ -272,8 +272,7 @@ def _host_weights(gpu: Gpu, tenant: Tenant, found: Found, address: int, own: Exi
     package, directory = found
     image = load_image(package, directory, gpu, tenant=tenant.name)
     own.callback(image.free)
-    nbytes = weight_bytes(package)
-    return HostWeights(image, address, nbytes, weight_parts(package, at_least=max(LEAST_PART, nbytes // PARTS)))
+    return host_weights(package, image, address)
 
 
 def _bind(

@@ -12,12 +12,11 @@ from missile.coloring.shape import Escape, Shape
 from missile.coloring.shares import Demand
 from missile.compiler.bind import BoundModel, bind
 from missile.compiler.bind_colored import bind_colored
-from missile.compiler.colored import colored_kernels, is_colored
+from missile.compiler.colored import colored_kernels, has_mixed, is_colored
 from missile.compiler.library import find_package
 from missile.compiler.overlap_table import Tuned
 from missile.compiler.overlapped import prepare_overlapped
 from missile.compiler.package import BufferKind, ModelPackage
-from missile.compiler.placements import PlacementTable
 from missile.compiler.planning import needed_bytes
 from missile.compiler.preemptible import preempt_model
 from missile.compiler.preemptible_code import PreemptibleKernels, is_preemptible, preemptible_kernels
@@ -25,9 +24,9 @@ from missile.errors import MissileError, MisuseError, OutOfMemoryError, Unsuppor
 from missile.gpu.interface import Gpu
 from missile.probe import ChannelMap, map_for
 from missile.runtime.coloring import ColoredTenants, Coloring
-from missile.runtime.hosted import load_image, weight_bytes, weight_parts
+from missile.runtime.hosted import host_weights, load_image, weight_bytes
 from missile.runtime.loading import overlap_of
-from missile.runtime.residency import LEAST_PART, PARTS, HostWeights
+from missile.runtime.residency import HostWeights
 from missile.serving.config import TenantConfig
 from missile.serving.engine.compiling import compiled_package
 from missile.serving.engine.swapping import SwapSpace
@@ -166,12 +165,10 @@ class Binder:
         package, directory, gpu = found.package, found.directory, self._gpu
         image = load_image(package, directory, gpu, tenant=tenant.name)
         undo.callback(image.free)
-        nbytes = weight_bytes(package)
-        address = self._swap.take(nbytes, tenant.name, undo)
-        parts = weight_parts(package, at_least=max(LEAST_PART, nbytes // PARTS))
+        address = self._swap.take(weight_bytes(package), tenant.name, undo)
         bound = bind(package, directory, gpu, tenant=tenant.name, weights_at=address, overlap=self._overlap(tenant))
         notes = (*found.notes, "weights on the host: brought in when a request comes and they are not there")
-        placed = Placed(bound, None, notes, weights=HostWeights(image, address, nbytes, parts))
+        placed = Placed(bound, None, notes, weights=host_weights(package, image, address))
         return self._preemptible(tenant, found, placed, undo)
 
     def _preemptible(self, tenant: TenantConfig, found: Found, placed: Placed, undo: ExitStack) -> Placed:
@@ -227,7 +224,7 @@ class Binder:
         package, directory, shape = found.package, found.directory, found.shape
         assert directory is not None
         assert shape is not None
-        mixed = _mixed(tenant) and bool(PlacementTable.load(package.gpu).shadowed.get(shape.form))
+        mixed = _mixed(tenant) and has_mixed(package, shape)
         if not is_colored(directory, shape, mixed=mixed, overlap=self._overlap(tenant)):
             return False
         return not self._wants_preemption(tenant) or is_preemptible(directory, shape)
