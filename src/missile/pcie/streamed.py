@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Final
 
 from missile.errors import GpuError
 from missile.gpu.interface import Event, Gpu, HostBuffer, Latch, Stream
@@ -11,6 +12,8 @@ from missile.pcie.ticket import CopyState, CopyTicket, Direction, Span
 from missile.pcie.weights import Share
 
 __all__ = ["StreamedCopies"]
+
+_LOOK_NS: Final = 100_000
 
 
 class StreamedCopies:
@@ -126,6 +129,14 @@ class StreamedCopies:
             raise error
         until = deadline_ns if due is None else min(deadline_ns, due)
         self._gpu.wait([*events, *self._engine.events()], until)
+
+    def drain(self, deadline_ns: int) -> None:
+        """Let all copies that were asked for go, wanted or not, until `deadline_ns`: no stream waits for one then, whatever
+        went wrong. Errors of copies are dropped; that the GPU is lost is raised."""
+        while self._engine.busy and (now := self._gpu.now_ns()) < deadline_ns:
+            due = self._engine.step()
+            self._gpu.wait(self._engine.events(), min(deadline_ns, now + _LOOK_NS if due is None else due))
+        self._error = None
 
     def close(self) -> None:
         """The caller has made sure that no stream waits for a copy."""

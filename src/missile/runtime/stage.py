@@ -25,7 +25,6 @@ __all__ = ["MOST_PIECES", "Slot", "Stage"]
 MOST_PIECES = 16
 """Pieces of one tenant's requests (what one `Advance` gives the GPU) that may be in flight at once."""
 
-_LOOK_UP_NS = 10_000_000
 _REHEARSAL_LOOK_NS = 50_000
 _PATIENCE_NS = 10_000_000_000
 
@@ -380,11 +379,10 @@ class Stage:
     def clear(self) -> None:
         """Leave no control with its flag up or in the middle of a request: the models outlive the stage.
 
-        Nothing that was preempted may be on the GPU. Weights under way are let in, wanted or not: streams wait for them.
+        Nothing that was preempted may be on the GPU. Scheduled copies are let go, wanted or not: streams wait for them.
         """
-        give_up = self._gpu.now_ns() + _PATIENCE_NS
-        while self._residency.busy and self._gpu.now_ns() < give_up:
-            self.wait([], self._gpu.now_ns() + _LOOK_UP_NS)
+        if self._copies is not None:
+            self._copies.drain(self._gpu.now_ns() + _PATIENCE_NS)
         for tenant, control in enumerate(self._controls):
             lane = self._lane_of[tenant]
             if control is None or lane is None:
