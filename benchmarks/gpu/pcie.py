@@ -13,21 +13,19 @@ import argparse
 import faulthandler
 import json
 import signal
-import statistics
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pcie_cold import cold_models
 from pcie_merge import merged
-from pcie_mix import mix, package_of
+from pcie_mix import mix
 from pcie_show import latency_line, show_all
 
-from missile.compiler.library import find_package
 from missile.files import write_whole
 from missile.gpu import open_gpu
 from missile.gpu.interface import Gpu
@@ -37,17 +35,11 @@ from missile.pcie.link import LinkProfile, choose_options, measure_link
 from missile.pcie.load import Bulk, LoadResult, Requests, Source, run_load
 from missile.pcie.plot import plot_report
 from missile.pcie.report import SHARE_CASES, Plan, Report, measure
-from missile.pcie.runner import CopyThread, Sleeper
+from missile.pcie.runner import CopyThread
 from missile.pcie.summary import latency_summary, share_deviation, windows
-from missile.pcie.swap import Swapper, SwapRun
-from missile.pcie.ticket import CopyState, CopyTicket, Direction
+from missile.pcie.ticket import Direction
 from missile.pcie.weights import MIB, Share
-from missile.runtime.hosted import host_model, weight_bytes
 
-COLD_MODELS = (
-    ("decoder_1b", 8),
-    ("bert_large", 32),
-)  # one that takes longer to copy than to run, and the other way round
 BOTH = (Direction.H2D, Direction.D2H)
 
 
@@ -200,104 +192,6 @@ def minimums(session: Session, seconds: float) -> dict[str, Any]:
     }
 
 
-def cold_models(session: Session, repeats: int, packages: Path | None) -> dict[str, Any]:
-    """Cold and warm starts of compiled models that displace each other, alone and beside two bulk tenants of equal weight.
-
-    weights: when the last of them had arrived; whole: when the end of the model was seen; against bytes over the link's rate
-    (or the tenant's share of it), and whole also against the longer of that and the warm start: what overlapping can reach.
-    Each is (median, worst).
-    """
-    gpu, rate = session.gpu, session.link.raw(Direction.H2D)
-    found = {name: find_package(package_of(name, packages), batch, gpu.info) for name, batch in COLD_MODELS}
-    budget = max(weight_bytes(package) for package, _ in found.values())
-    out: dict[str, Any] = {}
-    with CopyEngine(session.gpu, session.options) as engine, ExitStack() as undo:
-        swapper = Swapper(gpu, engine, budget)
-        undo.callback(swapper.close)
-        for name, (package, directory) in found.items():
-            engine.admit(name)
-            undo.callback(host_model(package, directory, gpu, swapper, gpu.create_stream(), tenant=name).close)
-        sleeper = Sleeper(gpu)
-
-        def start(name: str) -> SwapRun:
-            return finish(gpu, engine, swapper, sleeper, swapper.start(name))
-
-        for name in found:  # the first run of a kernel loads it
-            start(name)
-        for case, floods, share in (("alone", 0, 1.0), ("beside two bulk tenants", 2, 1 / 3)):
-            flood = Flood(gpu, engine, floods)
-            runs: dict[str, list[tuple[SwapRun, SwapRun]]] = {name: [] for name in found}
-            for _ in range(repeats):
-                for name in found:
-                    cold = start(name)
-                    runs[name].append((cold, start(name)))
-            flood.on = False
-            engine.run_until_idle()
-            flood.close()
-            for name, pairs in runs.items():
-                out.setdefault(name, {})[case] = _cold_summary(pairs, rate * share)
-                print(f"  {name}, {case}: {out[name][case]}", flush=True)
-    return out
-
-
-def _cold_summary(pairs: list[tuple[SwapRun, SwapRun]], rate: float) -> dict[str, Any]:
-    nbytes = pairs[0][0].copied_bytes
-    ideal = nbytes / rate * 1e9
-    warm = statistics.median(run.finished_ns - run.started_ns for _, run in pairs)
-    whole = [run.finished_ns - run.started_ns for run, _ in pairs]
-    weights = [run.weights_ns - run.started_ns for run, _ in pairs]
-
-    def against(times: list[int], base: float) -> tuple[float, float]:
-        return statistics.median(times) / base, max(times) / base
-
-    return {
-        "bytes": nbytes,
-        "starts": len(pairs),
-        "ideal_ms": ideal / 1e6,
-        "warm_ms": warm / 1e6,
-        "weights": against(weights, ideal),
-        "whole": against(whole, ideal),
-        "whole_against_longer": against(whole, max(ideal, warm)),
-    }
-
-
-class Flood:
-    """Tenants that always have two copies of 64 MiB waiting, until `on` is False."""
-
-    def __init__(self, gpu: Gpu, engine: CopyEngine, tenants: int) -> None:
-        self.on = True
-        self._engine = engine
-        self._host, self._device = gpu.allocate_host(64 * MIB), gpu.allocate(64 * MIB)
-        for index in range(tenants):
-            engine.admit(f"bulk {index}")
-            for _ in range(2):
-                self._copy(f"bulk {index}")
-
-    def _copy(self, tenant: str) -> None:
-        self._engine.to_device(tenant, self._device, self._host).add_done_callback(self._again)
-
-    def _again(self, ticket: CopyTicket) -> None:
-        if self.on and ticket.state is CopyState.DONE:
-            self._copy(ticket.tenant)
-
-    def close(self) -> None:
-        self._host.free()
-        self._device.free()
-
-
-def finish(gpu: Gpu, engine: CopyEngine, swapper: Swapper, sleeper: Sleeper, run: SwapRun) -> SwapRun:
-    """Drive everything until `run` is over."""
-    while not run.done:
-        due = engine.step()
-        swapper.poll()
-        if not run.done:
-            soon = gpu.now_ns() + 20_000
-            sleeper.wait([*engine.events(), *swapper.events()], soon if due is None else min(due, soon))
-    if run.error is not None:
-        raise run.error
-    return run
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True)
@@ -354,7 +248,9 @@ def measure_parts(
         "idle": lambda: idle_cpu(session, max(0.3, scale)),
         "shares": lambda: shares(session, shares_s, 2),
         "mix": lambda: mix(gpu, options.packages, max(0.4, 4 * scale), options.mix_s, keep_mix),
-        "cold models": lambda: cold_models(session, max(4, round(11 * scale)), options.packages),
+        "cold models": lambda: cold_models(
+            gpu, session.options, session.link.raw(Direction.H2D), max(4, round(11 * scale)), options.packages
+        ),
         "urgent": lambda: urgent(session, 3.0 * scale, 2, lambda found: save(out | {"urgent": found})),
         "latencies": lambda: latencies(session, 2.0 * scale),
         "minimums": lambda: minimums(session, max(0.4, scale)),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from missile.errors import GpuError
 from missile.gpu import open_gpu
 from missile.gpu.interface import Gpu
 from missile.runtime.tenant import Tenant
@@ -25,3 +26,23 @@ def tenant() -> Callable[..., Tenant]:
         return Tenant.model_validate({"name": name, "class": kind, "model": model, "arrivals": arrivals, **more})
 
     return make
+
+
+@pytest.fixture
+def fail_copy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Gpu, int], list[Any]]:
+    """Make copy number `number` to the device fail: `fail_copy(gpu, 60)`. What comes back are the sources of all so far."""
+
+    def fail(gpu: Gpu, number: int) -> list[Any]:
+        kind: Any = type(gpu.create_stream())
+        whole, seen = kind.copy_to_device, []
+
+        def copy(stream: Any, target: int, source: Any, **more: Any) -> None:
+            seen.append(source)
+            if len(seen) == number:
+                raise GpuError("cuMemcpyHtoDAsync", "CUDA_ERROR_INVALID_VALUE")
+            whole(stream, target, source, **more)
+
+        monkeypatch.setattr(kind, "copy_to_device", copy)
+        return seen
+
+    return fail

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from missile.errors import GpuError
 from missile.gpu import open_gpu
-from missile.gpu.interface import Gpu, HostBuffer, Stream
+from missile.gpu.interface import Gpu
 from missile.pcie.engine import CopyEngine, TenantCopies
 from missile.pcie.streamed import StreamedCopies
 from missile.pcie.ticket import Direction
@@ -83,21 +82,11 @@ def test_an_ls_input_does_not_wait_for_a_long_one(gpu: Gpu, tenant: Any) -> None
     assert took[tuple(Direction)] < 200_000
 
 
-def test_a_failed_copy_ends_the_run_with_its_tenant_s_name(monkeypatch: pytest.MonkeyPatch, tenant: Any) -> None:
+def test_a_failed_copy_ends_the_run_with_its_tenant_s_name(fail_copy: Any, tenant: Any) -> None:
     tenants = [tenant("ls", "LS", "resnet34", rate=200), tenant("be", "BE", "resnet152")]
     with open_gpu("sim:h200") as gpu, load_tenants(gpu, tenants) as roster:
         link_options(gpu)
-        kind: Any = type(gpu.create_stream())
-        whole, seen = kind.copy_to_device, []
-
-        def refuse(self: Stream, target: int, source: HostBuffer, **more: Any) -> None:
-            seen.append(source)
-            if len(seen) == 60:
-                raise GpuError("cuMemcpyHtoDAsync", "CUDA_ERROR_INVALID_VALUE")
-            whole(self, target, source, **more)
-
-        monkeypatch.setattr(kind, "copy_to_device", refuse)
+        fail_copy(gpu, 60)
         record = run(gpu, roster, "missile", seed=0, duration_ns=SECOND // 2)
         assert "cuMemcpyHtoDAsync" in record.fault
-        monkeypatch.undo()
         assert not run(gpu, roster, "missile", seed=0, duration_ns=SECOND // 10).fault  # the GPU still works

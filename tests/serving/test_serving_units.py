@@ -6,7 +6,6 @@ import asyncio
 import json
 import struct
 import time
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from missile.serving.arena import MINIMUM_BLOCK, Arena
 from missile.serving.awake import LEAST_PROCESSORS, Awake
 from missile.serving.engine.queues import BatchLimits, Scheduler
 from missile.serving.engine.spin import Spin
-from missile.serving.engine.swapping import choose_place
 from missile.serving.link import Call, CallKind
 from missile.serving.measures import Measures
 from missile.serving.protocol.eager import Eager
@@ -63,20 +61,6 @@ def test_arena_blocks_never_overlap_and_all_comes_back(steps: list[tuple[bool, i
     for offset in held:
         arena.free(offset)
     assert arena.allocate(arena.nbytes) == 0
-
-
-@given(st.lists(st.integers(1, 12 << 20), max_size=8), st.integers(12, 40))
-def test_swapped_weights_lie_within_the_budget_and_apart_where_there_is_room(sizes: list[int], mib: int) -> None:
-    budget = mib << 20
-    taken: list[tuple[int, int]] = []
-    for size in sizes:
-        at = choose_place(taken, size, budget)
-        assert 0 <= at <= budget - size
-        assert at % (1 << 20) == 0
-        taken.append((at, size))
-    if sum(-(-size >> 20) for size in sizes) <= mib:
-        ordered = sorted(taken)
-        assert all(one + size <= other for (one, size), (other, _) in pairwise(ordered))
 
 
 def test_arena_refuses_to_free_what_it_has_not_given() -> None:

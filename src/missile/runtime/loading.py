@@ -25,8 +25,9 @@ from missile.compiler.synthetic import bind_synthetic, is_synthetic, synthetic_p
 from missile.errors import GpuError, MisuseError, OutOfMemoryError, UnsupportedError
 from missile.gpu.interface import Gpu, Graph, HostBuffer
 from missile.runtime.coloring import ColoredTenants, Coloring
+from missile.runtime.host_weights import HostWeights
 from missile.runtime.hosted import host_weights, load_image, weight_bytes
-from missile.runtime.residency import HostWeights, places
+from missile.runtime.swap_space import SwapSpace
 from missile.runtime.tenant import Tenant
 
 __all__ = ["BE_DEPTH", "LS_DEPTH", "Coloring", "LoadedTenant", "Roster", "RunnableModel", "load_tenants", "overlap_of"]
@@ -213,13 +214,8 @@ def _swap(
 ) -> dict[str, int]:
     """Device addresses for the weights of those that keep them on the host, in memory that is allocated here."""
     hosted = [tenant for tenant in tenants if tenant.hosted]
-    if not hosted:
-        return {}
-    if swap_bytes is None:
-        raise MisuseError(
-            f"Tenant {hosted[0].name!r} keeps its weights on the host, and there is no memory to swap them into."
-        )
-    sizes = []
+    space = SwapSpace(gpu, swap_bytes or 0, setting="swap_mb")
+    addresses = {}
     for tenant in hosted:
         if is_synthetic(tenant.model):
             raise MisuseError(f"Tenant {tenant.name!r}: a synthetic model has no weights to keep on the host.")
@@ -227,16 +223,8 @@ def _swap(
             raise UnsupportedError(
                 f"Tenant {tenant.name!r} keeps its weights on the host, which colored memory can't do."
             )
-        sizes.append(weight_bytes(packages[tenant.name][0]))
-        if sizes[-1] > swap_bytes:
-            raise MisuseError(
-                f"Tenant {tenant.name!r} has {-(-sizes[-1] >> 20)} MiB of weights on the host and the swap budget is "
-                f"{swap_bytes >> 20} MiB."
-            )
-    memory = gpu.allocate(swap_bytes, tenant="swap")
-    undo.callback(memory.free)
-    offsets = places(sizes, swap_bytes)
-    return {tenant.name: memory.address + offset for tenant, offset in zip(hosted, offsets, strict=True)}
+        addresses[tenant.name] = space.take(weight_bytes(packages[tenant.name][0]), tenant.name, undo)
+    return addresses
 
 
 def _load(

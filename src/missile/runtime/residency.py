@@ -1,9 +1,9 @@
 """Residency "host": whose weights are on the device, and how kernels wait for those that are not there yet.
 
-Every such tenant has one place in a budget of device memory (`places`), for which its plan is made once. Places may overlap:
-bringing one tenant's weights in displaces those of others. All of it is given to the GPU when the request is, in an order in
-which everything waits only for what was given before, so that the host never comes back to it and nothing can lock up:
-copies wait for the last work of those whom they displace, kernels for the copies of what they read.
+Every such tenant has one place in a budget of device memory (`SwapSpace`), for which its plan is made once. Places may
+overlap: bringing one tenant's weights in displaces those of others. All of it is given to the GPU when the request is, in an
+order in which everything waits only for what was given before, so that the host never comes back to it and nothing can lock
+up: copies wait for the last work of those whom they displace, kernels for the copies of what they read.
 """
 
 from __future__ import annotations
@@ -11,42 +11,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-from missile.errors import MisuseError
-from missile.gpu.interface import Event, Gpu, HostBuffer, Latch, Stream
+from missile.gpu.interface import Event, Gpu, Latch, Stream
 from missile.pcie.streamed import StreamedCopies
-from missile.pcie.swap import Segment
 from missile.pcie.ticket import CopyState, CopyTicket
+from missile.runtime.host_weights import HostWeights
 
-__all__ = ["LEAST_PART", "PARTS", "ColdStart", "HostWeights", "Residency", "places"]
-
-PARTS: Final = 8
-"""In how many parts a tenant's weights are copied, about: execution overlaps copying, each part costs the host some us."""
-
-LEAST_PART: Final = 8 << 20
-"""Bytes of a part, at least."""
-
-_ALIGNMENT: Final = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class HostWeights:
-    """A tenant's weights in pinned memory, and where on the device they are used. The roster owns both.
-
-    parts: what is copied as one, with the number of the first operation that reads it, in that order.
-    """
-
-    image: HostBuffer
-    address: int
-    nbytes: int
-    parts: tuple[Segment, ...]
-
-    def overlaps(self, other: HostWeights) -> bool:
-        """Whether only one of them can be on the device."""
-        return self.address < other.address + other.nbytes and other.address < self.address + self.nbytes
+__all__ = ["ColdStart", "Residency"]
 
 
 class ColdStart(NamedTuple):
@@ -54,22 +27,6 @@ class ColdStart(NamedTuple):
 
     begun_ns: int
     arrived_ns: int
-
-
-def places(sizes: Sequence[int], budget: int) -> tuple[int, ...]:
-    """Where weights of `sizes` bytes go in `budget` bytes: one after another, from the start again where there is no room.
-
-    MisuseError for one that is larger than the budget.
-    """
-    out, at = [], 0
-    for nbytes in sizes:
-        if nbytes > budget:
-            raise MisuseError(f"{nbytes} bytes of weights don't fit in a swap budget of {budget} bytes.")
-        if at + nbytes > budget:
-            at = 0
-        out.append(at)
-        at += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-    return tuple(out)
 
 
 class Residency:
@@ -160,11 +117,6 @@ class Residency:
     def settled(self, tenant: int) -> bool:
         """Whether all later work of the tenant comes behind its last weights anyway."""
         return self._gated[tenant] == len(self._firsts[tenant])
-
-    @property
-    def busy(self) -> bool:
-        """Whether the scheduler still has copies, which end only while somebody waits through it. Plain ones end anyway."""
-        return self._copies is not None and any(self._under_way)
 
     def arriving(self, tenant: int) -> bool:
         """Whether the tenant's weights are on their way: what it was given last waits for them, and for no SM."""

@@ -24,12 +24,12 @@ from missile.errors import MissileError, MisuseError, OutOfMemoryError, Unsuppor
 from missile.gpu.interface import Gpu
 from missile.probe import ChannelMap, map_for
 from missile.runtime.coloring import ColoredTenants, Coloring
+from missile.runtime.host_weights import HostWeights
 from missile.runtime.hosted import host_weights, load_image, weight_bytes
 from missile.runtime.loading import overlap_of
-from missile.runtime.residency import HostWeights
+from missile.runtime.swap_space import SwapSpace
 from missile.serving.config import TenantConfig
 from missile.serving.engine.compiling import compiled_package
-from missile.serving.engine.swapping import SwapSpace
 
 __all__ = ["Binder", "CodeMissing", "Found", "Placed"]
 
@@ -84,7 +84,7 @@ class Binder:
         self._preempt = preempt
         self._path = channel_map
         self._map: ChannelMap | None = None
-        self._swap = SwapSpace(gpu, swap_bytes)
+        self._swap = SwapSpace(gpu, swap_bytes, setting="server.swap_mib")
         self._shapes: dict[
             tuple[str, tuple[int, ...]], Shape
         ] = {}  # that tenants' memory asked for, by name and colors

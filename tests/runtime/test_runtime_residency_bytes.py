@@ -13,9 +13,9 @@ from missile.gpu import open_gpu
 from missile.gpu.interface import Copy, Event, Gpu
 from missile.pcie.engine import CopyEngine, EngineOptions
 from missile.pcie.streamed import StreamedCopies
-from missile.pcie.swap import Segment
 from missile.pcie.weights import MIB, Share
-from missile.runtime.residency import HostWeights, Residency
+from missile.runtime.host_weights import HostWeights, Part
+from missile.runtime.residency import Residency
 
 SIZE, PART = 16 * MIB, 2 * MIB
 OFFSETS = (0, 8 * MIB, 16 * MIB)  # the first and the last displace the one between them only
@@ -46,7 +46,7 @@ def read_wrong(gpu: Gpu, scheduled: bool) -> list[int]:
             undo.callback(image.free)
             undo.callback(output.free)
             image.array[:] = np.random.default_rng(number).integers(0, 256, SIZE, np.uint8)
-            parts = tuple(Segment(at, PART, at // PART) for at in range(0, SIZE, PART))
+            parts = tuple(Part(at, PART, at // PART) for at in range(0, SIZE, PART))
             weights.append(HostWeights(image, memory.address + offset, SIZE, parts))
             outputs.append(output)
         copies = None
@@ -84,8 +84,8 @@ def read_wrong(gpu: Gpu, scheduled: bool) -> list[int]:
             while not stream.idle():
                 if copies is not None:
                     copies.wait([], gpu.now_ns() + 50_000)
-        while residency.busy and copies is not None:
-            copies.wait([], gpu.now_ns() + 50_000)
+        if copies is not None:
+            copies.drain(gpu.now_ns() + 1_000_000_000)
         gpu.synchronize()
         wrong = [
             index
