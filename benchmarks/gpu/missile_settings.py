@@ -31,24 +31,19 @@ from missile.runtime.tenant import Tenant
 SLO_FACTOR = 1.5
 CELLS = (
     ("mobilenet_v3_large", "densenet161", 0.3),
-    ("mobilenet_v3_large", "bert_large", 0.3),
     ("efficientnet_b0", "decoder_1b", 0.3),
     ("resnet34", "densenet161", 0.6),
     ("efficientnet_b0", "bert_large", 0.6),
+    ("squeezenet1_1", "densenet161", 0.6),
+    ("mobilebert", "resnet152", 0.9),
 )
 PAUSES = "missile:pause=on"
-# 0.53: 0.8 of an objective's 1.5 times p99 alone, which is what the planner takes.
 SETTINGS = (
     PAUSES,
-    f"{PAUSES},patience=0.53",
     f"{PAUSES},preempt=off",
-    f"{PAUSES},patience=0.4",
-    f"{PAUSES},patience=0.66",
-    f"{PAUSES},patience_us=150",
-    f"{PAUSES},arm_us=0,stop_first=on",
-    f"{PAUSES},copies=off",
+    *(f"{PAUSES},lend={lend},ls_share={share}" for share in (0.5, 1.0, 0.75, 0.25) for lend in (0.15, 0.3, 0.45)),
     "orion:dur_threshold=0.5",
-    "partition:ls_share=0.5",
+    "orion:dur_threshold=2",
 )
 
 

@@ -14,13 +14,14 @@ from missile.errors import MisuseError
 from missile.gpu.work import KernelWork
 from missile.runtime import planning
 from missile.runtime.explanation import explain, plan_data
+from missile.runtime.lending import lending
 from missile.runtime.loading import load_tenants
 from missile.runtime.planner import (
+    Candidate,
     Measured,
     candidates,
     fitting_sms,
     make_plan,
-    patience_for,
     rates_changed,
 )
 from missile.runtime.planning import plan_tenants
@@ -197,7 +198,12 @@ def plan_of(results: Mapping[str, tuple[float, float]], **options: object):
     return make_plan(demands, MACHINE, trial=trial, tried=4, **options)
 
 
-STOP, WAIT, LET = "missile", "missile:patience=0.21", "missile:preempt=off"
+STOP, LET = "missile", "missile:preempt=off"
+WAIT = next(
+    candidate.policy
+    for candidate in make_plan([ls(slo_ms=1.5, tail_ns=0.4 * MS), be(preemptible=True)], MACHINE).considered
+    if "lend=" in candidate.policy
+)
 
 
 def test_a_short_tail_comes_before_be_work_and_then_be_work_counts():
@@ -234,16 +240,78 @@ def test_nothing_better_is_passed_over(found, tail):
             assert mine.be_rate >= 0.97 * other.be_rate
 
 
-def test_patience_goes_by_the_tenant_whose_objective_leaves_least():
-    tight, loose = ls("a", slo_ms=0.6, tail_ns=0.4 * MS), ls("b", slo_ms=4.0, tail_ns=0.4 * MS)
-    assert patience_for([tight, be()]) == pytest.approx(0.53)
-    assert patience_for([tight, loose, be()]) == pytest.approx(0.08)
-    assert patience_for([ls(slo_ms=None, tail_ns=MS), tight]) == 0.0
-    assert patience_for([ls(), tight]) == 0.0
-    assert patience_for([be()]) == 0.0
-    text = [Share(132), Share(132, patience=0.5), Share(132, preempts=False)]
-    assert list(candidates(MACHINE, preempts=True, patience=0.5)[:3]) == text
-    assert create_policy(plan_of({WAIT: (1.0, 1.0)}).chosen.policy)._patience == pytest.approx(0.21)
+def test_be_is_lent_sms_only_where_every_ls_tenant_has_an_objective():
+    with_one, without = ls("a", slo_ms=3.0), ls("b", slo_ms=None)
+
+    def lends(*demands: Demand, **options: float) -> list[Candidate]:
+        return [c for c in make_plan([*demands, be()], MACHINE, **options).considered if "lend=" in c.policy]
+
+    assert not lends(with_one, without)
+    assert not lends(with_one, be_min=0.2)
+    found = lends(with_one)
+    assert found
+    for candidate in found:
+        policy = create_policy(candidate.policy)
+        assert policy._pauses
+        assert policy._lend == candidate.predicted.share.lend
+        assert f"within {policy._lend:.0%} of its objective" in explain(
+            make_plan([with_one, be()], MACHINE, trial=only(candidate), tried=20)
+        )
+
+
+def only(wanted: Candidate):
+    """A trial in which nothing but `wanted` holds."""
+
+    def trial(policy: str) -> Measured:
+        return Measured({"a": float(policy == wanted.policy)}, {"a": MS}, 0.9)
+
+    return trial
+
+
+def test_what_is_lent_makes_tails_longer_and_gives_be_more():
+    def found(share: Share):
+        works = (KernelWork(60, solo_ns=30_000.0), KernelWork(100, solo_ns=10_000.0))
+        return predict(share, [ls(rate=2000.0, slo_ms=3.0, works=works), be(preemptible=True)], MACHINE)
+
+    order = [found(Share(132)), *(found(Share(64, lend=lend)) for lend in (0.15, 0.3, 0.45)), found(Share(64))]
+    assert [one.be_rate for one in order[:4]] == sorted(one.be_rate for one in order[:4])
+    assert order[4].be_rate > 0.98 * order[3].be_rate
+    assert [one.p99_ns["ls"] for one in order] == sorted(one.p99_ns["ls"] for one in order)
+
+
+def test_a_variant_is_tried_with_the_chosen_candidate_and_taken_where_it_is_better():
+    for tail, taken in ((1.0, True), (1.06, False)):
+        results = {STOP: (1.04, 0.6), f"{STOP}:copies=off": (tail, 0.6), LET: (1.3, 0.7)}
+        plan = plan_of(results, variants=["copies=off"])
+        assert plan.chosen.policy == (f"{STOP}:copies=off" if taken else STOP)
+        assert plan.considered[-1].policy == f"{STOP}:copies=off"
+    assert (
+        plan_of({STOP: (2.0, 0.1), LET: (1.0, 0.7)}, variants=["copies=off"]).considered[-1].policy
+        == f"{LET},copies=off"
+    )
+
+
+@given(
+    load=st.floats(0.0, 0.99), slower=st.floats(1.2, 2.0), bounds=st.lists(st.floats(0.0, 20.0), min_size=2, max_size=2)
+)
+def test_a_queue_that_lends_more_is_idle_less(load, slower, bounds):
+    less, more = (lending(round(load, 3), round(slower, 2), round(bound, 2)) for bound in sorted(bounds))
+    for found in (less, more):
+        assert found.lent + found.idle <= 1.02
+        assert found.stretch >= 0.95
+        assert found.idle == pytest.approx(1.0 - load - found.lent * (1 - 1 / slower), abs=0.06)
+    assert less.lent <= more.lent + 0.02
+    assert less.stretch <= more.stretch * 1.02
+
+
+@pytest.mark.parametrize("load", [0.3, 0.6, 0.9])
+def test_a_queue_that_always_lends_is_one_whose_requests_take_longer(load):
+    slower = 1.08
+    found = lending(load, slower, 1e9)
+    assert found.lent == pytest.approx(load * slower, rel=0.05)
+    alone, beside = wait_p99(load, 1.0) + 1.0, wait_p99(load * slower, slower) + slower
+    assert found.stretch == pytest.approx(beside / alone, rel=0.15 if load < 0.9 else 0.5)
+    assert lending(load, slower, 0.0).lent == 0.0
 
 
 def test_ls_tenants_that_need_few_sms_leave_the_others_to_be():
@@ -286,7 +354,9 @@ def test_without_a_trial_the_prediction_decides():
     easy = make_plan([ls(slo_ms=50.0), be()], MACHINE)
     assert easy.accepted
     assert easy.chosen == easy.considered[0]
-    assert easy.chosen.predicted.be_rate == max(candidate.predicted.be_rate for candidate in easy.considered)
+    predicted = {candidate.policy: candidate.predicted for candidate in easy.considered}
+    short = [found for found in predicted.values() if found.p99_ns["ls"] <= 1.2 * predicted["missile"].p99_ns["ls"]]
+    assert easy.chosen.predicted.be_rate == max(found.be_rate for found in short)
     hard = make_plan([ls(rate=5000.0), be()], MACHINE)
     assert not hard.accepted
     assert any("arrival rates of at most" in remedy for remedy in hard.remedies)
@@ -314,10 +384,13 @@ def test_what_breaks_first_breaks_there(rate, slo):
     plan = make_plan(demands, MACHINE)
     assert plan.breaks_first in ("a", "b")
 
-    def slack(factor: float) -> float:
-        return predict(plan.chosen.predicted.share, demands, MACHINE, rate_factor=factor).slack
+    share = plan.chosen.predicted.share
 
-    assert slack(plan.breaks_at * 1.01) < 1.0
+    def slack(factor: float) -> float:
+        # BE that is lent SMs pauses by then.
+        return predict(Share(132) if share.lend else share, demands, MACHINE, rate_factor=factor).slack
+
+    assert plan.breaks_at > 63.9 or slack(plan.breaks_at * 1.01) < 1.0  # it looks no further than 64
     assert plan.breaks_at < 1e-6 or slack(plan.breaks_at * 0.99) >= 1.0
     assert (plan.breaks_at >= 1.0) is plan.accepted
 
@@ -347,7 +420,7 @@ def test_a_plan_lapses_when_rates_or_tenants_change():
 
 def test_explanations_are_complete_and_finite():
     plan = make_plan([ls(rate=5000.0, colored_ns=0.4 * MS), be(colored_ns=6 * MS)], MACHINE)
-    assert len(plan.considered) == 7
+    assert len(plan.considered) == 13
     text = explain(plan)
     assert all(candidate.policy in text for candidate in plan.considered)
     assert "unbounded" in text

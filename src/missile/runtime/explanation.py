@@ -60,7 +60,7 @@ def _candidate_data(candidate: Candidate) -> dict[str, Any]:
         "ls_sms": predicted.share.ls_sms,
         "colors": predicted.share.separated,
         "preempts": predicted.share.preempts,
-        "patience": predicted.share.patience,
+        "lend": predicted.share.lend,
         "predicted": {
             "load": predicted.load,
             "p99_ms": {name: _finite(ns / 1e6) for name, ns in predicted.p99_ns.items()},
@@ -81,12 +81,9 @@ def _why(plan: Plan) -> str:
     sms, kept = plan.machine.sms, plan.chosen.predicted.share.ls_sms
     share = plan.chosen.predicted.share
     pauses = "pauses while one is" if share.preempts else "pauses while one is, when its work has ended"
-    if share.patience:
-        pauses = (
-            "pauses while one is, when its work has ended, or at once where a request is not expected to end within "
-            f"{share.patience:.0%} of its objective"
-        )
     beside = pauses if kept >= sms else f"has {sms - kept} of {sms} while one is"
+    if share.lend:
+        beside += f" and is expected to end within {share.lend:.0%} of its objective, and pauses else"
     measured = plan.chosen.measured
     held = f"keep {ATTAINMENT:.0%} of requests within their objectives"
     if not plan.accepted:

@@ -24,7 +24,6 @@ __all__ = [
     "candidates",
     "fitting_sms",
     "make_plan",
-    "patience_for",
     "rates_changed",
 ]
 
@@ -38,9 +37,10 @@ TAIL = 1.10
 """How many times its p99 alone an LS tenant's p99 may be beside BE, before BE's work counts."""
 
 _TAIL_NOISE = 0.05  # p99s of two trials on the same arrivals that differ by less are alike
-_PATIENT = 0.8  # of an LS tenant's p99 alone: what is expected to end by then is not among its slowest
+_LENDS = (0.15, 0.3, 0.45)  # of objectives of 1.5 times the p99 alone, up to two thirds of that p99
+_STRETCH = 1.2  # predicted tails that are longer, over that of a BE that pauses, are tried last
 _FITTING = 1.05  # LS requests that take no longer than so many times their time alone have the SMs that they need
-_TRIED = 4
+_TRIED = 6
 _MOST_FACTOR = 64.0
 _RATE_CHANGE = 1.3
 _ALIKE = 0.02
@@ -113,37 +113,29 @@ def candidates(
     *,
     colors: bool = False,
     preempts: bool = False,
-    patience: float = 0.0,
+    lends: bool = False,
     fitting: int | None = None,
 ) -> tuple[Share, ...]:
     """BE pausing, and splits of about three quarters, a half and a quarter of the SMs for LS, or of `fitting` SMs.
 
     be_min: the least rate that BE was promised: with it, BE has to run beside LS requests. colors: the splits also with
     tenants' memory in different colors; BE that pauses does not meet LS requests in memory. preempts: some BE work can be
-    stopped; then BE may also pause when what it has on the GPU has ended by itself, or (above 0) by `patience`.
+    stopped; then BE may also pause when what it has on the GPU has ended by itself. lends: all LS tenants have objectives;
+    then BE may also pause except where these leave room, for a half or more of the SMs.
     """
     counts = []
     for wanted in (0.75 * machine.sms, 0.5 * machine.sms, 0.25 * machine.sms, fitting or 0):
         count = round(wanted / machine.unit) * machine.unit
         if machine.least <= count <= machine.sms - machine.least and count <= (1.0 - be_min) * machine.sms:
             counts.append(count)
+    counts = list(dict.fromkeys(counts))
     whole: tuple[Share, ...] = () if be_min else (Share(machine.sms),)
     if whole and preempts:
-        whole += (*((Share(machine.sms, patience=patience),) if patience else ()), Share(machine.sms, preempts=False))
-    plain = (*whole, *(Share(count) for count in dict.fromkeys(counts)))
-    return (*plain, *(Share(count, separated=True) for count in dict.fromkeys(counts))) if colors else plain
-
-
-def patience_for(demands: Sequence[Demand]) -> float:
-    """How large a share of its objective each LS request may be expected to take before BE is stopped for it, so that those
-    that it is not stopped for are not among a tenant's slowest. 0.0 where that can't be told of every LS tenant."""
-    shares = []
-    for demand in demands:
-        if demand.latency_sensitive:
-            if demand.slo_ns is None or demand.tail_ns is None:
-                return 0.0
-            shares.append(min(_PATIENT * demand.tail_ns / demand.slo_ns, _PATIENT))
-    return math.floor(min(shares, default=0.0) * 100) / 100
+        whole += (Share(machine.sms, preempts=False),)
+    few = [count for count in counts if count <= machine.sms / 2] if whole and lends else []
+    lending = [Share(count, lend=lend) for count in few for lend in _LENDS]
+    plain = (*whole, *lending, *(Share(count) for count in counts))
+    return (*plain, *(Share(count, separated=True) for count in counts)) if colors else plain
 
 
 def fitting_sms(demands: Sequence[Demand], machine: Machine) -> int | None:
@@ -159,10 +151,8 @@ def fitting_sms(demands: Sequence[Demand], machine: Machine) -> int | None:
 def policy_text(share: Share, machine: Machine, be_min: float = 0.0, pause_above: float = 0.0) -> str:
     """The policy that carries a share out. pause_above: LS requests/s above which BE should rather pause; 0.0: none."""
     if share.ls_sms >= machine.sms:
-        if share.patience:
-            return f"missile:patience={share.patience:g}"
         return "missile" if share.preempts else "missile:preempt=off"
-    options = f"pause=off,ls_share={share.ls_sms / machine.sms:.3f}"
+    options = f"{f'lend={share.lend:g}' if share.lend else 'pause=off'},ls_share={share.ls_sms / machine.sms:.3f}"
     options += f",be_min={be_min:g}" if be_min else ""
     options += f",pause_above={pause_above:.0f}" if pause_above else ""
     return f"missile:{options}" + (",colors=on" if share.separated else "")
@@ -176,6 +166,7 @@ def make_plan(
     trial: Trial | None = None,
     tried: int = _TRIED,
     tail: float | None = TAIL,
+    variants: Sequence[str] = (),
 ) -> Plan:
     """The candidate with the most BE work of those whose objectives hold and whose p99s are at most `tail` times that alone.
 
@@ -183,6 +174,7 @@ def make_plan(
     (`Demand.colored_ns`). trial: measures a candidate; the `tried` most promising ones are measured, those in which BE
     pauses among them, and the choice is made by what was measured. Without it, the prediction decides, which can't judge
     tails. tail: None leaves all that the objectives allow to BE. Where no candidate keeps it, the shortest tails come first.
+    variants: options of `missile` that are tried together with the chosen candidate, one by one.
     MisuseError for shares that can't be promised, and for an objective below the time that the tenant takes alone.
     """
     _check(demands, be_min)
@@ -191,15 +183,12 @@ def make_plan(
         be_min,
         colors=all(demand.colored_ns is not None for demand in demands),
         preempts=any(demand.preemptible for demand in demands if not demand.latency_sensitive),
-        patience=patience_for(demands),
+        lends=all(demand.slo_ns is not None for demand in demands if demand.latency_sensitive),
         fitting=fitting_sms(demands, machine),
     )
     if not shares:
         raise MisuseError(f"No split of {machine.sms} SMs leaves BE the {be_min:.0%} that it was promised.")
-    predictions = sorted(
-        (predict(share, demands, machine) for share in shares),
-        key=lambda found: (found.slack < 1.0, -found.be_rate if found.slack >= 1.0 else -found.slack),
-    )
+    predictions = sorted((predict(share, demands, machine) for share in shares), key=_promise(demands, machine))
     considered = [
         Candidate(policy_text(found.share, machine, be_min, _pause_above(found, demands, machine, be_min)), found)
         for found in predictions
@@ -211,6 +200,11 @@ def make_plan(
         for place in sorted(order[:tried]):
             considered[place] = replace(considered[place], measured=trial(considered[place].policy))
         chosen, accepted = _best([(c, c.measured) for c in considered if c.measured is not None], tail)
+        for variant in variants:
+            policy = chosen.policy + ("," if ":" in chosen.policy else ":") + variant
+            considered.append(replace(chosen, policy=policy, measured=trial(policy)))
+            pair = [(c, c.measured) for c in (chosen, considered[-1]) if c.measured is not None]
+            chosen, accepted = _best(pair, tail)
     first, factor = _breaks(chosen, demands, machine)
     return Plan(
         accepted=accepted,
@@ -223,6 +217,21 @@ def make_plan(
         remedies=() if accepted else _remedies(demands, machine, considered),
         tail=tail,
     )
+
+
+def _promise(demands: Sequence[Demand], machine: Machine) -> Callable[[Prediction], tuple[bool, bool, float]]:
+    """Sorts predictions: objectives kept, tails not much longer than where BE pauses, then the most BE work."""
+    pausing = predict(Share(machine.sms), demands, machine).p99_ns
+
+    def key(found: Prediction) -> tuple[bool, bool, float]:
+        if found.slack < 1.0:
+            return True, True, -found.slack
+        stretch = max(
+            (ns / pausing[name] for name, ns in found.p99_ns.items() if pausing[name] < math.inf), default=1.0
+        )
+        return False, stretch > _STRETCH, -found.be_rate
+
+    return key
 
 
 def _best(tried: Sequence[tuple[Candidate, Measured]], tail: float | None) -> tuple[Candidate, bool]:
@@ -251,7 +260,7 @@ def _best(tried: Sequence[tuple[Candidate, Measured]], tail: float | None) -> tu
 def _pause_above(found: Prediction, demands: Sequence[Demand], machine: Machine, be_min: float) -> float:
     """At how many LS requests/s BE should pause instead of running beside: where an objective breaks first, by prediction.
     0.0 where BE pauses anyway or may not, and where that is too close to the present rate to tell them apart."""
-    if found.share.ls_sms >= machine.sms or be_min:
+    if found.share.ls_sms >= machine.sms or found.share.lend or be_min:
         return 0.0
     _, factor = _breaks(Candidate("", found), demands, machine)
     return factor * sum(demand.rate_per_s for demand in demands) if _RATE_CHANGE <= factor < _MOST_FACTOR else 0.0
@@ -282,8 +291,10 @@ def _check(demands: Sequence[Demand], be_min: float) -> None:
 
 def _breaks(chosen: Candidate, demands: Sequence[Demand], machine: Machine) -> tuple[str, float]:
     """The LS tenant whose objective breaks first when all rates grow, and the factor at which it does: as predicted, with
-    predictions off by the same factors as at the present rates where those were measured."""
+    predictions off by the same factors as at the present rates where those were measured. BE that is lent SMs pauses by
+    then."""
     present = chosen.predicted
+    share = Share(machine.sms) if present.share.lend else present.share
     if not present.slo_ns:
         return "", math.inf
     measured = {} if chosen.measured is None else chosen.measured.p99_ns
@@ -293,7 +304,7 @@ def _breaks(chosen: Candidate, demands: Sequence[Demand], machine: Machine) -> t
     }
 
     def slacks(factor: float) -> dict[str, float]:
-        found = predict(present.share, demands, machine, rate_factor=factor)
+        found = predict(share, demands, machine, rate_factor=factor)
         return {name: slo / (found.p99_ns[name] * off[name]) for name, slo in found.slo_ns.items()}
 
     def holds(factor: float) -> bool:

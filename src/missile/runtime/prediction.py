@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from missile.gpu.work import KernelWork
+from missile.runtime.lending import Lending, lending
 
 __all__ = ["Demand", "Machine", "Prediction", "Share", "predict", "service_on", "wait_p99"]
 
@@ -61,12 +62,13 @@ class Demand:
 class Share:
     """ls_sms: SMs that BE keeps off while an LS request is there; all of them: BE pauses. separated: LS and BE tenants'
     memory is in different colors. preempts: BE work that can be stopped is, when an LS request comes (else it ends).
-    patience: unless all LS requests are expected to end within so large a share of their objectives all the same."""
+    lend: above 0, BE runs beside LS requests only while all of them are expected to end within so large a share of their
+    objectives, and pauses else."""
 
     ls_sms: int
     separated: bool = False
     preempts: bool = True
-    patience: float = 0.0
+    lend: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,13 +161,16 @@ def predict(
         use = min(memory_use(be, machine) * min(rest / (1.0 - _HEADROOM), 1.0), _QUEUE_LIMIT)
         growth = 1.0 + use * use / (1.0 - use)
     sms = share.ls_sms if be else machine.sms
-    services = {demand.name: service_on(demand, machine, sms) * growth for demand in ls}
+    slowed = {demand.name: service_on(demand, machine, sms) * growth for demand in ls}
+    services = {d.name: d.service_ns for d in ls} if share.lend else slowed
     # Until BE has left, an LS request goes about half as fast.
     stops = [share.preempts and demand.preemptible for demand in be]
     react = max((min(2 * segment_ns, leave_ns) if stop else 2 * segment_ns) / 2 for stop in stops) if be else 0.0
+    rate = max(sum(d.rate_per_s for d in ls), 1e-9)
     load = min(sum(services[d.name] * d.rate_per_s * rate_factor for d in ls) / 1e9, 1.0)
-    mean = sum(services[d.name] * d.rate_per_s for d in ls) / max(sum(d.rate_per_s for d in ls), 1e-9)
-    p99 = {d.name: services[d.name] + wait_p99(load, mean or services[d.name]) + react for d in ls}
+    mean = sum(services[d.name] * d.rate_per_s for d in ls) / rate
+    lent = _lent(share, ls, mean, sum(slowed[d.name] * d.rate_per_s for d in ls) / rate, load)
+    p99 = {d.name: lent.stretch * (services[d.name] + wait_p99(load, mean or services[d.name]) + react) for d in ls}
     beside, whole = 0.0, 1.0
     if be:
         work = sum(alone[d.name] for d in be)
@@ -176,14 +181,23 @@ def predict(
             beside = work / sum(service_on(d, machine, left) for d in be) / growth * (1.0 - occupancy(ls, machine))
         # How often LS requests come when none is there, and what each time costs BE. What is not stopped goes on at about
         # three quarters of its speed for two segments (94 to 187 us a turn over the same five cells).
-        turns = sum(d.rate_per_s for d in ls) / 1e9 * rate_factor * (1.0 - load)
-        ends = bool(share.patience) or not any(stops)
-        kept = min(1.5 * segment_ns, mean / 2) if ends else 0.0
-        whole *= max(1.0 - load - turns * (turn_ns - kept), 0.0)
+        turns = rate / 1e9 * rate_factor * lent.idle
+        kept = 0.0 if any(stops) else min(1.5 * segment_ns, mean / 2)
+        whole *= max(lent.idle - turns * (turn_ns - kept), 0.0)
     return Prediction(
         share=share,
         load=load,
         p99_ns=p99,
         slo_ns={demand.name: demand.slo_ns for demand in ls if demand.slo_ns is not None},
-        be_rate=min(whole + load * beside, 1.0) if be else 0.0,
+        be_rate=min(whole + lent.lent * beside, 1.0) if be else 0.0,
     )
+
+
+def _lent(share: Share, ls: Sequence[Demand], service_ns: float, slowed_ns: float, load: float) -> Lending:
+    """How the LS tenants' queue does, its requests taking `service_ns`, or `slowed_ns` beside BE. Without lending, BE runs
+    beside all of them, or, where it pauses, beside none."""
+    bounds = [share.lend * d.slo_ns / service_ns for d in ls if d.slo_ns is not None]
+    if not share.lend or len(bounds) < len(ls) or not service_ns:
+        return Lending(1.0, load, 1.0 - load)
+    # Rounded, because a queue that was played is remembered.
+    return lending(round(load, 3), round(slowed_ns / service_ns, 2), round(min(bounds), 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
 from missile.errors import MisuseError
 from missile.runtime.policies.interface import Action, Reject, Snapshot, Start, TenantBrief, Wake
@@ -34,6 +35,9 @@ class Admission:
         self.taken = 0  # requests that were started or turned away
         self.running = 0  # requests that were running or started when it was last asked
         self._since = 0  # when the request that runs now began to be served, as far as can be told
+        self._arrivals: deque[int] = (
+            deque()
+        )  # of those that run, the oldest first; of several started at once: the oldest's
 
     def brief(self, found: TenantBrief) -> None:
         """MisuseError for an objective below what the tenant takes when it is alone."""
@@ -53,20 +57,24 @@ class Admission:
         """When the requests that run are expected to have ended, ns; minus infinity where none does."""
         return self._since + self.running * self._usual_ns if self.running else -math.inf
 
-    def can_wait(self, snapshot: Snapshot, ns: float, share: float) -> bool:
-        """Whether all requests of the tenant that are there are expected to end within `share` of its objective even if
-        they were held up for `ns` more. Without an objective: none can wait. Ask after `starts`."""
+    def all_end_within(self, snapshot: Snapshot, share: float) -> bool:
+        """Whether all requests of the tenant that are there are expected to end within `share` of its objective, each after
+        those before it have taken their usual time. Without an objective: no. Ask after `starts`."""
         queued, running = snapshot.queued[self._number], snapshot.running[self._number]
-        if not queued and not running:
+        if not queued and not self.running:
             return True
         if self._objective_ns is None:
             return False
-        now, bound = snapshot.now_ns, share * self._objective_ns
-        before = max(running * self._usual_ns - (now - self._since), 0.0) if running else 0.0
-        if not queued:  # when those that run arrived is not known any more: taken to be when the first of them began
-            return now - self._since + before + ns <= bound
-        oldest = now - snapshot.oldest_ns[self._number]
-        return oldest + before + self._usual_ns + ns <= bound and before + queued * self._usual_ns + ns <= bound
+        now, bound, usual = snapshot.now_ns, share * self._objective_ns, self._usual_ns
+        ends = now + (max(usual - (now - self._since), 0.0) if self.running else usual)
+        for arrival in self._arrivals:
+            if ends - arrival > bound:
+                return False
+            ends += usual
+        waiting = queued + running - self.running  # less those that `starts` has started just now
+        return waiting <= 0 or (
+            ends - snapshot.oldest_ns[self._number] <= bound and ends - now + (waiting - 1) * usual <= bound
+        )
 
     def starts(self, snapshot: Snapshot) -> list[Action]:
         """What to do with what is queued. Call it whenever something is, and when `running` has changed: it also watches how
@@ -93,6 +101,7 @@ class Admission:
         self.taken += begun + sum(isinstance(action, Reject) for action in actions)
         if begun and not running:
             self._since = now
+        self._arrivals.extend([snapshot.oldest_ns[tenant]] * begun)
         self.running = running + begun
         return actions
 
@@ -108,4 +117,6 @@ class Admission:
             took = (now - self._since) / ended
             self._usual_ns += _SMOOTHING * (took - self._usual_ns)
             self._since = now
+            for _ in range(min(ended, len(self._arrivals))):
+                self._arrivals.popleft()
         self.running = running

@@ -19,16 +19,24 @@ class Filling:
     """Keeps the GPU busy with BE tenants' segments, each tenant getting GPU time by its weight.
 
     numbers: the BE tenants. alone: by tenant, the lane while no LS request is there. beside: that while one is, None for
-    keeping off. Tenants that can be preempted have one request on the GPU at a time, others may have two.
+    keeping off. Tenants that can be preempted have one request on the GPU at a time, others may have two. stays: nobody is
+    stopped.
     """
 
     def __init__(
-        self, numbers: Sequence[int], weights: Sequence[float], alone: Sequence[int], beside: Sequence[int | None]
+        self,
+        numbers: Sequence[int],
+        weights: Sequence[float],
+        alone: Sequence[int],
+        beside: Sequence[int | None],
+        *,
+        stays: bool = False,
     ) -> None:
         self._numbers = tuple(numbers)
         self._weights = tuple(weights)
         self._alone = tuple(alone)
         self._beside = tuple(beside)
+        self._stays = stays
         self._lengths: list[tuple[float, ...]] = [(1.0,)] * len(self._numbers)
         self._preemptible = [False] * len(self._numbers)
         self._exclusive: tuple[int, ...] = ()
@@ -79,17 +87,13 @@ class Filling:
         """Whether BE has something on the GPU that could be stopped."""
         return any(self._is_stoppable(place, snapshot) for place in range(len(self._numbers)))
 
-    def left_ns(self, number: int, snapshot: Snapshot, *, begun: bool = True) -> float:
-        """How long what BE tenant `number` has on the GPU would go on, alone, ns; as far as `watch` could tell."""
-        return self._left_ns(self._numbers.index(number), snapshot, begun)
-
     def _is_stoppable(self, place: int, snapshot: Snapshot) -> bool:
         number = self._numbers[place]
         return (
             self._preemptible[place]
             and snapshot.pending[number] > 0
             and not snapshot.stopping[number]
-            and self._alone[place] != self._beside[place]
+            and not self._stays
         )
 
     def _left_ns(self, place: int, snapshot: Snapshot, begun: bool) -> float:

@@ -36,11 +36,11 @@ class MissilePolicy:
     last LS request has ended. queue_limit: LS requests of one tenant that may wait.
     arm_us: a BE that pauses is given its next segments so long before the LS requests there should have ended, and the GPU
     begins them when they have (0: only after the host has seen that). Another LS request that arrives meanwhile makes them
-    leave. patience: BE work is not stopped while every LS request there is expected to end within so large a share of its
-    objective, even if it had to wait for all of that work; in [0, 1], 0: always stopped. patience_us: nor is BE work stopped
-    that ends by itself within so long. pause_above: LS requests/s, of all tenants together, above which BE pauses although
-    pause is off (0: never), until they come slower than 0.8 of that. stop_first: BE is told to leave before the LS request
-    is launched (off: after).
+    leave. lend: a BE that pauses does not while every LS request there is expected to end within so large a share of its
+    objective, at its usual speed: BE goes on beside them, on its side of the split (on all SMs where ls_share is 1); in
+    [0, 1], 0: never. patience_us: BE work is not stopped that ends by itself within so long. pause_above: LS requests/s, of
+    all tenants together, above which BE pauses although pause is off (0: never), until they come slower than 0.8 of that.
+    stop_first: BE is told to leave before the LS request is launched (off: after).
     """
 
     name = "missile"
@@ -60,7 +60,7 @@ class MissilePolicy:
         linger_us: float = 0.0,
         queue_limit: float = 256,
         arm_us: float = 150.0,
-        patience: float = 0.0,
+        lend: float = 0.0,
         patience_us: float = 0.0,
         pause_above: float = 0.0,
         stop_first: float = False,
@@ -69,8 +69,8 @@ class MissilePolicy:
             raise MisuseError(f"Policy 'missile': ls_share must be above 0 and at most 1, not {ls_share:g}.")
         if not 0.0 <= be_min < 1.0:
             raise MisuseError(f"Policy 'missile': be_min must be at least 0 and below 1, not {be_min:g}.")
-        if not 0.0 <= patience <= 1.0:
-            raise MisuseError(f"Policy 'missile': patience must be at least 0 and at most 1, not {patience:g}.")
+        if not 0.0 <= lend <= 1.0:
+            raise MisuseError(f"Policy 'missile': lend must be at least 0 and at most 1, not {lend:g}.")
         if ls_share + be_min > 1.0 + 1e-9:
             raise MisuseError(
                 f"Policy 'missile': ls_share={ls_share:g} and be_min={be_min:g} promise more than the whole GPU."
@@ -93,7 +93,7 @@ class MissilePolicy:
         self.changes: list[tuple[int, str]] = []
         self._segment_ns, self._linger_ns = segment_us * 1e3, int(linger_us * 1e3)
         self._queue_limit = int(queue_limit)
-        self._patience, self._patience_ns, self._stop_first = patience, patience_us * 1e3, bool(stop_first)
+        self._lend, self._patience_ns, self._stop_first = lend, patience_us * 1e3, bool(stop_first)
         # Beside LS requests, or when it lingers, BE has nothing to wait for at their end.
         self._arm_ns = int(arm_us * 1e3) if not linger_us else 0
         self._ls: tuple[int, ...] = ()
@@ -104,6 +104,7 @@ class MissilePolicy:
         self._ls_was_there = False
         self._armed = False  # BE has segments on the GPU that begin when the LS requests there have ended
         self._spared = False  # BE has segments on the GPU that were let go on beside the LS requests there
+        self._lent = False  # BE runs beside the LS requests there because they can afford it
 
     def setup(self, tenants: Sequence[Tenant], info: GpuInfo) -> Layout:
         if info.level < Level.PRIORITIES:
@@ -111,7 +112,7 @@ class MissilePolicy:
         order = latency_first(tenants)
         self._ls = tuple(i for i in order if tenants[i].latency_sensitive)
         be = tuple(i for i in order if not tenants[i].latency_sensitive)
-        runs_beside = not self._pauses or self.be_min > 0.0
+        runs_beside = not self._pauses or self.be_min > 0.0 or self._lend > 0.0
         split = bool(self._ls) and bool(be) and runs_beside and self.ls_share < 1.0
         if split and info.level < Level.PARTITIONS:
             raise UnsupportedError(
@@ -131,7 +132,7 @@ class MissilePolicy:
         beside: list[int | None] = []
         for number in be:
             name = tenants[number].name
-            beside.append(len(lanes) if split else None)
+            beside.append(len(lanes) if split or self._lend else None)
             if split:
                 # LS blocks may be on these SMs too: what was promised is not for what they leave over.
                 priority = Priority.HIGH if self.be_min else Priority.LOW
@@ -141,7 +142,8 @@ class MissilePolicy:
             else:
                 alone.append(len(lanes))
                 lanes.append(Lane(f"stream of {name}, all SMs"))
-        self._be = Filling(be, [tenants[i].weight for i in be], alone, beside)
+        stays = split and not self.elastic
+        self._be = Filling(be, [tenants[i].weight for i in be], alone, beside, stays=stays)
         self._floor = Floor(self.be_min)
         if not self._ls:
             return Layout(tuple(lanes))
@@ -162,7 +164,7 @@ class MissilePolicy:
         actions: list[Action] = []
         now = snapshot.now_ns
         there = arrived = False
-        if self._patience or self._patience_ns:
+        if self._patience_ns:
             self._be.watch(snapshot)
         for number, gate in zip(self._ls, self._gates, strict=True):
             queued, running = snapshot.queued[number], snapshot.running[number]
@@ -177,20 +179,31 @@ class MissilePolicy:
         elif now < self._keep_off_until:
             there = True
             actions.append(Wake(self._keep_off_until))
+        lends = there and self._lends(snapshot)
         stopped: list[int] = []
-        if there and (not self._ls_was_there or ((self._armed or self._spared) and arrived)):
+        if there and not lends and self._is_in_the_way(arrived):
             stops = self._make_way(snapshot)
             stopped = [stop.tenant for stop in stops]
             place = 0 if self._stop_first else len(actions)  # LS kernels wait for the SMs that this frees
             actions[place:place] = stops
-        self._ls_was_there = there
+        self._ls_was_there, self._lent = there, lends
         self._armed, self._spared = self._armed and there, self._spared and there
-        if there and self._pauses and (owed_at := self._floor.owed_at(now)) > now:
+        if there and self._pauses and not lends and (owed_at := self._floor.owed_at(now)) > now:
             if owed_at < NEVER:
                 actions.append(Wake(owed_at))
             return self._arm(snapshot, actions, stopped) if self._arm_ns else actions
         segment = self._be.fill(snapshot, beside_ls=there, stopped=stopped)
         return self._give(now, segment, actions)
+
+    def _lends(self, snapshot: Snapshot) -> bool:
+        """Whether the LS requests there can afford BE beside them."""
+        return (
+            bool(self._lend) and self._pauses and all(gate.all_end_within(snapshot, self._lend) for gate in self._gates)
+        )
+
+    def _is_in_the_way(self, arrived: bool) -> bool:
+        """Whether what BE has on the GPU should be stopped for the LS requests there. arrived: one of them just now."""
+        return not self._ls_was_there or self._lent or ((self._armed or self._spared) and arrived)
 
     def _change(self, now: int) -> None:
         """Another plan for the rate at which LS requests come now: its lanes are there."""
@@ -202,10 +215,6 @@ class MissilePolicy:
     def _make_way(self, snapshot: Snapshot) -> list[Preempt]:
         """Stop what BE has on the GPU, unless it ends soon or the LS requests can wait for it."""
         stops = self._be.make_way(snapshot, self._patience_ns, begun=not self._armed)
-        if stops and self._patience:
-            left = max(self._be.left_ns(stop.tenant, snapshot, begun=not self._armed) for stop in stops)
-            if all(gate.can_wait(snapshot, left, self._patience) for gate in self._gates):
-                stops = []
         # What was armed and is let be goes on beside the request that has come, and that one's successors are asked again.
         self._spared = self._pauses and not stops and self._be.is_stoppable(snapshot)
         self._armed = self._armed and self._spared
