@@ -498,3 +498,20 @@ def test_a_colored_roster_is_tried_too(gpu, tenant):
     assert "ls alone, colored" in said
     assert all(demand.colored_ns == pytest.approx(demand.service_ns, rel=0.05) for demand in plan.demands)
     assert any("colors=on" in policy for policy in said)
+
+
+def test_a_lucky_trial_of_much_lending_is_not_believed_altogether():
+    works = (KernelWork(60, solo_ns=30_000.0), KernelWork(100, solo_ns=10_000.0))
+    demands = [ls(rate=2000.0, slo_ms=3.0, tail_ns=2 * MS, works=works), be(preemptible=True)]
+
+    def chosen(tail: float) -> Candidate:
+        def trial(policy: str) -> Measured:
+            lent = float(policy.partition("lend=")[2].partition(",")[0] or 0.0)
+            return Measured({"ls": 1.0}, {"ls": 2 * tail * MS}, 0.5 + lent, {"ls": tail})
+
+        return make_plan(demands, MACHINE, trial=trial, tried=8).chosen
+
+    easy, hard = chosen(1.0), chosen(1.09)
+    assert easy.predicted.share.lend > hard.predicted.share.lend
+    assert easy.predicted.stretch <= 1.3  # 1.0 was seen: two thirds of that and a third of this are within 1.10
+    assert hard.predicted.stretch <= 1.12

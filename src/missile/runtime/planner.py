@@ -36,6 +36,7 @@ MARGIN = 0.85
 TAIL = 1.10
 """How many times its p99 alone an LS tenant's p99 may be beside BE, before BE's work counts."""
 
+_BELIEF = 1.0 / 3.0  # of a tail that was predicted longer than a trial saw it
 _TAIL_NOISE = 0.05  # p99s of two trials on the same arrivals that differ by less are alike
 _LENDS = (0.15, 0.3, 0.45)  # of objectives of 1.5 times the p99 alone, up to two thirds of that p99
 _STRETCH = 1.2  # predicted tails that are longer, over that of a BE that pauses, are tried last
@@ -121,19 +122,20 @@ def candidates(
     be_min: the least rate that BE was promised: with it, BE has to run beside LS requests. colors: the splits also with
     tenants' memory in different colors; BE that pauses does not meet LS requests in memory. preempts: some BE work can be
     stopped; then BE may also pause when what it has on the GPU has ended by itself. lends: all LS tenants have objectives;
-    then BE may also pause except where these leave room, for a half or more of the SMs.
+    then BE may also pause except where these leave room, and have a half or three quarters of the SMs there.
     """
-    counts = []
-    for wanted in (0.75 * machine.sms, 0.5 * machine.sms, 0.25 * machine.sms, fitting or 0):
-        count = round(wanted / machine.unit) * machine.unit
-        if machine.least <= count <= machine.sms - machine.least and count <= (1.0 - be_min) * machine.sms:
-            counts.append(count)
-    counts = list(dict.fromkeys(counts))
+
+    def splits(*wanted: float) -> list[int]:
+        counts = dict.fromkeys(round(count / machine.unit) * machine.unit for count in wanted)
+        most = min(machine.sms - machine.least, (1.0 - be_min) * machine.sms)
+        return [count for count in counts if machine.least <= count <= most]
+
+    counts = splits(0.75 * machine.sms, 0.5 * machine.sms, 0.25 * machine.sms, fitting or 0)
     whole: tuple[Share, ...] = () if be_min else (Share(machine.sms),)
     if whole and preempts:
         whole += (Share(machine.sms, preempts=False),)
-    few = [count for count in counts if count <= machine.sms / 2] if whole and lends else []
-    lending = [Share(count, lend=lend) for count in few for lend in _LENDS]
+    lent = splits(0.5 * machine.sms, 0.25 * machine.sms) if whole and lends else []
+    lending = [Share(count, lend=lend) for count in lent for lend in _LENDS]
     plain = (*whole, *lending, *(Share(count) for count in counts))
     return (*plain, *(Share(count, separated=True) for count in counts)) if colors else plain
 
@@ -249,12 +251,19 @@ def _best(tried: Sequence[tuple[Candidate, Measured]], tail: float | None) -> tu
     safe = [pair for pair in holding if strain(pair) <= MARGIN]
     if safe:
         if tail is not None:
-            shortest = min(result.tail for _, result in safe)
+            shortest = min(_tail_of(*pair) for pair in safe)
             bound = tail if shortest <= tail else shortest * (1.0 + _TAIL_NOISE)
-            safe = [pair for pair in safe if pair[1].tail <= bound]
+            safe = [pair for pair in safe if _tail_of(*pair) <= bound]
         most = max(result.be_rate for _, result in safe)
         return min((pair for pair in safe if pair[1].be_rate >= most * (1.0 - _ALIKE)), key=strain)[0], True
     return min(holding or tried, key=strain)[0], bool(holding)
+
+
+def _tail_of(candidate: Candidate, result: Measured) -> float:
+    """The largest p99 over that alone, as far as it can be told: of several trials some look better than they are, and those
+    that lend BE most are the ones that a choice by BE work would take."""
+    stretch = candidate.predicted.stretch
+    return result.tail + _BELIEF * (max(stretch, result.tail) - result.tail) if result.tail else 0.0
 
 
 def _pause_above(found: Prediction, demands: Sequence[Demand], machine: Machine, be_min: float) -> float:

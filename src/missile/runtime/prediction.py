@@ -74,13 +74,15 @@ class Share:
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """p99_ns, slo_ns: by LS tenant (slo_ns without those that have none). load: share of time in which an LS request is
-    there. be_rate: of all BE tenants together, over that alone on the whole GPU."""
+    there. be_rate: of all BE tenants together, over that alone on the whole GPU. stretch: how many times as long tails are
+    by what BE is lent."""
 
     share: Share
     load: float
     p99_ns: dict[str, float]
     slo_ns: dict[str, float]
     be_rate: float
+    stretch: float = 1.0
 
     @property
     def slack(self) -> float:
@@ -190,6 +192,7 @@ def predict(
         p99_ns=p99,
         slo_ns={demand.name: demand.slo_ns for demand in ls if demand.slo_ns is not None},
         be_rate=min(whole + lent.lent * beside, 1.0) if be else 0.0,
+        stretch=lent.stretch,
     )
 
 
