@@ -7,24 +7,20 @@ processor. Each answer's `Server-Timing` says what the request cost inside the s
 from __future__ import annotations
 
 import json
-import mmap
 import re
 import select
 import socket
-import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from missile.statistics import nearest_rank
 
-__all__ = ["Flow", "drive", "http_request", "served", "shared_memory", "summary", "tensor"]
+__all__ = ["Flow", "drive", "http_request", "summary", "tensor"]
 
 PARTS = ("front", "queue", "copy", "execute")
 _TIMING = re.compile(rb"(front|queue|copy|execute);dur=([0-9.]+)")
@@ -180,42 +176,3 @@ def http_request(model: str, head: dict[str, object], tail: bytes = b"") -> byte
 
 def tensor(name: str, shape: list[int], datatype: str = "FP32", **more: object) -> dict[str, object]:
     return {"name": name, "datatype": datatype, "shape": shape, **more}
-
-
-@contextmanager
-def served(config: Path, *, log: Path | None = None, prefix: Sequence[str] = ()) -> Iterator[tuple[str, int]]:
-    """`missile serve config`, ready, as (host, port). prefix: a command to start it under (taskset)."""
-    command = [*prefix, sys.executable, "-m", "missile", "serve", str(config), "--json"]
-    with (log or Path("/dev/null")).open("wb") as errors:
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        try:
-            line = server.stdout.readline() if server.stdout is not None else ""
-            if not line:
-                raise SystemExit(f"missile serve ended: {log.read_text()[-2000:] if log else 'no log was kept'}")
-            host, _, port = json.loads(line)["http"].removeprefix("http://").rpartition(":")
-            yield host, int(port)
-        finally:
-            server.terminate()
-            try:
-                server.wait(60)
-            except subprocess.TimeoutExpired:
-                server.kill()
-
-
-@contextmanager
-def shared_memory(name: str, contents: bytes, address: tuple[str, int]) -> Iterator[mmap.mmap]:
-    """A system shared memory region with `contents`, registered with the server under its own name."""
-    path = Path("/dev/shm") / name
-    path.write_bytes(contents)
-    try:
-        with path.open("r+b") as file, mmap.mmap(file.fileno(), len(contents)) as mapping:
-            body = json.dumps({"key": name, "byte_size": len(contents)}).encode()
-            head = f"POST /v2/systemsharedmemory/region/{name}/register HTTP/1.1\r\nHost: localhost\r\n"
-            with socket.create_connection(address) as connection:
-                connection.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
-                answer = connection.recv(1 << 16)
-            if b" 200 " not in answer.splitlines()[0]:
-                raise SystemExit(answer.decode())
-            yield mapping
-    finally:
-        path.unlink(missing_ok=True)

@@ -20,24 +20,17 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from serving_client import Flow, drive, http_request, served, shared_memory, tensor
+from serving_client import Flow, drive, http_request, tensor
+from serving_setup import Address, Setup, parser, server_state, server_table, shared_memory, write_results
 
 from missile.gpu import open_gpu
 
-CONFIG = """
-[server]
-http_port = 0
-grpc_port = -1
-device = "{device}"
-policy = "{policy}"
-cpu_threads = 1
-{server_lines}
+TENANTS = """
 [[tenant]]
 name = "ls"
 model = "{ls}"
@@ -101,27 +94,24 @@ def poisson(rate: float, seconds: float) -> np.ndarray:
 
 def configuration(arguments: argparse.Namespace, setting: str) -> str:
     policy, _, variant = setting.partition("+")
-    lines = {"server_lines": "", "ls_lines": "", "be_lines": ""}
+    lines, server = {"ls_lines": "", "be_lines": ""}, {}
     if variant == "colors":
         lines |= {"ls_lines": f"colors = {LS_COLORS}", "be_lines": f"colors = {BE_COLORS}"}
         if arguments.map:
-            lines["server_lines"] = f'channel_map = "{arguments.map.resolve()}"'
+            server["channel_map"] = str(arguments.map.resolve())
     elif variant == "hosted":
-        lines |= {"server_lines": f"swap_mib = {SWAP_MIB}", "be_lines": 'residency = "host"'}
+        lines["be_lines"], server["swap_mib"] = 'residency = "host"', SWAP_MIB
     elif variant:
         raise SystemExit(f"{setting}: there is no variant {variant!r}; known are colors and hosted.")
-    return CONFIG.format(**vars(arguments), **lines, policy=policy)
+    table = server_table(device=arguments.device, policy=policy, **server)
+    return table + TENANTS.format(**vars(arguments), **lines)
 
 
-def measure(arguments: argparse.Namespace, setting: str, folder: Path) -> dict[str, object]:
-    config = folder / f"{setting}.toml"
-    config.write_text(configuration(arguments, setting))
-    prefix = ["taskset", "-c", arguments.server_cores] if arguments.server_cores else []
+def measure(arguments: argparse.Namespace, setting: str, setup: Setup) -> dict[str, object]:
     entry: dict[str, object] = {"setting": setting}
-    log = folder / f"{setting}.log"
     begun = time.monotonic()
     with ExitStack() as stack:
-        address = stack.enter_context(served(config, log=log, prefix=prefix))
+        address = stack.enter_context(setup.served(configuration(arguments, setting), name=setting))
         entry["start_s"] = round(time.monotonic() - begun, 2)
         noise = np.random.default_rng(0).standard_normal(arguments.be_batch * 3 * 224 * 224)
         pixels = noise.astype(np.float32 if arguments.device == "cpu" else np.float16).tobytes()
@@ -146,19 +136,18 @@ def measure(arguments: argparse.Namespace, setting: str, folder: Path) -> dict[s
             )
             rate = f"  BE {len(flows[1].client_ms) * arguments.be_batch / took:.0f} items/s" if beside else ""
             print(f"{setting:14} {name:6} LS p50/p99 ms: {shown}  errors {flows[0].errors}{rate}", flush=True)
-            entry[name]["state"] = state(address)  # type: ignore[index]
+            entry[name]["state"] = granted(address)  # type: ignore[index]
         if any(flow.errors for flow in flows):
-            print(log.read_text()[-2000:], flush=True)
+            print(setup.log(setting)[-2000:], flush=True)
         inside = {k: v["p50_ms"] for k, v in flows[1].result().items() if isinstance(v, dict)}
         print(f"{setting:14} BE p50 ms: {inside}; started in {entry['start_s']} s", flush=True)
-    entry["log"] = [line for line in log.read_text().splitlines() if "tenant" in line][-12:]
+    entry["log"] = [line for line in setup.log(setting).splitlines() if "tenant" in line][-12:]
     return entry
 
 
-def state(address: tuple[str, int]) -> dict[str, object]:
+def granted(address: Address) -> dict[str, object]:
     """What the server says it has granted its tenants, and what they used."""
-    with urllib.request.urlopen("http://{}:{}/missile/state".format(*address), timeout=10) as answer:
-        tenants = json.load(answer)["tenants"]
+    tenants = server_state(address)["tenants"]
     return {tenant["name"]: {k: v for k, v in tenant.get("granted", {}).items() if v is not None} for tenant in tenants}
 
 
@@ -228,28 +217,18 @@ def _value(spread: dict[str, float] | None) -> float | None:
     return None if spread is None else spread["value"]
 
 
-def write(folder: Path | None, result: dict[str, object]) -> None:
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--device", default="cuda:0", help="cuda:N, or cpu to try the benchmark itself")
-    parser.add_argument("--settings", default="missile,bench,priority,partition")
-    parser.add_argument("--map", type=Path, help="the GPU's channel map, for +colors")
-    parser.add_argument("--ls", default="resnet34")
-    parser.add_argument("--be", default="densenet161")
-    parser.add_argument("--be-batch", type=int, default=32)
-    parser.add_argument("--be-outstanding", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=300.0)
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--server-cores", default="", help="the server's processors, as taskset takes them (0,1)")
-    parser.add_argument("--most-seconds", type=float, default=1e9, help="start no setting later than this")
-    parser.add_argument("--note", default="", help="kept with the results (stand-in weights, say)")
-    arguments = parser.parse_args()
+    options = parser(__doc__, seconds=5.0, of="each load")
+    options.add_argument("--device", default="cuda:0", help="cuda:N, or cpu to try the benchmark itself")
+    options.add_argument("--settings", default="missile,bench,priority,partition")
+    options.add_argument("--map", type=Path, help="the GPU's channel map, for +colors")
+    options.add_argument("--ls", default="resnet34")
+    options.add_argument("--be", default="densenet161")
+    options.add_argument("--be-batch", type=int, default=32)
+    options.add_argument("--be-outstanding", type=int, default=3)
+    options.add_argument("--rate", type=float, default=300.0)
+    options.add_argument("--most-seconds", type=float, default=1e9, help="start no setting later than this")
+    arguments = options.parse_args()
     result: dict[str, object] = {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "note": arguments.note}
     if arguments.device != "cpu":
         with open_gpu(arguments.device) as gpu:
@@ -267,12 +246,12 @@ def main() -> None:
                 if setting == "bench":
                     result["bench"] = bench(arguments, Path(folder))
                 else:
-                    runs.append(measure(arguments, setting, Path(folder)))
+                    runs.append(measure(arguments, setting, Setup(Path(folder), arguments.server_cores)))
             except (SystemExit, OSError) as error:  # one setting that fails leaves the others' numbers
                 failure = error
                 print(setting, error, flush=True)
             result["verdicts"] = verdicts(result)
-            write(arguments.output, result)
+            write_results(arguments.output, result)
     show(verdicts(result))
     if failure is not None:
         raise failure

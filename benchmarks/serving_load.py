@@ -14,27 +14,20 @@ case it reports
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import tempfile
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-from serving_client import Flow, drive, http_request, served, shared_memory, tensor
+from serving_client import Flow, drive, http_request, tensor
+from serving_setup import Setup, machine, parser, server_table, shared_memory, write_results
 
 VALUES = 153_600  # float32: 600 KiB
 
-CONFIG = """
-[server]
-http_port = 0
-grpc_port = 0
-device = "cpu"
-cpu_threads = 1
-
+CONFIG = (
+    server_table(grpc_port=0)
+    + """
 [[tenant]]
 name = "big"
 model = "load_models:summary"
@@ -49,8 +42,10 @@ class = "LS"
 slo_ms = 50
 quota = {queue = 2048}
 """
+)
 
-MODELS = """
+MODELS = {
+    "load_models": """
 import torch
 
 class Summary(torch.nn.Module):
@@ -63,6 +58,7 @@ def summary(batch, size):
 def identity(batch):
     return torch.nn.Identity(), torch.zeros(1, 16)
 """
+}
 
 
 @dataclass(frozen=True)
@@ -100,26 +96,11 @@ def cases(region: str) -> list[Case]:
     ]
 
 
-def machine() -> dict[str, object]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "load_average_before": os.getloadavg(),
-        **{name: metadata.version(name) for name in ("torch", "uvloop", "httptools", "orjson", "numpy")},
-    }
-
-
-def run(folder: Path, seconds: float, only: str, prefix: list[str]) -> list[dict[str, object]]:
-    (folder / "load_models.py").write_text(MODELS)
-    (folder / "serve.toml").write_text(CONFIG)
+def run(setup: Setup, seconds: float, only: str) -> list[dict[str, object]]:
     name = f"missile-load-{os.getpid()}"
     found = []
     with (
-        served(folder / "serve.toml", log=folder / "log", prefix=prefix) as address,
+        setup.served(CONFIG, models=MODELS) as address,
         shared_memory(name, bytes(VALUES * 4), address),
     ):
         for case in cases(name):
@@ -139,28 +120,21 @@ def run(folder: Path, seconds: float, only: str, prefix: list[str]) -> list[dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, help="folder for results.json")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each case")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--server-cores", default="", help="the server's processors, as taskset takes them (0,1)")
-    parser.add_argument("--note", default="", help="kept with the results: what else ran on the machine")
-    arguments = parser.parse_args()
+    options = parser(__doc__, seconds=20.0, of="each case")
+    options.add_argument("--only", default="", help="cases whose name contains this")
+    arguments = options.parse_args()
     about = machine()
     with tempfile.TemporaryDirectory() as folder:
-        prefix = ["taskset", "-c", arguments.server_cores] if arguments.server_cores else []
-        found = run(Path(folder), arguments.seconds, arguments.only, prefix)
+        found = run(Setup(Path(folder), arguments.server_cores), arguments.seconds, arguments.only)
     about["load_average_after"] = os.getloadavg()
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        result = {
-            "machine": about,
-            "note": arguments.note,
-            "server_cores": arguments.server_cores,
-            "seconds": arguments.seconds,
-            "cases": found,
-        }
-        (arguments.output / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = {
+        "machine": about,
+        "note": arguments.note,
+        "server_cores": arguments.server_cores,
+        "seconds": arguments.seconds,
+        "cases": found,
+    }
+    write_results(arguments.output, result)
 
 
 if __name__ == "__main__":

@@ -9,25 +9,20 @@ takes longer than the slowest before the overload; how many later ones do is tol
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from serving_client import Flow, drive, http_request, served, summary, tensor
+from serving_client import Flow, drive, http_request, summary, tensor
+from serving_setup import Setup, parser, server_table, write_results
 
 RATE, OVERLOAD = 100.0, 2500.0
 IN_A_ROW = 20
 
-CONFIG = """
-[server]
-http_port = 0
-grpc_port = -1
-device = "cpu"
-cpu_threads = 1
-
+CONFIG = (
+    server_table()
+    + """
 [[tenant]]
 name = "slow"
 model = "overload_models:slow"
@@ -35,8 +30,10 @@ class = "LS"
 slo_ms = 40
 quota = {queue = 32}
 """
+)
 
-MODELS = """
+MODELS = {
+    "overload_models": """
 import time, torch
 
 class Slow(torch.nn.Module):
@@ -47,14 +44,13 @@ class Slow(torch.nn.Module):
 def slow(batch):
     return Slow(), torch.zeros(1, 16)
 """
+}
 
 
-def measure(folder: Path, seconds: float) -> dict[str, object]:
-    (folder / "overload_models.py").write_text(MODELS)
-    (folder / "serve.toml").write_text(CONFIG)
+def measure(setup: Setup, seconds: float) -> dict[str, object]:
     request = http_request("slow", {"inputs": [tensor("input0", [1, 16], data=[0.0] * 16)]})
     load_before = os.getloadavg()
-    with served(folder / "serve.toml", log=folder / "log") as address:
+    with setup.served(CONFIG, models=MODELS) as address:
         phases = [
             Flow("before", request, np.arange(RATE * seconds) / RATE, 8),
             Flow("overload", request, seconds + np.arange(OVERLOAD * seconds) / OVERLOAD, 128, quiet=True),
@@ -83,17 +79,12 @@ def measure(folder: Path, seconds: float) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, help="folder for results.json")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each of the three phases")
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, seconds=5.0, of="each of the three phases").parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), arguments.seconds)
+        result = measure(Setup(Path(folder), arguments.server_cores), arguments.seconds)
     for name, value in result.items():
         print(f"{name:14} {value}")
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_results(arguments.output, {"note": arguments.note, **result})
 
 
 if __name__ == "__main__":

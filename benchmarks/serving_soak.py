@@ -1,6 +1,6 @@
 """A long steady load on a served model: does memory stay level, and does anything get lost?
 
-    python benchmarks/serving_soak.py --minutes 30 -o benchmarks/results/serving-soak-NAME
+    python benchmarks/serving_soak.py --seconds 1800 -o benchmarks/results/serving-soak-NAME
 
 Four connections keep asking (large and small tensors, now and then a malformed request, a new connection every 50
 requests) at a moderate rate, while the resident memory of both processes is sampled every five seconds.
@@ -8,19 +8,15 @@ requests) at a moderate rate, while the resident memory of both processes is sam
 
 from __future__ import annotations
 
-import argparse
 import http.client
-import json
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
-from serving_load import CONFIG, MODELS, cases, machine
+from serving_load import CONFIG, MODELS, cases
+from serving_setup import Setup, machine, parser, server_state, write_results
 
 PAUSE_S = 0.02
 
@@ -46,33 +42,26 @@ def client(address: str, until: float, counts: dict[str, int], number: int) -> N
         connection.close()
 
 
-def run(folder: Path, minutes: float) -> dict[str, object]:
-    (folder / "load_models.py").write_text(MODELS)
-    (folder / "serve.toml").write_text(CONFIG)
-    command = [sys.executable, "-m", "missile", "serve", str(folder / "serve.toml"), "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
-        assert server.stdout is not None
-        root = json.loads(server.stdout.readline())["http"]
+def run(setup: Setup, seconds: float) -> dict[str, object]:
+    with setup.served(CONFIG, models=MODELS) as address:
         start = time.monotonic()
         counts = {"right": 0, "wrong": 0}
-        arguments = (root.removeprefix("http://"), start + 60 * minutes, counts)
+        arguments = ("{}:{}".format(*address), start + seconds, counts)
         threads = [threading.Thread(target=client, args=(*arguments, number)) for number in range(4)]
         for thread in threads:
             thread.start()
         samples = []
         while any(thread.is_alive() for thread in threads):
-            with urllib.request.urlopen(f"{root}/missile/state", timeout=20) as answer:
-                state = json.load(answer)["server"]
+            state = server_state(address)["server"]
             rss = [round(state[f"{name}_rss_bytes"] / 2**20, 2) for name in ("front_end", "engine")]
             samples.append([round(time.monotonic() - start, 1), *rss, state["engine_starts"]])
             time.sleep(5)
-        server.terminate()
     table = np.array(samples)
     settled = table[table[:, 0] > 0.25 * table[-1, 0]]
     slopes = [float(np.polyfit(settled[:, 0] / 3600, settled[:, column], 1)[0]) for column in (1, 2)]
     return {
         **counts,
-        "minutes": minutes,
+        "minutes": seconds / 60,
         "front_end_mib_per_hour": round(slopes[0], 2),
         "engine_mib_per_hour": round(slopes[1], 2),
         "samples": samples,
@@ -80,19 +69,12 @@ def run(folder: Path, minutes: float) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--note", default="")
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, seconds=1800.0, of="the load").parse_args()
     about = machine()
     with tempfile.TemporaryDirectory() as folder:
-        found = run(Path(folder), arguments.minutes)
+        found = run(Setup(Path(folder), arguments.server_cores), arguments.seconds)
     print({key: value for key, value in found.items() if key != "samples"})
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        result = {"machine": about, "note": arguments.note, **found}
-        (arguments.output / "results.json").write_text(json.dumps(result) + "\n")
+    write_results(arguments.output, {"machine": about, "note": arguments.note, **found})
 
 
 if __name__ == "__main__":
