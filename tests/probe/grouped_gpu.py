@@ -49,11 +49,19 @@ class GroupedGpu(SimulatedGpu):
     """Contention between single slices as measured on an H200, with noise that a threshold too low takes for a group.
 
     brush: how much a writer slows readers of a few slices of other groups. spikes: share of the measurements beside a writer
-    that other work makes twice as long. late: share of those in which the writer comes too late to be felt.
+    that other work makes twice as long. late: share of those in which the writer comes too late to be felt. odd_reads: both
+    beside a reader, too.
     """
 
     def __init__(
-        self, memory: dict[str, Any], *, seed: int = 0, brush: float = BRUSHED, spikes: float = 0.0, late: float = 0.0
+        self,
+        memory: dict[str, Any],
+        *,
+        seed: int = 0,
+        brush: float = BRUSHED,
+        spikes: float = 0.0,
+        late: float = 0.0,
+        odd_reads: bool = False,
     ) -> None:
         spec = GpuSpec.model_validate(
             {
@@ -72,7 +80,7 @@ class GroupedGpu(SimulatedGpu):
             }
         )
         super().__init__(spec, seed=seed)
-        self.brush, self.spikes, self.late = brush, spikes, late
+        self.brush, self.spikes, self.late, self.odd_reads = brush, spikes, late, odd_reads
         self.noise = np.random.default_rng(seed)
 
     def group_of(self, slices: np.ndarray) -> np.ndarray:
@@ -89,7 +97,7 @@ class GroupedGpu(SimulatedGpu):
         if aggressor is not None:
             mine, other = (int(self.slices_at(side.addresses[:1])[0]) for side in (victim, aggressor))
             ratio = self._slowdown(mine, other, aggressor.access)
-            draw = self.noise.random() if aggressor.access is Access.WRITE else 1.0
+            draw = self.noise.random() if self.odd_reads or aggressor.access is Access.WRITE else 1.0
             if draw < self.spikes:
                 ratio *= 2.0
             elif draw < self.spikes + self.late:

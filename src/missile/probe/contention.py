@@ -6,7 +6,7 @@ behind the slices shows too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from missile.gpu.interface import Access, Gpu, Traffic
 from missile.probe.channel_map import ChannelMap, Interference
 
-__all__ = ["GroupTests", "SliceMemory", "measure_interference", "slice_ratio"]
+__all__ = ["GroupTests", "SliceMemory", "measure_interference", "unit_pair"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -109,13 +109,16 @@ class GroupTests:
         return beside / float(np.clip(self._alone[victim], usual / _ALIKE, usual * _ALIKE))
 
 
-def slice_ratio(gpu: Gpu, memory: SliceMemory, victim: int, aggressor: int, access: Access = Access.READ) -> float:
-    """Slowdown of a few SMs that read one unit on slice `victim` beside many SMs on one unit on slice `aggressor`."""
+def unit_pair(
+    gpu: Gpu, memory: SliceMemory, victim: int, aggressor: int, access: Access = Access.READ
+) -> Callable[[], float]:
+    """One unit on slice `victim`, one on `aggressor`: measures the slowdown of a few SMs that read the one beside many on
+    the other, the same two each time."""
     few = max(1, gpu.info.sms // 32)
     many = max(1, gpu.info.sms // 3)
     ours = Traffic(np.repeat(memory.units([victim], 1, victim=True), _REPEATED), few)
     theirs = Traffic(np.repeat(memory.units([aggressor], 1, victim=False), _REPEATED), many, access)
-    return _duration(gpu, ours, theirs, passes=4) / _duration(gpu, ours, None, passes=4)
+    return lambda: _duration(gpu, ours, theirs, passes=4) / _duration(gpu, ours, None, passes=4)
 
 
 def _duration(gpu: Gpu, victim: Traffic, aggressor: Traffic | None, *, passes: int = 1) -> float:

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from missile.gpu.interface import Gpu
 from missile.probe.channel_map import ChannelMap, Verdict, Witness
-from missile.probe.contention import SliceMemory, slice_ratio
+from missile.probe.contention import SliceMemory, unit_pair
+from missile.probe.pairs import judge_pairs
 from missile.probe.sampling import Floats, Sampler
 from missile.probe.slices import Balls, spectral_strength
 
@@ -24,7 +25,6 @@ _MAX_PASSES = 16
 _SECTOR = 32
 _HEAVY = 20.0  # energy of a mask that stands out, over the median's
 _TRIES = 24
-_CLEAR = 1.3  # a slowdown on one slice over that on two
 
 
 def held_out_witness(
@@ -81,35 +81,42 @@ def contention_witness(
 ) -> Witness:
     """Two granules on one slice must disturb each other, two on different slices must not.
 
-    One unit each, so that a slice which in truth is two (that no latency tells apart) shows: pairs of its granules
-    then do not disturb each other half of the time. Pairs on different slices are random, on twins where there are any.
+    One unit each, so that a slice which in truth is two (that no latency tells apart) shows: pairs of its granules then do
+    not disturb each other half of the time. Slices that only the relation of pages told apart, twins, are tested most, each
+    against itself and against its twin.
     """
     ball = channel_map.metric.ball
     twins = np.flatnonzero(np.bincount(ball)[ball] > 1)
-    chosen = np.resize(rng.permutation(channel_map.slices), tries)
-    # Slices that only the relation of pages told apart are tested most.
-    chosen[: min(len(twins) * 2, tries * 2 // 3)] = np.resize(
-        rng.permutation(twins), min(len(twins) * 2, tries * 2 // 3)
+    count = min(len(twins) * 2, tries * 2 // 3)
+    any_, close = (
+        np.resize(rng.permutation(channel_map.slices), tries - count),
+        np.resize(rng.permutation(twins), count),
     )
-    others = [_other(ball, int(slice_), rng) for slice_ in chosen]
-    same = np.array([slice_ratio(gpu, memory, int(s), int(s)) for s in chosen])
-    apart = np.array([slice_ratio(gpu, memory, int(s), o) for s, o in zip(chosen, others, strict=True)])
-    level = float(np.median(apart))
-    weakest, usual = float(same.min() / level), float(np.percentile(same, 90) / level)
-    numbers = {"same_median": float(np.median(same)), "same_min": float(same.min()), "apart_median": level}
-    numbers |= {"apart_max": float(apart.max()), "pairs": tries}
+    chosen = [int(slice_) for slice_ in (*any_, *close)]
+    others = [_elsewhere(ball, int(slice_), rng) for slice_ in any_] + [
+        _twin(ball, int(slice_), rng) for slice_ in close
+    ]
+    found = judge_pairs(
+        [unit_pair(gpu, memory, slice_, slice_) for slice_ in chosen],
+        [unit_pair(gpu, memory, slice_, other) for slice_, other in zip(chosen, others, strict=True)],
+        sure=tries - count,
+    )
+    same, apart = found.same, found.apart
+    numbers = {"same_median": float(np.median(same)), "same_min": float(same.min())}
+    numbers |= {"apart_median": float(np.median(apart)), "apart_max": float(apart.max())}
+    numbers |= {"cut": found.cut, "pairs": tries, "again": found.again}
     says = (
         f"A reader beside one on the same slice takes x{np.median(same):.2f} (least x{same.min():.2f}), beside one on "
-        f"another slice x{level:.2f}, in {tries} pairs each."
+        f"another slice x{np.median(apart):.2f} (most x{apart.max():.2f}), in {tries} pairs each."
     )
-    if usual < _CLEAR:
-        return Witness("contention", Verdict.UNSURE, says, numbers)
-    # Disturbance as on one slice, but not everywhere: some slices are several.
-    verdict = Verdict.AGREES if weakest >= 1 + (usual - 1) / 3 else Verdict.DISAGREES
-    return Witness("contention", verdict, says, numbers)
+    return Witness("contention", found.verdict, says, numbers)
 
 
-def _other(ball: Ints, slice_: int, rng: np.random.Generator) -> int:
-    """A different slice: a twin where there is one."""
-    twins = [int(other) for other in np.flatnonzero(ball == ball[slice_]) if other != slice_]
-    return twins[0] if twins else int((slice_ + rng.integers(1, len(ball))) % len(ball))
+def _elsewhere(ball: Ints, slice_: int, rng: np.random.Generator) -> int:
+    """A slice that also latency tells apart, where there is one."""
+    far = np.flatnonzero(ball != ball[slice_])
+    return int(rng.choice(far)) if len(far) else _twin(ball, slice_, rng)
+
+
+def _twin(ball: Ints, slice_: int, rng: np.random.Generator) -> int:
+    return int(rng.choice([other for other in np.flatnonzero(ball == ball[slice_]) if other != slice_]))
