@@ -172,6 +172,43 @@ def test_requests_keep_their_times_however_many_were_refused_between_them(gpu, t
     assert np.all(ls.start[1:] >= ls.end[:-1])
 
 
+def test_requests_in_flight_have_host_buffers_of_their_own_however_many_were_refused(gpu, tenant, monkeypatch):
+    class Choosy(Piecewise):
+        """Starts one request, and beside it the one that is as many later as there are buffers."""
+
+        def decide(self, snapshot: Snapshot) -> Sequence[Action]:
+            depth = snapshot.depth[0]
+            if snapshot.queued[0] <= depth or snapshot.running[0]:
+                return []
+            return [Start(0, 0), *[Reject(0)] * (depth - 1), Start(0, 0)]
+
+    kind = type(gpu.create_stream())
+    copies: dict[str, list] = {"copy_to_device": [], "copy_to_host": []}
+
+    def noted(whole, hosts):
+        def copy(stream, *sides):
+            hosts.extend(side for side in sides if not isinstance(side, int))
+            whole(stream, *sides)
+
+        return copy
+
+    for name, hosts in copies.items():
+        monkeypatch.setattr(kind, name, noted(getattr(kind, name), hosts))
+    with load_tenants(gpu, [tenant("ls", "LS", "resnet34", rate=30_000)]) as roster:
+        loaded = roster.tenants[0]
+
+        def rehearsed() -> None:
+            for hosts in copies.values():
+                hosts.clear()
+
+        record = run(gpu, roster, Choosy(1e5), seed=1, duration_ns=20 * MS, gate=rehearsed)
+    assert not record.fault
+    assert len(copies["copy_to_device"]) > 2 * loaded.depth
+    for side, buffers in (("copy_to_device", loaded.inputs), ("copy_to_host", loaded.outputs)):
+        which = [next(place for place, buffer in enumerate(buffers) if buffer is host) for host in copies[side]]
+        assert which == [turn % loaded.depth for turn in range(len(which))]
+
+
 def test_a_policy_is_woken_when_it_asked_for_it(gpu, tenant):
     class Sleeper(Piecewise):
         def decide(self, snapshot: Snapshot) -> Sequence[Action]:

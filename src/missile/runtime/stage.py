@@ -67,7 +67,9 @@ class _Piece(NamedTuple):
 class Stage:
     """Streams for a layout's lanes and slots for the tenants' requests. Owns both until `close`; models stay the roster's.
 
-    Tenants and lanes go by number. After an error in construction nothing is held. `rehearse` comes before everything else.
+    Tenants and lanes go by number. `rehearse` comes before everything else; from then on a tenant's requests take turns from
+    0, as they are given to the GPU, and turn n uses its host buffers n modulo its depth. After an error in construction
+    nothing is held.
     """
 
     def __init__(
@@ -104,8 +106,7 @@ class Stage:
         self._tail: list[Event | None] = [None] * count  # the end of the last thing that each tenant was given
         self._end: list[Event | None] = [None] * count  # of the kernels of its last whole request
         self._residency.forget()
-        self._copied_in = [-1] * count  # the last request whose input was copied
-        self._latest = [-1] * count  # the last request that was given a slot
+        self._latest = [-1] * count  # the last request that each tenant was given
         self._turn = [-1] * count  # how many were before it
         self._left: list[Left | None] = [None] * count  # where a stopped tenant goes on
 
@@ -115,10 +116,11 @@ class Stage:
         Returns its slot, and the host's time (ns, the GPU's clock) when its kernels had been launched. Requests of a tenant
         run one after another even when its lane changes: its buffers exist once.
         """
-        slot, stream = self._slot_of(tenant, request), self._streams[lane]
+        self._take_turn(tenant, request)
+        slot, stream = self._slot_of(tenant), self._streams[lane]
         if self._lane_of[tenant] != lane:
             self._change_lane(tenant, lane)
-        self._copy_in(tenant, stream, request)
+        self._copy_in(tenant, stream)
         if (control := self._controls[tenant]) is not None:
             control.begin(stream)
         stream.record(slot.start)
@@ -131,7 +133,7 @@ class Stage:
                 stream.launch_graph(piece.graph)
         launched = self._gpu.now_ns()
         stream.record(slot.end)
-        self._copy_out(tenant, stream, request)
+        self._copy_out(tenant, stream)
         stream.record(slot.done)
         self._tail[tenant] = slot.done
         self._end[tenant] = slot.end
@@ -150,16 +152,17 @@ class Stage:
         mine = self._cuts[tenant]
         if mine is None:
             raise InternalError(f"Tenant number {tenant} was advanced and is not cut into segments.")
-        slot, stream = self._slot_of(tenant, request), self._streams[lane]
+        if fresh := self._latest[tenant] != request:
+            self._take_turn(tenant, request)
+        slot, stream = self._slot_of(tenant), self._streams[lane]
         if self._lane_of[tenant] != lane:
             self._change_lane(tenant, lane)
         control, left = self._controls[tenant], self._left[tenant]
         if control is not None and left is not None:
             control.resume(stream, left)
             self._left[tenant] = None
-        if self._copied_in[tenant] != request:
-            self._copied_in[tenant] = request
-            self._copy_in(tenant, stream, request)
+        if fresh:
+            self._copy_in(tenant, stream)
             if control is not None:
                 control.begin(stream)
             self._await(stream, after)
@@ -173,7 +176,7 @@ class Stage:
         launched = self._gpu.now_ns()
         if last == len(mine.graphs):
             stream.record(slot.end)
-            self._copy_out(tenant, stream, request)
+            self._copy_out(tenant, stream)
             mark = slot.done
         else:
             mark = mine.next_mark()
@@ -222,11 +225,13 @@ class Stage:
         """How many of the tenant were over since the last call; for runs without an end, they are not kept."""
         return self._residency.take_cold_starts(tenant)
 
-    def _slot_of(self, tenant: int, request: int) -> Slot:
-        """A request's slot, in turn by what runs. By number, which refused ones have too, one in flight could be met."""
-        if self._latest[tenant] != request:
-            self._latest[tenant] = request
-            self._turn[tenant] += 1
+    def _take_turn(self, tenant: int, request: int) -> None:
+        """Slots and host buffers go by turn. By number, which refused requests have too, one in flight could be met."""
+        self._latest[tenant] = request
+        self._turn[tenant] += 1
+
+    def _slot_of(self, tenant: int) -> Slot:
+        """Of the tenant's latest request."""
         slots = self._slots[tenant]
         return slots[self._turn[tenant] % len(slots)]
 
@@ -241,21 +246,21 @@ class Stage:
             self._streams[lane].wait(tail)
         self._lane_of[tenant] = lane
 
-    def _copy_in(self, tenant: int, stream: Stream, request: int) -> None:
+    def _copy_in(self, tenant: int, stream: Stream) -> None:
         loaded = self._tenants[tenant]
         if not loaded.inputs:
             return
-        address, source = self._models[tenant].input_address, loaded.inputs[request % loaded.depth]
+        address, source = self._models[tenant].input_address, loaded.inputs[self._turn[tenant] % loaded.depth]
         if self._copies is None:
             stream.copy_to_device(address, source)
         else:
             self._copies.to_device(loaded.tenant.name, stream, address, source, after=self._tail[tenant])
 
-    def _copy_out(self, tenant: int, stream: Stream, request: int) -> None:
+    def _copy_out(self, tenant: int, stream: Stream) -> None:
         loaded = self._tenants[tenant]
         if not loaded.outputs:
             return
-        target, address = loaded.outputs[request % loaded.depth], self._models[tenant].output_address
+        target, address = loaded.outputs[self._turn[tenant] % loaded.depth], self._models[tenant].output_address
         if self._copies is None:
             stream.copy_to_host(target, address)
         else:
@@ -316,7 +321,7 @@ class Stage:
             mine = self._cuts[tenant] = self._make_cut(model, operations, segments)
             self._launch_first(tenant, mine.graphs)
             for _, lane in self._places():
-                self._copied_in[tenant] = -1
+                self._latest[tenant] = -1
                 slot, _, _ = self.advance(tenant, lane, 0, 0, len(segments))
                 self._wait_for(tenant, slot.done.done)
         return TenantBrief(

@@ -71,9 +71,10 @@ class _Log(RequestLog):
 class LiveEngine(Engine):
     """Serves `tenants`, by number, under the policy that `policy` names, until `close`; their models stay the caller's.
 
-    depth: requests of each tenant that the GPU may have at once. Request n of a tenant uses its buffers n modulo their
-    number, so the caller keeps no more outstanding than there are. Construction runs every model once in each partition and
-    blocks; after an error nothing is held. Errors are those of the policy (see `create_policy`) and the GPU.
+    depth: requests of each tenant that the GPU may have at once. None is refused, so request n takes its tenant's turn n and
+    uses its buffers n modulo their number: the caller keeps no more outstanding than there are. Construction runs every
+    model once in each partition and blocks; after an error nothing is held. Errors are those of the policy (see
+    `create_policy`) and the GPU.
     link_rate: of the host link to the GPU, bytes/s, where the policy schedules copies; else None.
     """
 
