@@ -6,24 +6,21 @@ lane, or, with `copies`, through the link's scheduler in that stream's order. We
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from itertools import cycle, pairwise
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 from missile.errors import GpuError, InternalError
-from missile.gpu.interface import Copy, Event, Fill, Gpu, Graph, Launch, Left, PreemptControl, SmPartition, Stream
+from missile.gpu.interface import Event, Gpu, Graph, Left, SmPartition, Stream
 from missile.pcie.streamed import StreamedCopies
 from missile.pcie.ticket import Direction
 from missile.runtime.loading import LoadedTenant, RunnableModel
-from missile.runtime.policies.interface import Layout, Segment, TenantBrief
+from missile.runtime.pieces import MOST_PIECES, Cut, Piece, control_of, make_cut, operations_of, weight_pieces
+from missile.runtime.policies.interface import Layout, TenantBrief
 from missile.runtime.residency import ColdStart, Residency
 from missile.runtime.segments import cut
 
 __all__ = ["MOST_PIECES", "Slot", "Stage"]
-
-MOST_PIECES = 16
-"""Pieces of one tenant's requests (what one `Advance` gives the GPU) that may be in flight at once."""
 
 _REHEARSAL_LOOK_NS = 50_000
 _PATIENCE_NS = 10_000_000_000
@@ -35,33 +32,6 @@ class Slot(NamedTuple):
     start: Event
     end: Event
     done: Event
-
-
-@runtime_checkable
-class _CuttableModel(Protocol):
-    """A `BoundModel`: a model whose operations are known one by one."""
-
-    @property
-    def operations(self) -> Sequence[Launch | Fill | Copy]: ...
-
-
-class _Cut(NamedTuple):
-    """A tenant's model in segments: a graph for each, and events for the ends of pieces, used in turn.
-
-    segment_of: by step, as the control counts them; empty without one.
-    """
-
-    segments: tuple[Segment, ...]
-    graphs: tuple[Graph, ...]
-    next_mark: Callable[[], Event]
-    segment_of: Mapping[int, int]
-
-
-class _Piece(NamedTuple):
-    """Operations of a model up to number `until`, from where the piece before ends."""
-
-    until: int
-    graph: Graph
 
 
 class Stage:
@@ -93,10 +63,10 @@ class Stage:
             self._residency = Residency(gpu, names, weights, copies)
             undo.callback(self._residency.close)
             self._resources = undo.pop_all()
-        self._cuts: list[_Cut | None] = [None] * len(self._tenants)
-        self._pieces: list[tuple[_Piece, ...]] = [()] * len(self._tenants)
-        self._operations = tuple(m.operations if isinstance(m, _CuttableModel) else () for m in self._models)
-        self._controls = tuple(_control(operations) for operations in self._operations)
+        self._cuts: list[Cut | None] = [None] * len(self._tenants)
+        self._pieces: list[tuple[Piece, ...]] = [()] * len(self._tenants)
+        self._operations = tuple(operations_of(model) for model in self._models)
+        self._controls = tuple(control_of(operations) for operations in self._operations)
         self._forget()
 
     def _forget(self) -> None:
@@ -302,8 +272,8 @@ class Stage:
     def _rehearse(self, tenant: int) -> TenantBrief:
         model, wanted = self._models[tenant], self._wanted[tenant]
         service: dict[int, int] = {}  # by partition
-        if self._residency.hosts(tenant):
-            self._pieces[tenant] = self._make_pieces(tenant)
+        if (weights := self._tenants[tenant].weights) is not None:
+            self._pieces[tenant] = weight_pieces(self._gpu, self._operations[tenant], weights.parts, self._resources)
             self._residency.bring(tenant, self._tail)
             self._wait_for(tenant, lambda: not self._residency.arriving(tenant))
             self._launch_first(tenant, [piece.graph for piece in self._pieces[tenant]])
@@ -318,7 +288,7 @@ class Stage:
         operations = self._operations[tenant]
         segments = cut(operations, min(by_lane), wanted)
         if wanted is not None:
-            mine = self._cuts[tenant] = self._make_cut(model, operations, segments)
+            mine = self._cuts[tenant] = make_cut(self._gpu, model.graph, operations, segments, self._resources)
             self._launch_first(tenant, mine.graphs)
             for _, lane in self._places():
                 self._latest[tenant] = -1
@@ -353,33 +323,6 @@ class Stage:
         """One lane of each partition, the whole GPU counting as one."""
         lanes = {id(stream.partition): lane for lane, stream in reversed(list(enumerate(self._streams)))}
         return [(self._streams[lane], lane) for lane in sorted(lanes.values())]
-
-    def _make_pieces(self, tenant: int) -> tuple[_Piece, ...]:
-        """The tenant's model in graphs that need one part of its weights more each."""
-        operations = self._operations[tenant]
-        weights = self._tenants[tenant].weights
-        assert weights is not None
-        starts = [0, *sorted({part.first for part in weights.parts} - {0}), len(operations)]
-        pieces = []
-        for first, until in pairwise(starts):
-            pieces.append(_Piece(until, self._gpu.create_graph(operations[first:until], within=operations)))
-            self._resources.callback(pieces[-1].graph.close)
-        return tuple(pieces)
-
-    def _make_cut(
-        self, model: RunnableModel, operations: Sequence[Launch | Fill | Copy], segments: tuple[Segment, ...]
-    ) -> _Cut:
-        marks = []
-        for _ in range(MOST_PIECES + 1):
-            marks.append(self._gpu.create_event(timing=False))
-            self._resources.callback(marks[-1].close)
-        graphs = [model.graph]
-        if len(segments) > 1:
-            graphs.clear()
-            for segment in segments:
-                graphs.append(self._gpu.create_graph(operations[segment.first : segment.last], within=operations))
-                self._resources.callback(graphs[-1].close)
-        return _Cut(segments, tuple(graphs), cycle(marks).__next__, _steps(operations, segments))
 
     def clear(self) -> None:
         """Leave no control with its flag up or in the middle of a request: the models outlive the stage.
@@ -416,23 +359,6 @@ def _streams(gpu: Gpu, layout: Layout, undo: ExitStack) -> list[Stream]:
         undo.callback(stream.close)
         streams.append(stream)
     return streams
-
-
-def _control(operations: Sequence[Launch | Fill | Copy]) -> PreemptControl | None:
-    """The control that all operations look at, or None: one that looks at none would run on what others have not written."""
-    looking = [operation.preempt if isinstance(operation, Launch) else None for operation in operations]
-    controls = {id(found.control): found.control for found in looking if found is not None}
-    return next(iter(controls.values())) if len(controls) == 1 and None not in looking else None
-
-
-def _steps(operations: Sequence[Launch | Fill | Copy], segments: Sequence[Segment]) -> dict[int, int]:
-    """The segment of each step that a control may name."""
-    return {
-        operation.preempt.step: index
-        for index, segment in enumerate(segments)
-        for operation in operations[segment.first : segment.last]
-        if isinstance(operation, Launch) and operation.preempt is not None
-    }
 
 
 def _slot(gpu: Gpu, undo: ExitStack) -> Slot:
