@@ -106,6 +106,7 @@ def find_groups(
         wrong, inside, outside = _contradicted(groups, set(range(len(centres))), centres, tests, rng)
         # One disturbed measurement in a dozen unsettles a slice: what contradicts itself does so each time.
         wrong = {slice_ for slice_ in wrong if all(_settle(slice_, groups, tests, rng) for _ in range(_ROUNDS))}
+        groups = [group for group in groups if group]
     if wrong:
         raise NoisyGpuError(
             f"Contention puts slice {min(wrong)} now in one group of slices, now in another ({len(wrong)} slices in all): "
