@@ -22,7 +22,7 @@ Ratio = Callable[[], float]
 
 REPEATS = 7  # measurements of a pair whose first one is not taken at its word
 _CLEAR = 1.3  # slowdown on one slice over that on two, from which contention tells them apart
-_USUAL = 90  # percentile of the slowdowns on one slice: above it where only some of "one" slice's pairs are on one
+_CUT = 1 / 3  # of the way from what two slices show to the most that one does: some pairs may do more than others
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +56,19 @@ def judge_pairs(same: Sequence[Ratio], apart: Sequence[Ratio], sure: int) -> Pai
 
     Each is a function that measures the slowdown of one pair, the same two units at each call. sure: so many of `apart`,
     from the start, are on slices that more than the map tells apart: what they show is what two slices show. UNSURE where
-    pairs on one slice do not differ from them: contention shows nothing then.
+    no pair on one slice differs from them: contention shows nothing then.
     """
     ours, others = [_Pair(ratio) for ratio in same], [_Pair(ratio) for ratio in apart]
     while True:
         level = float(np.median([pair.slowdown for pair in others[:sure]]))
-        usual = float(np.percentile([pair.slowdown for pair in ours], _USUAL, method="higher"))
-        shows, cut = usual >= _CLEAR * level, (level + usual) / 2
+        # The most, not the median: where slices are several, only some of these pairs are on one.
+        most = max(ours, key=lambda pair: pair.slowdown)
+        shows, cut = most.slowdown >= _CLEAR * level, level + _CUT * (most.slowdown - level)
         against = [pair for pair in ours if pair.slowdown < cut] + [pair for pair in others if pair.slowdown >= cut]
         if not shows or not against:
             break
-        # With them those that they are held against: spikes must not move the cut.
-        doubted = [pair for pair in against if pair.once]
-        doubted += [pair for pair in ours if pair.once and pair.slowdown >= usual]
+        # First the one that all are held against: a spike must not make others measure again, nor move the cut.
+        doubted = [most] if most.once else [pair for pair in against if pair.once]
         if not doubted:
             break
         for _ in range(REPEATS - 1):  # in turn, so that a disturbance of some length does not meet one pair each time
