@@ -30,7 +30,17 @@ from missile.runtime.hosted import host_weights, load_image, weight_bytes
 from missile.runtime.swap_space import SwapSpace
 from missile.runtime.tenant import Tenant
 
-__all__ = ["BE_DEPTH", "LS_DEPTH", "Coloring", "LoadedTenant", "Roster", "RunnableModel", "load_tenants", "overlap_of"]
+__all__ = [
+    "BE_DEPTH",
+    "LS_DEPTH",
+    "Coloring",
+    "LoadedTenant",
+    "Roster",
+    "RunnableModel",
+    "host_buffers",
+    "load_tenants",
+    "overlap_of",
+]
 
 # Requests of one tenant that may be in flight at once. BE: the next is on the GPU before the current one ends, no more, so
 # that a policy decides late. LS: a policy that starts requests as they come finds room but for the longest queues.
@@ -247,8 +257,8 @@ def _load(
         model = _bind(gpu, tenant, found, memory, swap_at, overlap)
         own.callback(model.close)
         depth = LS_DEPTH if tenant.latency_sensitive else BE_DEPTH
-        inputs = _host_buffers(gpu, tenant, model.input_bytes, depth, own)
-        outputs = _host_buffers(gpu, tenant, model.output_bytes, depth, own)
+        inputs = host_buffers(gpu, tenant.name, model.input_bytes, depth, own)
+        outputs = host_buffers(gpu, tenant.name, model.output_bytes, depth, own)
         for buffer in inputs:
             _fill_inputs(model.package, buffer)
         undo.enter_context(own.pop_all())
@@ -290,12 +300,11 @@ def _check_limit(tenant: Tenant, package: ModelPackage) -> None:
         )
 
 
-def _host_buffers(gpu: Gpu, tenant: Tenant, nbytes: int, count: int, undo: ExitStack) -> tuple[HostBuffer, ...]:
-    if not nbytes:
-        return ()
+def host_buffers(gpu: Gpu, tenant: str, nbytes: int, count: int, undo: ExitStack) -> tuple[HostBuffer, ...]:
+    """`count` buffers of pinned memory with anything in them, until `undo`; none for 0 bytes. OutOfMemoryError."""
     buffers = []
-    for _ in range(count):
-        buffer = gpu.allocate_host(nbytes, tenant=tenant.name)
+    for _ in range(count if nbytes else 0):
+        buffer = gpu.allocate_host(nbytes, tenant=tenant)
         undo.callback(buffer.free)
         buffers.append(buffer)
     return tuple(buffers)

@@ -14,75 +14,34 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 
-from missile.compiler.bind import BoundModel
 from missile.errors import GpuError, MissileError, UnsupportedError
-from missile.gpu.interface import Gpu, HostBuffer, Launch, Level
-from missile.runtime.loading import BE_DEPTH, LS_DEPTH, LoadedTenant
+from missile.gpu.interface import Gpu, Level
 from missile.runtime.policies import create_policy
-from missile.runtime.tenant import Tenant
 from missile.serving.config import TenantConfig
 from missile.serving.engine.binding import Binder, CodeMissing, Found
-from missile.serving.engine.escapes import EscapeCounter
 from missile.serving.engine.executor import Batch, DeviceFacts, Loaded, TenantFacts
 from missile.serving.engine.live import Ended, LiveEngine
-from missile.serving.engine.packages import Views, empty, fill, package_signature, views
-from missile.serving.engine.planes import in_planes, takes_planes
+from missile.serving.engine.packages import empty, fill
+from missile.serving.engine.served import ServedModel, load_served, runtime_tenant
 from missile.serving.link import ring
-from missile.serving.tensors import ModelSignature
 
 __all__ = ["GpuExecutor"]
 
 _LOOK_NS = 20_000  # how long a step may wait for a running batch
 _LOOK_AFTER_NS = 500_000  # how long a poll may look after running batches
-_ASIDE_BYTES = 1 << 20  # tenants whose batches have more than this, in or out, are copied on a thread
 _SETTLE_S = 60.0  # how long batches may take to end before tenants can't be changed
-_USE_NS = 100_000_000  # shortest time over which used SMs are averaged
 _ISOLATION = {
     "priority": "LS streams have priority; SMs, caches, memory and link are shared",
     "partition": "SMs are split between LS and BE tenants; caches, memory and link are shared",
     "missile": "LS has priority, BE gives SMs back while LS requests are there, long copies share the link by weight; "
     "caches and memory are shared, but for tenants with colors of their own",
 }
-
-
-@dataclass(slots=True, eq=False)
-class _Model:
-    """A tenant's model. Views are of one pinned buffer for each batch that may be on its way.
-
-    number: in the live engine. given: batches that it was given since that engine was made; batch n is in buffers n modulo
-    their count. flying: those that have not ended, in order.
-    """
-
-    tenant: TenantConfig
-    signature: ModelSignature
-    bound: BoundModel
-    loaded: LoadedTenant
-    depth: int
-    notes: tuple[str, ...]
-    preemptible: bool
-    aside: bool
-    inputs: Views
-    outputs: Views
-    escapes: EscapeCounter | None
-    resources: ExitStack
-    number: int = -1
-    given: int = 0
-    flying: deque[Batch] = field(default_factory=deque)
-    sm_ns: int = 0
-    preempted: int = 0
-    cold: int = 0  # times its weights have come in from the host
-    used_from: int = 0
-    used_sms: float = 0.0
-    moved: int = 0  # bytes to the device, since `used_from`
-    used_link: float | None = None
-    executed_ns: int = 0  # when the last of its batches that has ended did so
 
 
 class GpuExecutor:
@@ -101,12 +60,12 @@ class GpuExecutor:
         self._policy = policy
         preempt = getattr(create_policy(policy), "preempt", False)
         self._binder = Binder(gpu, preempt=preempt, channel_map=channel_map, swap_bytes=swap_bytes)
-        self._models: dict[int, _Model] = {}
-        self._order: list[_Model] = []  # by number in the live engine
+        self._models: dict[int, ServedModel] = {}
+        self._order: list[ServedModel] = []  # by number in the live engine
         self._live: LiveEngine | None = None
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._filled: deque[_Model] = deque()  # a batch of it lies in its buffer
+        self._filled: deque[ServedModel] = deque()  # a batch of it lies in its buffer
         self._emptied: deque[Batch] = deque()
         self._finished: deque[Batch] = deque()
         self._copier = threading.Thread(target=self._copy, name="missile-copy", daemon=True)
@@ -143,7 +102,9 @@ class GpuExecutor:
         """The others pause while the policy is set up anew with this tenant: the GPU is split once for all of them."""
         self._settle()
         try:
-            model = self._load(tenant, prepared)
+            colors = {m.tenant.name: m.loaded.colors for m in self._models.values() if m.loaded.colors}
+            colors.pop(tenant.name, None)  # it takes over from itself
+            model = load_served(self._gpu, self._binder, tenant, prepared, name=self._name_for(tenant), others=colors)
         except CodeMissing:
             return None
         try:
@@ -158,51 +119,7 @@ class GpuExecutor:
         taken = {m.loaded.tenant.name for m in self._models.values()}
         return _free_name(tenant.name, taken)
 
-    def _load(self, tenant: TenantConfig, found: Found) -> _Model:
-        signature = package_signature(found.package, tenant.outputs, batched=tenant.batched)
-        depth = LS_DEPTH if tenant.tenant_class == "LS" else BE_DEPTH + 1  # one is filled while others are on the GPU
-        others = {m.tenant.name: m.loaded.colors for m in self._models.values() if m.loaded.colors}
-        others.pop(tenant.name, None)  # it takes over from itself
-        with ExitStack() as undo:
-            placed = self._binder.place(tenant, found, others, undo)
-            model = bound = placed.bound
-            # Only LS: all kernels of a tenant whose blocks leave on demand look at its flag. (Long batches have a thread.)
-            planes = tenant.tenant_class == "LS" and placed.is_plain and takes_planes(found.package.inputs)
-            if planes:
-                bound = in_planes(model, self._gpu, undo)
-            inputs = self._pinned(bound.input_bytes, depth, tenant, undo)
-            outputs = self._pinned(bound.output_bytes, depth, tenant, undo)
-            escapes = None
-            if placed.escapes:
-                escapes = EscapeCounter(self._gpu, placed.escapes, tenant=tenant.name, undo=undo)
-            colors = placed.colors or ()
-            runtime = _runtime_tenant(tenant, self._name_for(tenant))
-            loaded = LoadedTenant(runtime, bound, inputs, outputs, depth, colors=colors, weights=placed.weights)
-            return _Model(
-                tenant=tenant,
-                signature=signature,
-                bound=bound,
-                loaded=loaded,
-                depth=depth,
-                notes=placed.notes,
-                preemptible=_is_preemptible(bound),
-                aside=max(bound.input_bytes, bound.output_bytes) > _ASIDE_BYTES,
-                inputs=views(model, inputs, depth, is_input=True, batched=tenant.batched, contiguous=planes),
-                outputs=views(bound, outputs, depth, is_input=False, batched=tenant.batched),
-                escapes=escapes,
-                resources=undo.pop_all(),
-            )
-
-    def _pinned(self, nbytes: int, count: int, tenant: TenantConfig, undo: ExitStack) -> tuple[HostBuffer, ...]:
-        buffers = []
-        for _ in range(count if nbytes else 0):
-            buffer = self._gpu.allocate_host(nbytes, tenant=tenant.name)
-            undo.callback(buffer.free)
-            buffer.array[:] = 0
-            buffers.append(buffer)
-        return tuple(buffers)
-
-    def _drop(self, model: _Model, error: BaseException) -> None:
+    def _drop(self, model: ServedModel, error: BaseException) -> None:
         """Give a model back that could not be set up, and go on with the others."""
         if _lost(error):
             return
@@ -211,7 +128,7 @@ class GpuExecutor:
         if self._live is None:
             self._set_up(list(self._models.values()))
 
-    def _set_up(self, models: Sequence[_Model]) -> None:
+    def _set_up(self, models: Sequence[ServedModel]) -> None:
         """A live engine of these models, once what runs has ended. Without one when it raises."""
         self._settle()
         if self._live is not None:
@@ -220,12 +137,12 @@ class GpuExecutor:
             live.close()
         self._order = []
         if models:
-            depth = [min(m.depth, LS_DEPTH if m.tenant.tenant_class == "LS" else BE_DEPTH) for m in models]
+            depth = [model.running_depth for model in models]
             self._live = LiveEngine(self._gpu, self._policy, [m.loaded for m in models], depth)
         self._order = list(models)
         for number, model in enumerate(models):
-            model.number, model.given, model.sm_ns = number, 0, 0
-            model.used_from = self._gpu.now_ns()
+            model.number, model.given = number, 0
+            model.usage.begin(self._gpu.now_ns())
 
     def _settle(self) -> None:
         """Bring everything that was started to its end; `poll` hands it out later."""
@@ -244,7 +161,7 @@ class GpuExecutor:
     def tune(self, slot: int, tenant: TenantConfig) -> None:
         model = self._models[slot]
         model.tenant = tenant
-        fresh = _runtime_tenant(tenant, model.loaded.tenant.name)
+        fresh = runtime_tenant(tenant, model.loaded.tenant.name)
         if fresh != model.loaded.tenant:
             loaded = model.loaded
             model.loaded = replace(loaded, tenant=fresh)
@@ -253,19 +170,20 @@ class GpuExecutor:
     def tenant_facts(self, slot: int) -> TenantFacts:
         model = self._models[slot]
         self._note_use()
+        usage = model.usage
         return TenantFacts(
             memory_bytes=model.bound.nbytes,
             sms_granted=float(self._granted(model)),
-            sms_used=round(model.used_sms, 2),
+            sms_used=round(usage.sms, 2),
             link_granted=self._link_granted(model),
-            link_used=None if model.used_link is None else round(model.used_link, 4),
+            link_used=None if usage.link is None else round(usage.link, 4),
             colors=model.loaded.colors or None,
-            preemptions=model.preempted if model.preemptible else None,
-            cold_starts=None if model.loaded.weights is None else model.cold,
+            preemptions=usage.preempted if model.preemptible else None,
+            cold_starts=None if model.loaded.weights is None else usage.cold,
             guard_hits=None if model.escapes is None else model.escapes.read(),
         )
 
-    def _granted(self, model: _Model) -> int:
+    def _granted(self, model: ServedModel) -> int:
         """SMs of the tenant's side of the split; all of them where there is none."""
         everything = self._gpu.info.sms
         if self._live is None or not self._live.layout.partitions:
@@ -273,7 +191,7 @@ class GpuExecutor:
         kept = self._live.layout.partitions[0]
         return kept if model.tenant.tenant_class == "LS" else everything - kept
 
-    def _link_granted(self, model: _Model) -> float | None:
+    def _link_granted(self, model: ServedModel) -> float | None:
         """The tenant's entitlement to the host link, where copies are scheduled: its weight among all."""
         if self._live is None or self._live.link_rate is None:
             return None
@@ -286,18 +204,8 @@ class GpuExecutor:
             return
         now = self._gpu.now_ns()
         for model in self._order:
-            if model.loaded.weights is not None:
-                cold = live.cold_starts(model.number)
-                model.cold += cold
-                model.moved += cold * model.loaded.weights.nbytes
-            took = now - model.used_from
-            if took >= _USE_NS:
-                model.used_sms = (live.sm_ns[model.number] - model.sm_ns) / took
-                rate = live.link_rate
-                model.used_link = None if rate is None else min(1.0, model.moved / (rate * took * 1e-9))
-                model.sm_ns, model.used_from, model.moved = live.sm_ns[model.number], now, 0
-            model.preempted += live.preemptions[model.number]
-            live.preemptions[model.number] = 0
+            weights = model.loaded.weights
+            model.usage.note(live, model.number, 0 if weights is None else weights.nbytes, now)
 
     # --- batches
 
@@ -354,7 +262,7 @@ class GpuExecutor:
         model.executed_ns = max(ended.end_ns, model.executed_ns)
         batch.execute_ns = min(max(ended.start_ns, batch.start_ns), now)
         batch.executed_ns = min(max(ended.end_ns, batch.execute_ns), now)
-        model.moved += model.bound.input_bytes
+        model.usage.moved += model.bound.input_bytes
         index = ended.request % model.depth
         if model.aside:
 
@@ -397,23 +305,3 @@ def _free_name(name: str, taken: Collection[str]) -> str:
     """`name`, or with a number behind it: a tenant's new model is loaded beside the old one."""
     numbered = (f"{name[:56]}+{number}" for number in count(2))
     return next(candidate for candidate in chain([name], numbered) if candidate not in taken)
-
-
-def _is_preemptible(bound: BoundModel) -> bool:
-    return any(isinstance(operation, Launch) and operation.preempt is not None for operation in bound.operations)
-
-
-def _runtime_tenant(tenant: TenantConfig, name: str) -> Tenant:
-    """The tenant as the runtime's policies see it; how its requests arrive is not known, and none of them asks."""
-    return Tenant.model_validate(
-        {
-            "name": name,
-            "class": tenant.tenant_class,
-            "model": tenant.model,
-            "batch": tenant.batch.max,
-            "arrivals": {"kind": "poisson", "rate_per_s": 1.0},
-            "residency": tenant.residency,
-            "slo_ms": tenant.slo_ms if tenant.tenant_class == "LS" else None,
-            "weight": tenant.weight,
-        }
-    )
