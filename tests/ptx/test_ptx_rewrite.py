@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -61,7 +62,7 @@ def plain_access(bound: Translation, touched: tuple[Touch, ...]) -> list[Touch]:
     """`touched` as the reference translates it."""
     logical = np.array([t.address - LOGICAL_BASE for t in touched], np.int64)
     physical = BASE + bound.physical(logical)
-    return [Touch(t.kind, int(where)) for t, where in zip(touched, physical, strict=True)]
+    return [replace(t, address=int(where)) for t, where in zip(touched, physical, strict=True)]
 
 
 @pytest.mark.parametrize("name", INPUTS)

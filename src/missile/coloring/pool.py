@@ -187,7 +187,9 @@ class TenantMemory:
         self._span: AddressRange | None = span
         self._owned = owned
         self._limit = min(share.nbytes, share.nbytes if quota is None else quota)
-        self._free: list[tuple[int, int]] = [(0, share.nbytes // _ALIGNMENT * _ALIGNMENT)]
+        self._free: list[tuple[int, int]] = [
+            (share.translation.shape.head_bytes, share.nbytes // _ALIGNMENT * _ALIGNMENT)
+        ]
         self.base = span.address + start
         self.escapes = escapes
         self.constants = share.translation.constants(self.base, table=table, escapes=escapes)

@@ -13,7 +13,18 @@ from enum import StrEnum
 from missile.errors import MisuseError
 from missile.probe.layout import PageLayout
 
-__all__ = ["CONSTANTS", "LOGICAL_BASE", "MAX_MASKS", "WINDOW", "Escape", "Field", "Form", "Shape", "TableSpace"]
+__all__ = [
+    "CONSTANTS",
+    "LOGICAL_BASE",
+    "MAX_MASKS",
+    "WINDOW",
+    "WINDOW_ENTRIES",
+    "Escape",
+    "Field",
+    "Form",
+    "Shape",
+    "TableSpace",
+]
 
 CONSTANTS = "missile_color"  # the parameter's name
 
@@ -24,6 +35,9 @@ LOGICAL_BASE = 1 << 60
 WINDOW = 1 << 32  # bytes that lower halves of addresses tell apart
 
 MAX_MASKS = 4  # 16 colors of 4 bits are a 64-bit word
+
+
+WINDOW_ENTRIES = 32  # bits of the pair form's table that are kept in one register
 
 
 class Form(StrEnum):
@@ -59,8 +73,10 @@ class Field:
     MAGIC = 24  # u32
     SHIFT = 28  # u32
     COLORS = 32  # u64: parities of color i in bits 4i to 4i+3 (arithmetic form)
-    LIMIT = 32  # u32: logical bytes (step form)
+    LIMIT = 32  # u32: logical bytes (step form, windows of the pair form)
+    COARSE = 40  # u64: address of the table with a bit for every two frames (pair form, where they choose alike)
     MASKS = 40  # u32 each
+    OWN = 48  # u64: an address of the tenant's own, in which no buffer lies (pair form)
     ESCAPES = 56  # u64: address of a u64 counter
     BYTES = 64
 
@@ -107,6 +123,28 @@ class Shape:
     @property
     def frame_bits(self) -> int:
         return len(self.layout.inner_bits)
+
+    @property
+    def window_units(self) -> tuple[int, ...]:
+        """Bytes that a bit stands for in tables that windows can be read from; none where there are no windows."""
+        if self.form is not Form.PAIR or not self._has_windows:
+            return ()
+        return (self.unit_bytes, 2 * self.unit_bytes) if self.alike else (self.unit_bytes,)
+
+    @property
+    def head_bytes(self) -> int:
+        """At the start of a tenant's memory, in which no buffer lies: a window may begin there that only its end is used of."""
+        return WINDOW_ENTRIES * max(self.window_units, default=0)
+
+    @property
+    def guards(self) -> int:
+        """Frames at the end of a tenant's memory that hold nothing: one, or as many as a window has that begins there."""
+        return 1 + 2 * WINDOW_ENTRIES if self._has_windows else 1
+
+    @property
+    def _has_windows(self) -> bool:
+        """Of pairs, and of steps that translate as pairs do."""
+        return self.form in (Form.PAIR, Form.STEP) and self.unit_bytes == 256 and self.escape is Escape.GUARD
 
     @property
     def reach(self) -> int:

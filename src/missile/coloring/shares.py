@@ -6,7 +6,7 @@ Tenants have the same colors, and then different pages, or disjoint ones, and th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +59,7 @@ class Share:
     @property
     def nbytes(self) -> int:
         """Memory that the tenant can use."""
-        return self.translation.logical_bytes
+        return self.translation.logical_bytes - self.translation.shape.head_bytes
 
 
 def plan_shares(
@@ -143,13 +143,15 @@ def _pairs(palette: Palette, constants: Ints, demand: Demand, colors: tuple[int,
     layout = piece_layout(palette.layout)
     known = np.flatnonzero(constants[:, 2] != NO_PAGE)
     per_page = layout.granules // 2
-    needed = -(-demand.nbytes // layout.granule_bytes) + 1  # the guard
-    if len(known) * per_page < needed:
-        raise _missing(palette, demand, colors, len(known), (len(known) * per_page - 1) * layout.granule_bytes)
-    pages = known[: -(-needed // per_page)]
     # Two pieces of a granule with only the pair's bit between them.
     alike = palette.layout.inner_bits == (*layout.inner_bits, len(layout.inner_bits) + 1)
-    shape = Shape(Form.PAIR, layout, escape=escape, wide=_wide(layout, len(pages), escape), alike=alike)
+    shape = Shape(Form.PAIR, layout, escape=escape, wide=True, alike=alike)
+    needed = -(-(demand.nbytes + shape.head_bytes) // layout.granule_bytes) + shape.guards
+    if len(known) * per_page < needed:
+        room = (len(known) * per_page - shape.guards) * layout.granule_bytes - shape.head_bytes
+        raise _missing(palette, demand, colors, len(known), room)
+    pages = known[: -(-needed // per_page)]
+    shape = replace(shape, wide=_wide(layout, len(pages), escape))
     taken = choices_of_pages(palette, colors, constants[pages])
     foreign = float(residues(palette, colors, constants[pages]).mean())
     return Share(demand.tenant, colors, tuple(pages.tolist()), PairTranslation(shape, taken), foreign)

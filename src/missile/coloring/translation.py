@@ -2,7 +2,8 @@
 
 Logical memory is a run of frames, numbered from 0. Physical offsets count from the start of the range that the tenant's
 pages are mapped into, in the tenant's own order. One frame more than the tenant uses is the guard frame: accesses outside
-its memory go there. Pure arithmetic.
+its memory go there. Pairs have more frames behind it that hold nothing, for windows that begin there
+(`Shape.guards`). Pure arithmetic.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class _Translation:
     """What the forms have in common. `shape`, `pages`, and `locate` are theirs."""
 
     def __init__(self, shape: Shape, pages: int, places: int) -> None:
-        if pages < 1 or places < 2:
+        if pages < 1 or places <= shape.guards:
             raise MisuseError("A color set needs memory: at least one page with two frames of its colors.")
         limit = min(LIMIT, 1 << (shape.reach - shape.frame_bits))
         if places > limit:
@@ -78,7 +79,7 @@ class _Translation:
             raise MisuseError(f"{pages} pages are more than 4 GiB: they need a wide translation.")
         self.shape = shape
         self.pages = pages
-        self.frames = places - 1
+        self.frames = places - shape.guards
 
     @property
     def logical_bytes(self) -> int:
@@ -309,7 +310,7 @@ class PairTranslation(_Translation):
 
     @property
     def choices(self) -> npt.NDArray[np.uint8]:
-        """0 or 1 for each logical frame, the guard frame last, shape (frames + 1,)."""
+        """0 or 1 for each logical frame, the guard frames last, shape (frames + guards,)."""
         return self._choices
 
     def locate(self, frames: npt.ArrayLike) -> Ints:
@@ -317,11 +318,21 @@ class PairTranslation(_Translation):
         return np.asarray((frame * 2 + self._choices[frame]) << self.shape.frame_bits, np.int64)
 
     def table(self) -> npt.NDArray[np.uint32]:
-        """A bit for each frame, placed so that turning its word left by the frame's number brings it to the top."""
-        bits = np.zeros((-(-len(self._choices) // 32), 32), np.uint8)
-        bits.reshape(-1)[: len(self._choices)] = self._choices
-        # The first of a word's 32 to its highest bit.
-        return np.packbits(bits, axis=1).view(">u4").reshape(-1).astype(np.uint32)
+        """A bit for each frame, placed so that turning its word left by the frame's number brings it to the top; behind
+        them, where frames choose alike and windows may be read, one for every two.
+        """
+        units = self.shape.window_units
+        tables = [_packed(self._choices), *(_packed(self._choices[::2]) for _ in units[1:])]
+        return np.concatenate(tables)
+
+    def constants(self, base: int, *, table: int = 0, escapes: int = 0) -> bytes:
+        out = bytearray(super().constants(base, table=table, escapes=escapes))
+        if self.shape.window_units:
+            if not self.shape.wide:
+                struct.pack_into("<I", out, Field.LIMIT, self.logical_bytes)
+            own = base + int(self.locate(0))
+            struct.pack_into("<QQ", out, Field.COARSE, table + _packed(self._choices).nbytes, own)
+        return bytes(out)
 
 
 class StepTranslation(_Translation):
@@ -359,3 +370,10 @@ class StepTranslation(_Translation):
     def _fill(self, out: bytearray) -> None:
         if not self.shape.wide:
             struct.pack_into("<I", out, Field.LIMIT, self.logical_bytes)
+
+
+def _packed(bits: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
+    """Words of 32 bits, the first of them in its highest."""
+    whole = np.zeros((-(-len(bits) // 32), 32), np.uint8)
+    whole.reshape(-1)[: len(bits)] = bits
+    return np.packbits(whole, axis=1).view(">u4").reshape(-1).astype(np.uint32)

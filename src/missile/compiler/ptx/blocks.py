@@ -7,13 +7,13 @@ computed earlier under other names. The assembler drops the original where nobod
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from missile.compiler.ptx.flow import destinations, registers
 from missile.compiler.ptx.syntax import Address, Function, Instruction, Label, Name, Operand, Pair, Scope, Vector
 
-__all__ = ["Blocks", "Slice", "Unit"]
+__all__ = ["Blocks", "Slice", "Unit", "is_repeatable"]
 
 _REPEATABLE = frozenset(
     {
@@ -94,6 +94,24 @@ class Blocks:
         """Whether `block` is the whole body of a loop: it ends with a branch to its own start."""
         return any(self._labels.get(name) == block for name in self._jumps.get(block, ()))
 
+    @property
+    def count(self) -> int:
+        """Blocks."""
+        return len(self._first)
+
+    def units_of(self, block: int) -> Sequence[Unit]:
+        """The units of `block`, in the order of the text."""
+        end = self._first[block + 1] if block + 1 < len(self._first) else len(self.units)
+        return self.units[self._first[block] : end]
+
+    def sources(self, block: int) -> set[int]:
+        """Blocks that jump to `block`."""
+        return {source for source, names in self._jumps.items() if any(self._labels.get(n) == block for n in names)}
+
+    def follows(self, later: int, earlier: int) -> bool:
+        """Whether `later` is reached from `earlier` only, block by block in the order of the text."""
+        return earlier <= later and all(self.sources(block) <= {block} for block in range(earlier + 1, later + 1))
+
     def definition(self, name: str, before: int, block: int) -> int | None:
         """Index of the last unit of `block` before unit `before` that writes `name`; None where it comes from outside."""
         found = self._writers.get(name, [])
@@ -138,14 +156,15 @@ def _unit(statement: Instruction | Scope, block: int, inner: tuple[Instruction, 
         reads += [
             name for o in operands[1:] for name in _names(o) if name.text.startswith("%") and name.text not in local
         ]
-    repeatable = bool(inner) and not _has_label(statement) and all(map(_repeatable, inner))
+    repeatable = bool(inner) and not _has_label(statement) and all(map(is_repeatable, inner))
     if isinstance(statement, Scope) and any(name.text in writes for name in reads):
         repeatable = False  # it reads what it wrote itself
     return Unit(statement.start, statement.end, block, writes, tuple(reads), tuple(targets), repeatable)
 
 
-def _repeatable(instruction: Instruction) -> bool:
-    if instruction.guard is not None or not instruction.operands:
+def is_repeatable(instruction: Instruction, *, guarded: bool = False) -> bool:
+    """Whether computing it again gives the same and does nothing else. guarded: also under a condition."""
+    if (instruction.guard is not None and not guarded) or not instruction.operands:
         return False
     if instruction.root == "ld":
         return "param" in instruction.parts

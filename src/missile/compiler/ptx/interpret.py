@@ -8,6 +8,7 @@ give the words that the thread is run with, one after another, so that two versi
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -29,10 +30,11 @@ from missile.compiler.ptx.syntax import (
 from missile.compiler.ptx.translate import SHARED_TABLE
 from missile.errors import InternalError, UnsupportedError
 
-__all__ = ["Thread", "Touch", "run_thread"]
+__all__ = ["Thread", "Touch", "evaluate", "run_thread"]
 
 Value = int | None  # None: unknown
 
+_PACKED = re.compile(r"[usb]\d+x2")
 _STEPS = 2_000_000
 _SHARED_BASE = 1 << 20
 _FLOATS = ("f16", "f16x2", "bf16", "bf16x2", "f32", "f64", "tf32")
@@ -40,10 +42,11 @@ _FLOATS = ("f16", "f16x2", "bf16", "bf16x2", "f32", "f64", "tf32")
 
 @dataclass(frozen=True, slots=True)
 class Touch:
-    """One global access that was made. address: as the instruction computed it."""
+    """One global access. address: as the instruction computed it. made: False for a copy of nothing, which reads nothing."""
 
     kind: AccessKind
     address: int
+    made: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +148,11 @@ class _Run:
         if root == "setp":
             self._compare(instruction)
             return
+        if _PACKED.fullmatch(parts[-1]) and root in ("add", "sub") and len(operands) == 3:
+            self._add_packed(operands, 1 if root == "add" else -1)
+            return
         handler = _ARITHMETIC.get(root)
-        if handler is None or any(part in _FLOATS for part in parts) or not operands:
+        if handler is None or _PACKED.fullmatch(parts[-1]) or any(part in _FLOATS for part in parts) or not operands:
             self._forget(instruction)
             return
         width = _width(parts[-1])
@@ -167,6 +173,16 @@ class _Run:
         result, bits = handler(parts, known, width, signed)
         self._registers[target.text] = result & ((1 << bits) - 1)
 
+    def _add_packed(self, operands: Sequence[Operand], sign: int) -> None:
+        """Two halves of a word at once."""
+        target = operands[0]
+        assert isinstance(target, Name)
+        left, right = (self._read(operand, 32) for operand in operands[1:3])
+        self._registers[target.text] = None
+        if left is not None and right is not None:
+            halves = [(left >> at) + sign * (right >> at) & 0xFFFF for at in (0, 16)]
+            self._registers[target.text] = halves[0] | halves[1] << 16
+
     def _touch(self, instruction: Instruction) -> None:
         kind = self._accesses[instruction.start]
         which = 1 if kind is AccessKind.COPY else 0
@@ -179,7 +195,9 @@ class _Run:
             size = _width(instruction.parts[-1]) // 8
             self._spread_words(instruction.operands[0], thread.table[start:], size)
             return
-        self._touches.append(Touch(kind, where))
+        size = instruction.operands[3:4] if kind is AccessKind.COPY else ()
+        made = not any(not isinstance(operand, Immediate) and self._read(operand, 32) == 0 for operand in size)
+        self._touches.append(Touch(kind, where, made))
         if kind in (AccessKind.LOAD, AccessKind.ATOMIC):
             self._load_data(instruction)
 
@@ -301,6 +319,24 @@ def _symbols(module: Module, function: Function) -> dict[str, int]:
                 found[name] = at
                 at += 1 << 20
     return found
+
+
+def evaluate(instruction: Instruction, values: Sequence[int]) -> tuple[int, int] | None:
+    """What an arithmetic instruction or a comparison of integers makes of `values`, and its width; None for others.
+
+    values: of its operands behind the first, each cut to the width that it is read at.
+    """
+    parts = instruction.parts
+    width, signed = _width(parts[-1]), parts[-1].startswith("s")
+    if instruction.root == "setp":
+        left, right = (_signed(value, width) if signed else value for value in values[:2])
+        comparison = _COMPARISONS.get(parts[1])
+        return None if comparison is None or len(values) != 2 else (int(comparison(left, right)), 1)
+    handler = _ARITHMETIC.get(instruction.root)
+    if handler is None or _PACKED.fullmatch(parts[-1]) or any(part in _FLOATS for part in parts):
+        return None
+    result, bits = handler(parts, list(values), width, signed)
+    return result & ((1 << bits) - 1), bits
 
 
 # --- arithmetic: (parts of the opcode, operands, width, signed) -> (result, its width)

@@ -6,15 +6,16 @@ passes while the warp waits for data and products anyway, and lookups of several
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from missile.compiler.ptx.access import Access
 from missile.compiler.ptx.blocks import Blocks, Slice
 from missile.compiler.ptx.edits import Edit, apply, lines
 from missile.compiler.ptx.flow import Flow
 from missile.compiler.ptx.syntax import Function, Instruction
-from missile.compiler.ptx.translate import Emitter, Parts
+from missile.compiler.ptx.translate import Emitter, Pace, Parts, WindowParts
+from missile.compiler.ptx.windows import Member, Window, find_windows
 
 __all__ = ["place_early"]
 
@@ -31,14 +32,25 @@ def place_early(
     *,
     hoist: bool,
     keep: bool = False,
+    aligned: Mapping[str, int] | None = None,
+    units: Sequence[int] = (),
 ) -> tuple[list[Edit], list[str], int]:
     """Edits that translate the addresses of `accesses`, what the function has to start with, and how many translations.
 
     An address that one instruction computes is translated once, behind that instruction or (where no other block wants
     it) before the first access. Others are translated for the accesses of a block that find the same value. hoist: look up
     early; else where the translation stands. keep: where a block is a loop's body, look up again only what has changed.
+    aligned: bytes that pointers among the parameters are multiples of, by name: accesses that differ by constants then share
+    what they looked up (`windows.py`); None: they don't.
     """
-    return _Placing(source, Blocks(function), flow, emitter, hoist, keep).run(accesses)
+    blocks = Blocks(function)
+    placing = _Placing(source, blocks, flow, emitter, hoist, keep)
+    windows: Sequence[Window] = ()
+    never: Sequence[Access] = ()
+    if aligned is not None:
+        windows, never = find_windows(function, blocks, accesses, aligned, units)
+        windows = [window for window in windows if placing.has_place(window)]
+    return placing.run(accesses, windows, never)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +64,7 @@ class _Plan:
     behind: bool
     early: Slice | None
     before: int  # the unit before which the value of `base` is meant
+    window: Window | None = None  # that starts at `base + offset`
 
 
 class _Placing:
@@ -63,22 +76,30 @@ class _Placing:
         self._hoist = hoist
         self._keep = keep
         self._kept: dict[tuple[int, int], list[Parts]] = {}  # by block and unit: lookups that stand together
+        self._paces: dict[tuple[int, int, int, int, int | None], Pace] = {}
         self._head: list[str] = []
         self._edits: list[Edit] = []
         self._copies: dict[tuple[int, str], str] = {}  # new names, by unit and register
 
-    def run(self, accesses: Sequence[Access]) -> tuple[list[Edit], list[str], int]:
+    def run(
+        self, accesses: Sequence[Access], windows: Sequence[Window], never: Sequence[Access]
+    ) -> tuple[list[Edit], list[str], int]:
+        apart = {m.access.instruction.start for window in windows for m in window.members}
+        apart |= {access.instruction.start for access in never}
         groups: dict[tuple[str, int, int, int | None], list[Access]] = {}
         for access in accesses:
             base = access.address.base
             assert base is not None
-            groups.setdefault((base, access.address.offset, *self._value(base, access)), []).append(access)
+            if access.instruction.start not in apart:
+                groups.setdefault((base, access.address.offset, *self._value(base, access)), []).append(access)
         plans = [self._plan(base, offset, members) for (base, offset, *_), members in groups.items()]
+        plans += [self._window_plan(window) for window in windows]
         # From early to late, so that a copy of what an address is computed from serves those that stand later.
         for plan in sorted(plans, key=lambda p: p.early.at if p.early else p.before):
             self._write(plan)
         for (block, at), lookups in self._kept.items():
             self._insert(Slice((), at, block), self._changed(lookups))
+        self._leave(never)
         return self._edits, self._head, len(plans)
 
     def _value(self, base: str, access: Access) -> tuple[int, int | None]:
@@ -109,6 +130,31 @@ class _Placing:
         early = None if local else self._slice(base, home + 1, block)
         return _Plan(base, offset, accesses, definition.end, True, early, home + 1)
 
+    def has_place(self, window: Window) -> bool:
+        """Whether the address that `window` starts from can be had before all its members."""
+        if window.block is None:
+            return True
+        base = window.anchor.address.base
+        assert base is not None
+        place = self._blocks.index_at(window.anchor.instruction.start)
+        found = self._slice(base, place, window.block)
+        first = self._blocks.first_of(window.block)
+        return found is not None and found.at == first and first > 0
+
+    def _window_plan(self, window: Window) -> _Plan:
+        access = window.anchor
+        base = access.address.base
+        assert base is not None
+        offset = access.address.offset + window.offset
+        if window.block is None:
+            return replace(self._plan(base, offset, [access]), window=window)
+        # What the address is computed from in the loop, in front of it.
+        place = self._blocks.index_at(access.instruction.start)
+        first = self._blocks.first_of(window.block)
+        found = self._slice(base, place, window.block)
+        assert found is not None
+        return _Plan(base, offset, [], self._blocks.units[first - 1].end, True, found, place, window)
+
     def _slice(self, base: str, before: int, block: int) -> Slice | None:
         found = self._blocks.slice(base, before, block) if self._hoist else None
         if found is None or any(self._kind(t.text) is None for u in found.units for t in self._blocks.units[u].targets):
@@ -121,24 +167,64 @@ class _Placing:
 
     # --- text
     def _write(self, plan: _Plan) -> None:
-        early = plan.early
-        if early is None:
-            parts = self._emitter.split(plan.base, plan.offset)
-            rest = [*parts.before, *parts.lookup, *parts.rest]
-        else:
-            copies = [self._copy(unit, early) for unit in early.units]
+        early, window = plan.early, plan.window
+        ahead = window is not None and window.block is not None
+        address, code = plan.base, []
+        if early is not None:
+            # In front of a loop it is computed for the first iteration, so that no other translation can use it.
+            names = {} if ahead else self._copies
+            code = [copy for copy in (self._copy(unit, early, names) for unit in early.units) if copy]
             found = self._blocks.definition(plan.base, plan.before, early.block)
-            address = plan.base if found is None else self._copies.get((found, plan.base), plan.base)
+            address = plan.base if found is None else names.get((found, plan.base), plan.base)
+        parts: Parts | WindowParts
+        if window is None:
             parts = self._emitter.split(address, plan.offset)
-            rest = parts.rest
-            code = [*(copy for copy in copies if copy), *parts.before]
-            if self._keep and parts.key and self._blocks.repeats(early.block):
+        else:
+            parts = self._emitter.window(address, plan.offset, window.unit, window.last, window.low)
+        rest = parts.rest
+        if early is None or ahead:
+            rest = [*code, *parts.before, *parts.lookup, *parts.rest]
+        else:
+            code += parts.before
+            if self._keep and isinstance(parts, Parts) and parts.key and self._blocks.repeats(early.block):
                 self._kept.setdefault((early.block, early.at), []).append(parts)
             else:
                 code += parts.lookup
             self._insert(early, code)
         self._edits.append(_edit(plan.stand, rest, plan.behind))
-        self._edits += [Edit(a.address.start, a.address.end, f"[{parts.physical}]") for a in plan.accesses]
+        if isinstance(parts, Parts):
+            self._edits += [Edit(a.address.start, a.address.end, f"[{parts.physical}]") for a in plan.accesses]
+        elif window is not None:
+            for member in window.members:
+                self._use(parts, member)
+
+    def _use(self, window: WindowParts, member: Member) -> None:
+        """Translate the address of a window's member."""
+        beyond = 0
+        if member.block is None or not member.step:
+            code, physical, beyond = self._emitter.inside(window, member.start)
+        else:
+            code, physical = self._emitter.paced(window, self._pace(member, member.block, window))
+        access = member.access
+        self._edits.append(_edit(access.instruction.start, code, behind=False))
+        self._edits.append(Edit(access.address.start, access.address.end, f"[{physical}+{beyond}]"))
+
+    def _pace(self, member: Member, block: int, window: WindowParts) -> Pace:
+        """How the loop `block` advances its members that go like `member`, written where it starts and ends."""
+        key = (block, member.start, member.step, window.unit, window.low)
+        if key not in self._paces:
+            pace = self._paces[key] = self._emitter.pace(member.start, member.step, window, self._head)
+            units = self._blocks.units_of(block)
+            self._edits.append(_edit(units[0].start, pace.code, behind=False))
+            self._edits.append(_edit(units[-1].start, [pace.advance], behind=False))
+        return self._paces[key]
+
+    def _leave(self, never: Sequence[Access]) -> None:
+        """Accesses that are not made get an address of the tenant's own, in case that they are."""
+        if never:
+            code, physical = self._emitter.nowhere()
+            self._head += code
+            self._edits += [Edit(a.address.start, a.address.end, f"[{physical}]") for a in never]
 
     def _changed(self, lookups: list[Parts]) -> list[str]:
         """All of `lookups` again where one of their keys is not that of the loop's last iteration."""
@@ -168,22 +254,22 @@ class _Placing:
         else:
             self._edits.append(_edit(units[early.at].start, code, behind=False))
 
-    def _copy(self, index: int, early: Slice) -> str:
-        """Unit `index` with new names for what it writes; "" where there is such a copy already."""
+    def _copy(self, index: int, early: Slice, names: dict[tuple[int, str], str]) -> str:
+        """Unit `index` with new names for what it writes, which go to `names`; "" where there is such a copy already."""
         unit = self._blocks.units[index]
-        if all((index, target.text) in self._copies for target in unit.targets):
+        if all((index, target.text) in names for target in unit.targets):
             return ""
         changes = []
         for target in unit.targets:
             kind = self._kind(target.text)
             assert kind is not None
-            name = self._copies.setdefault((index, target.text), self._emitter.take(kind))
+            name = names.setdefault((index, target.text), self._emitter.take(kind))
             changes.append(Edit(target.start, target.end, name))
         for read in unit.reads:
             found = self._blocks.definition(read.text, index, early.block)
-            if found is not None and (found, read.text) in self._copies:
+            if found is not None and (found, read.text) in names:
                 sign = "!" if read.negated else ""
-                changes.append(Edit(read.start, read.end, sign + self._copies[found, read.text]))
+                changes.append(Edit(read.start, read.end, sign + names[found, read.text]))
         return apply(self._source, changes, unit.start, unit.end)
 
 

@@ -5,7 +5,7 @@ The text is edited in place: what is no access stays as it was, byte for byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -29,6 +29,7 @@ class Placement(StrEnum):
     DEFINITION = "definition"  # where the address is computed, once for all its accesses; else right before the access
     EARLY = "early"  # the lookup as early in the block as it can be, so that its latency passes with others
     KEPT = "kept"  # the same, and in loops a lookup is made again only where it is another
+    WINDOWS = "windows"  # early, and accesses that differ by constants share what they looked up (where the form can)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +41,18 @@ class Rewritten:
     translations: int
 
 
-def rewrite(source: str, shape: Shape, *, name: str = "", placement: Placement = Placement.EARLY) -> Rewritten:
+def rewrite(
+    source: str,
+    shape: Shape,
+    *,
+    name: str = "",
+    placement: Placement = Placement.EARLY,
+    aligned: Sequence[int] = (),
+) -> Rewritten:
     """Translate every access to global memory in the PTX text `source` by translations of `shape`.
 
+    aligned: bytes that each parameter is a multiple of, in their order, for all launches; 1 for those that are not given.
+    Windows rely on it for what they compute, not for where it lands.
     Every entry point then takes one more parameter, the last: the tenant's constants (`TenantMemory.constants`), by value.
     UnsupportedError naming the kernel for what can't be translated; MisuseError for PTX that was rewritten already.
     """
@@ -63,7 +73,7 @@ def rewrite(source: str, shape: Shape, *, name: str = "", placement: Placement =
         for access in accesses:
             if not access.table:
                 counts[access.kind] = counts.get(access.kind, 0) + 1
-        made, written = _function(module, function, accesses, shape, placement)
+        made, written = _function(module, function, accesses, shape, placement, aligned)
         edits += made
         translations += written
     return Rewritten(apply(source, edits), counts, translations)
@@ -91,7 +101,12 @@ def _check(function: Function, accesses: Iterable[Access], shape: Shape) -> None
 
 
 def _function(
-    module: Module, function: Function, accesses: tuple[Access, ...], shape: Shape, placement: Placement
+    module: Module,
+    function: Function,
+    accesses: tuple[Access, ...],
+    shape: Shape,
+    placement: Placement,
+    aligned: Sequence[int],
 ) -> tuple[list[Edit], int]:
     flow = Flow(module, function)
     emitter = Emitter(shape)
@@ -115,8 +130,12 @@ def _function(
             translated,
             flow,
             emitter,
-            hoist=placement in (Placement.EARLY, Placement.KEPT),
+            hoist=placement is not Placement.DEFINITION,
             keep=placement is Placement.KEPT,
+            aligned={p.name: unit for p, unit in zip(function.parameters, aligned, strict=False)}
+            if placement is Placement.WINDOWS and shape.window_units
+            else None,
+            units=shape.window_units,
         )
     edits += made
     head = [*emitter.declarations(), *start, *(prologue(shape) if function.entry and accesses else [])]

@@ -1,0 +1,219 @@
+"""Which accesses take their bits from one window of the pair form's table, looked up once.
+
+Addresses that differ by constants, those of a loop's iterations among them, lie in a few consecutive pieces of memory. The
+bits of 32 of those fit in a register, so one lookup before all of them is enough.
+
+What is found here decides whether an access reaches the right place. That it reaches the tenant's own memory does not depend
+on it: the code that is written (`Emitter.window`) holds the window in the memory and the access in the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from missile.coloring.shape import WINDOW_ENTRIES
+from missile.compiler.ptx.access import Access
+from missile.compiler.ptx.blocks import Blocks
+from missile.compiler.ptx.loops import Loop, Visit, follow
+from missile.compiler.ptx.sums import Sum, Values
+from missile.compiler.ptx.syntax import Function
+
+__all__ = ["Member", "Window", "find_windows"]
+
+_TERMS = 64  # bits of an address
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """An access at `start + step * iteration` bytes from its window's start. block: the loop, None outside of loops."""
+
+    access: Access
+    start: int
+    step: int = 0
+    block: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """anchor: an access whose address is the same but for a constant; the window starts `offset` bytes from that. It stands
+    before all members; or it is in the loop `block`, and its address in the first iteration is meant, before the loop.
+
+    unit: bytes that a bit stands for. low: bits below a unit that the start can have set; with them no member's place carries
+    into the next unit, so all threads find a member in the same unit from the start. None where that is not sure.
+    last: the last byte that a member starts at, from the window's start.
+    """
+
+    anchor: Access
+    offset: int
+    block: int | None
+    unit: int
+    low: int | None
+    last: int
+    members: Sequence[Member]
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """Where an access goes, in bytes from an address that is common to its group: `first + step * iteration`."""
+
+    access: Access
+    block: int
+    loop: bool
+    first: int
+    step: int
+    lowest: int
+    highest: int
+    known: bool  # what it is in the first iteration
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Accesses whose addresses differ by constants, in order. terms: what they have in common. zero: the address that ranges
+    count from, without that."""
+
+    terms: tuple[tuple[int, int], ...]
+    zero: int
+    ranges: Sequence[_Range]
+
+
+def find_windows(
+    function: Function,
+    blocks: Blocks,
+    accesses: Sequence[Access],
+    aligned: Mapping[str, int],
+    units: Sequence[int],
+) -> tuple[list[Window], list[Access]]:
+    """Windows, and the accesses that are never made (copies of nothing).
+
+    aligned: bytes that pointers among the parameters are multiples of, by name: wrong ones make wrong code. units: bytes
+    that a bit can stand for, the preferred first.
+    """
+    values = Values()
+    trace = follow(function, blocks, accesses, values, aligned)
+    never = [access for access, visit in trace.visits.items() if not visit.made]
+    members: dict[tuple[tuple[int, int], ...], list[tuple[Access, int, Sequence[Visit], bool]]] = {}
+    for access, visit in trace.visits.items():
+        if visit.made:
+            block = blocks.units[blocks.index_at(access.instruction.start)].block
+            members.setdefault(visit.address.terms, []).append((access, block, [visit], False))
+    for loop in trace.loops:
+        for access, visits in loop.visits.items():
+            terms = {visit.address.terms for visit in visits if visit.made}
+            if not terms:
+                never.append(access)
+            elif len(terms) == 1 and not _inside_another(blocks, loop):
+                members.setdefault(terms.pop(), []).append((access, loop.block, visits, True))
+    windows = []
+    for terms, found in members.items():
+        found.sort(key=lambda m: m[0].instruction.start)
+        group = _group(terms, found)
+        windows += _Cutting(group, values, blocks, units).run()
+    return windows, never
+
+
+def _inside_another(blocks: Blocks, loop: Loop) -> bool:
+    """Whether a loop goes around `loop`, which then is run more than once."""
+    return any(
+        source >= loop.block >= target and (source, target) != (loop.block, loop.block)
+        for target in range(loop.block + 1)
+        for source in blocks.sources(target)
+    )
+
+
+def _group(
+    terms: tuple[tuple[int, int], ...], members: Sequence[tuple[Access, int, Sequence[Visit], bool]]
+) -> _Group:
+    """Those that advance evenly."""
+    zero = next(v.address.constant for v in members[0][2] if v.made)
+    ranges = []
+    for access, block, visits, loop in members:
+        at = {index: _signed(v.address.constant - zero) for index, v in enumerate(visits) if v.made}
+        (first, start), *others = at.items()
+        step = (others[0][1] - start) // (others[0][0] - first) if others else 0
+        if all(place == start + step * (index - first) for index, place in at.items()):
+            lowest, highest = min(at.values()), max(at.values())
+            # Before iterations that make no access it may be anywhere: what the address is in the first has to be known.
+            known = visits[0].address == Sum.of(_TERMS, zero + start - step * first, terms)
+            ranges.append(_Range(access, block, loop, start - step * first, step, lowest, highest, known))
+    return _Group(terms, zero, ranges)
+
+
+class _Cutting:
+    """Cuts a group into windows."""
+
+    def __init__(self, group: _Group, values: Values, blocks: Blocks, units: Sequence[int]) -> None:
+        self._group = group
+        self._blocks = blocks
+        self._lows = {u: values.bits(Sum.of(u.bit_length() - 1, 0, group.terms)) for u in units}
+        self._left = list(group.ranges)
+
+    def run(self) -> list[Window]:
+        """From the longest range on, each window with what is near."""
+        windows = []
+        for wide in sorted(self._group.ranges, key=lambda r: (r.lowest - r.highest, r.lowest)):
+            if wide not in self._left:
+                continue
+            taken = [wide]
+            for near in sorted(self._left, key=lambda r: _distance(r, wide)):
+                if near is not wide and self._span([*taken, near]) is not None:
+                    taken.append(near)
+            window = self._window(wide, taken)
+            self._left.remove(wide)
+            if window is not None:
+                windows.append(window)
+                inside = {member.access.instruction.start for member in window.members}
+                self._left = [r for r in self._left if r.access.instruction.start not in inside]
+        return windows
+
+    def _window(self, wide: _Range, taken: Sequence[_Range]) -> Window | None:
+        """A window over `wide` and those of `taken` that it can be one for; None where it would be for one access alone."""
+        first = min(r.block for r in taken)
+        anchors = [r for r in self._group.ranges if not r.loop and self._blocks.follows(first, r.block)]
+        if anchors:
+            anchor = min(anchors, key=lambda r: (r not in taken, r.access.instruction.start))
+        elif wide.loop and wide.known:
+            anchor = wide
+        else:
+            return None
+        kept = [r for r in taken if self._is_behind(r, anchor)]
+        span = self._span(kept) if wide in kept else None
+        if span is None or (len(kept) == 1 and not wide.loop):
+            return None
+        start, unit, low, last = span
+        members = [
+            Member(r.access, r.first - start, r.step, r.block if r.loop else None)
+            for r in sorted(kept, key=lambda r: r.access.instruction.start)
+        ]
+        block = anchor.block if anchor.loop else None
+        return Window(anchor.access, start - anchor.first, block, unit, low, last, members)
+
+    def _is_behind(self, given: _Range, anchor: _Range) -> bool:
+        if not self._blocks.follows(given.block, anchor.block):
+            return False
+        return anchor.loop or given.access.instruction.start >= anchor.access.instruction.start
+
+    def _span(self, taken: Sequence[_Range]) -> tuple[int, int, int | None, int] | None:
+        """Start of a window over `taken`, its unit, its `low`, and its last byte; None where it is too long."""
+        zero = self._group.zero
+        lowest, highest = min(r.lowest for r in taken), max(r.highest for r in taken)
+        for unit, low in self._lows.items():
+            inside = {(zero + r.first + r.step * index) % unit for r in taken for index in range(unit if r.step else 1)}
+            start = lowest - (zero + lowest) % unit
+            fits = highest - start < WINDOW_ENTRIES * unit
+            if fits and not any(low & place for place in inside) and low + max(inside) < unit:
+                return start, unit, low, highest - start
+        for unit in self._lows:
+            # A window that starts anywhere in its first unit reaches one unit less far.
+            if highest - lowest <= (WINDOW_ENTRIES - 1) * unit:
+                return lowest, unit, None, highest - lowest
+        return None
+
+
+def _distance(one: _Range, other: _Range) -> int:
+    return max(one.lowest - other.highest, other.lowest - one.highest)
+
+
+def _signed(value: int) -> int:
+    value &= (1 << _TERMS) - 1
+    return value - (1 << _TERMS) if value >> (_TERMS - 1) else value
