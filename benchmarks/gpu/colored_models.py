@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ from missile.probe.channel_map import ChannelMap
 from missile.probe.map_file import read_map
 
 STEPS = ("step", "step-kept")  # ways that take the larger table of `shadow_shape`
+PLACED = {"kept": Placement.KEPT, "windows": Placement.WINDOWS}  # ways with the table of the form itself
 
 
 def kind_of(kernel: str) -> str:
@@ -93,6 +95,7 @@ class ModelRun:
                 "variants": {},
             }
             expected = contents.run(plain, None)
+            row |= self._rolled(plain)
             row["output_distinct_bytes"] = len(np.unique(expected[BufferKind.OUTPUT]))
             for variant in chosen:
                 if time.monotonic() > deadline:
@@ -108,6 +111,17 @@ class ModelRun:
                     if getattr(error, "usable", "") == "nothing":
                         raise
             return row
+
+    def _rolled(self, plain: BoundModel) -> dict[str, Any]:
+        """Times of the plain kernels and of the same without unrolled loops, where that is asked for."""
+        with tempfile.TemporaryDirectory() as folder:
+            if not self._builder.rolled(self.name, Path(folder)):
+                return {}
+            model = bind(self.package, Path(folder), self._gpu, tenant=self.name)
+            try:
+                return {"rolled": self._classes(self._steps(plain), {"rolled": self._steps(model)})}
+            finally:
+                model.close()
 
     def _variant(
         self,
@@ -178,9 +192,11 @@ class ModelRun:
         """For each kernel the code that is fastest where it stands; the usual one where others gain less than 2%."""
         shape, ids = memory.translation.shape, list(code.cubins)
         steps = self._builder.code(self.name, shadow_shape(shape)).cubins
-        looping = self._builder.kept(self.name, shape)
-        looping_steps = self._builder.kept(self.name, shadow_shape(shape))
+        looping = self._builder.placed(self.name, shape, Placement.KEPT)
+        windows = self._builder.placed(self.name, shape, Placement.WINDOWS)
+        looping_steps = self._builder.placed(self.name, shadow_shape(shape), Placement.KEPT)
         ways = {
+            "windows": ColoredKernels(shape, {**code.cubins, **windows}, code.transfer),
             "kept": ColoredKernels(shape, {**code.cubins, **looping}, code.transfer),
             "step": ColoredKernels(shape, steps, code.transfer, frozenset(ids)),
             "step-kept": ColoredKernels(shape, {**steps, **looping_steps}, code.transfer, frozenset(ids)),
@@ -202,7 +218,7 @@ class ModelRun:
             taken[kernel] = best
             chosen[own] = times[best][own]
             text = (self.directory / "kernels" / f"{kernel}.ptx").read_text()
-            self._table.note(shape.form, text, Placement.KEPT if best == "kept" else None)
+            self._table.note(shape.form, text, PLACED.get(best))
             self._table.note_shadowed(shape.form, text, best in STEPS)
             other = shadow_shape(shape).form
             self._table.note(other, text, Placement.KEPT if best == "step-kept" else None)
@@ -257,6 +273,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--no-classes", dest="classes", action="store_false", help="leave the times of kernels out")
+    parser.add_argument("--rolled", action="store_true", help="also time plain kernels whose loops are not unrolled")
     parser.add_argument("--startup", action="store_true")
     arguments = parser.parse_args()
     started = time.monotonic()
@@ -286,13 +303,16 @@ def main() -> None:
             begin = time.perf_counter()
             shares[name] = plan(package, chosen, channel_map, rng)
             result.setdefault("plan_seconds", {})[name] = time.perf_counter() - begin
+            if arguments.rolled:
+                builder.ask_rolled(name)
             for variant in chosen:
                 shape = shares[name][variant.name].translation.shape
                 builder.ask(name, shape)
                 if variant.mixed:
                     builder.ask(name, shadow_shape(shape))
-                    builder.ask_kept(name, shape)
-                    builder.ask_kept(name, shadow_shape(shape))
+                    builder.ask_placed(name, shape, Placement.WINDOWS)
+                    builder.ask_placed(name, shape, Placement.KEPT)
+                    builder.ask_placed(name, shadow_shape(shape), Placement.KEPT)
         most = max(max(share.pages) for found in shares.values() for share in found.values()) + 1
         print(f"planned after {time.monotonic() - started:.1f} s", flush=True)
         with open_gpu(arguments.device) as gpu:

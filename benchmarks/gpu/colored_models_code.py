@@ -23,8 +23,11 @@ from missile.compiler.colored import (
     color_kernels,
 )
 from missile.compiler.package import ModelPackage
-from missile.compiler.planning import needed_bytes
+from missile.compiler.planning import alignments, needed_bytes
 from missile.compiler.ptx.assemble import assemble
+from missile.compiler.ptx.blocks import Blocks
+from missile.compiler.ptx.edits import Edit, apply
+from missile.compiler.ptx.parser import parse
 from missile.compiler.ptx.rewrite import Placement, rewrite
 from missile.probe.channel_map import ChannelMap
 
@@ -34,8 +37,8 @@ TRANSFER_BYTES = 64 << 20  # that speed is measured with
 @dataclass(frozen=True)
 class Variant:
     """all_colors: the tenant has every color; else half of them, chosen at random where the form lets one choose.
-    mixed: each kernel has what is fastest with it, of the usual code, lookups kept in loops, and steps for the same memory;
-    measured first.
+    mixed: each kernel has what is fastest with it, of the usual code, lookups kept in loops, windows, and steps for the same
+    memory; measured first.
     """
 
     name: str
@@ -83,26 +86,59 @@ class Builder:
         self._workers = ProcessPoolExecutor(max((os.cpu_count() or 2) - 1, 1), multiprocessing.get_context("spawn"))
         self._threads = ThreadPoolExecutor(2)  # so that code is made about in the order that it was asked for
         self._pending: dict[tuple[str, Shape], Future[ColoredKernels]] = {}
-        self._kept: dict[tuple[str, Shape], list[Future[bytes]]] = {}
+        self._placed: dict[tuple[str, Shape, Placement], list[Future[bytes]]] = {}
+        self._rolled: dict[str, dict[str, Future[bytes]]] = {}
         self.seconds: dict[str, float] = {}
 
     def ask(self, name: str, shape: Shape) -> None:
         if (name, shape) not in self._pending:
             self._pending[name, shape] = self._threads.submit(self._make, name, shape)
 
-    def ask_kept(self, name: str, shape: Shape) -> None:
-        """Also code that keeps lookups in loops."""
+    def ask_placed(self, name: str, shape: Shape, placement: Placement) -> None:
+        """Also code with another placement than the usual one."""
         package, directory = self._packages[name]
-        sources = ((k.id, (directory / "kernels" / f"{k.id}.ptx").read_text()) for k in package.kernels)
-        self._kept[name, shape] = [self._workers.submit(kept, text, shape, key) for key, text in sources]
+        aligned = alignments(package)
+        self._placed[name, shape, placement] = [
+            self._workers.submit(
+                placed,
+                (directory / "kernels" / f"{k.id}.ptx").read_text(),
+                shape,
+                k.id,
+                placement,
+                aligned.get(k.id, ()),
+            )
+            for k in package.kernels
+        ]
+
+    def ask_rolled(self, name: str) -> None:
+        """Also plain code whose loops are not unrolled."""
+        package, directory = self._packages[name]
+        self._rolled[name] = {
+            k.id: self._workers.submit(rolled, (directory / "kernels" / f"{k.id}.ptx").read_text(), k.id)
+            for k in package.kernels
+        }
+
+    def rolled(self, name: str, folder: Path) -> bool:
+        """Make `folder` a directory of the package with such code; False where nobody asked for it."""
+        if name not in self._rolled:
+            return False
+        directory = self._packages[name][1]
+        for path in directory.iterdir():
+            if path.name != "kernels":
+                (folder / path.name).symlink_to(path.resolve())
+        (folder / "kernels").mkdir()
+        for kernel, made in self._rolled[name].items():
+            plain = (directory / "kernels" / f"{kernel}.cubin").read_bytes()
+            (folder / "kernels" / f"{kernel}.cubin").write_bytes(made.result() or plain)
+        return True
 
     def code(self, name: str, shape: Shape) -> ColoredKernels:
         return self._pending[name, shape].result()
 
-    def kept(self, name: str, shape: Shape) -> dict[str, bytes]:
+    def placed(self, name: str, shape: Shape, placement: Placement) -> dict[str, bytes]:
         """By kernel, for those that it makes a difference to."""
         kernels = self._packages[name][0].kernels
-        made = (future.result() for future in self._kept[name, shape])
+        made = (future.result() for future in self._placed[name, shape, placement])
         return {kernel.id: cubin for kernel, cubin in zip(kernels, made, strict=True) if cubin}
 
     def _make(self, name: str, shape: Shape) -> ColoredKernels:
@@ -121,13 +157,24 @@ class Builder:
         self._workers.shutdown(cancel_futures=True)
 
 
-def kept(ptx: str, shape: Shape, name: str) -> bytes:
-    """The cubin of a kernel that keeps lookups in loops; nothing where that is the usual code. For other processes."""
-    text = rewrite(ptx, shape, name=name, placement=Placement.KEPT).ptx
+def placed(ptx: str, shape: Shape, name: str, placement: Placement, aligned: tuple[int, ...]) -> bytes:
+    """The cubin of a kernel with a placement; nothing where that is the usual code. For other processes."""
+    text = rewrite(ptx, shape, name=name, placement=placement, aligned=aligned).ptx
     if text == rewrite(ptx, shape, name=name).ptx:
         return b""
     found = re.search(r"\.target\s+(\w+)", ptx)
     return assemble(text, arch=found[1] if found else "", name=name)
+
+
+def rolled(ptx: str, name: str) -> bytes:
+    """The cubin of a plain kernel whose loops of one block ptxas may not unroll; nothing where there are none."""
+    edits = []
+    for function in parse(ptx, name).functions:
+        blocks = Blocks(function)
+        starts = (blocks.units_of(b)[0].start for b in range(blocks.count) if blocks.repeats(b))
+        edits += [Edit(start, start, '.pragma "nounroll";\n\t') for start in starts]
+    found = re.search(r"\.target\s+(\w+)", ptx)
+    return assemble(apply(ptx, edits), arch=found[1] if found else "", name=name) if edits else b""
 
 
 def plan(

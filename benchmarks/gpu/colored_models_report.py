@@ -11,7 +11,13 @@ from typing import Any
 
 
 def line(row: dict[str, Any]) -> str:
-    cells = [
+    rolled = row.get("rolled", {}).get("ns", {})
+    cells = [f"not unrolled, plain {kind} {found['ratio']:.3f}" for kind, found in rolled.items()]
+    for name, v in row.get("variants", {}).items():
+        if "sums_ns" in v:
+            cells.append(f"{name} by way {', '.join(f'{w} {n / 1e3:.0f} us' for w, n in v['sums_ns'].items())}")
+            cells.append(f"chosen {', '.join(f'{w} {n}' for w, n in v['chosen'].items())}")
+    cells += [
         f"{name} {v['ratio']:.3f} ({v['ratio_kernels']:.3f}){'' if v['same_bits'] else ' WRONG'}"
         if "ratio" in v
         else f"{name} {'same' if v.get('same_bits') else v.get('error', 'WRONG')}"

@@ -133,7 +133,7 @@ class Shape:
 
     @property
     def head_bytes(self) -> int:
-        """At the start of a tenant's memory, in which no buffer lies: a window may begin there that only its end is used of."""
+        """At the start of a tenant's memory, where no buffer lies: a window may begin there that is used from further on."""
         return WINDOW_ENTRIES * max(self.window_units, default=0)
 
     @property

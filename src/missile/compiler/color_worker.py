@@ -31,8 +31,8 @@ _FEWEST = 4  # kernels: a process takes longer to start than fewer take to compi
 class Task:
     """A kernel's PTX to be colored, and made preemptible or to overlap; each of it or none. arch: the GPU that it is for.
 
-    shape: None for plain memory; placement: None for the usual one; preempt, overlap: how, None where not. What is
-    preempted can't overlap.
+    shape: None for plain memory; placement: None for the usual one; aligned: bytes that its arguments are multiples of (see
+    `rewrite`). preempt, overlap: how, None where not. What is preempted can't overlap.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Task:
     arch: str
     preempt: tuple[Look, Place] | None = None
     overlap: Overlap | None = None
+    aligned: tuple[int, ...] = ()
 
 
 def color(task: Task) -> bytes:
@@ -49,7 +50,7 @@ def color(task: Task) -> bytes:
     text = task.ptx
     if task.shape is not None:
         options = {} if task.placement is None else {"placement": task.placement}
-        text = rewrite(text, task.shape, name=task.name, **options).ptx
+        text = rewrite(text, task.shape, name=task.name, aligned=task.aligned, **options).ptx
     if task.preempt is not None:
         look, place = task.preempt
         text = make_preemptible(text, name=task.name, look=look, place=place)

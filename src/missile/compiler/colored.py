@@ -23,6 +23,7 @@ from missile.compiler.kept import is_kept, keep, target_of
 from missile.compiler.overlap_table import DEFAULT, OVERLAPS, Overlapping, OverlapTable, Tuned, memory_of
 from missile.compiler.package import ModelPackage
 from missile.compiler.placements import PLACEMENTS, PlacementTable
+from missile.compiler.planning import alignments
 from missile.compiler.ptx.assemble import assemble
 from missile.compiler.ptx.fill import fill_entry
 from missile.compiler.ptx.overlap import Overlap, make_overlapping
@@ -90,7 +91,7 @@ def shape_name(shape: Shape) -> str:
         f"x{int(shape.page_xors)}",
         str(shape.escape),
         f"w{int(shape.wide)}",
-        *(["alike"] if shape.alike and shape.form is Form.STEP else []),
+        *(["alike"] if shape.alike else []),
     ]
     return "-".join(parts)
 
@@ -141,11 +142,13 @@ def color_kernels(
     transfer = assemble(movers, arch=arch, name=_TRANSFER)
     best, waits = PlacementTable.load(package.gpu), OverlapTable.load(package.gpu)
     shadowed = frozenset(name for name, text in sources.items() if mixed and best.is_shadowed(shape.form, text))
+    aligned = alignments(package)
     tasks = []
     for name, text in sources.items():
         own = shadow_shape(shape) if name in shadowed else shape
         how = None if overlap is None else waits.overlap_for(overlap, memory_of(shape.form), text)
-        tasks.append(Task(name, text, own, placement or best.find(own.form, text), arch, overlap=how))
+        where = placement or best.find(own.form, text)
+        tasks.append(Task(name, text, own, where, arch, overlap=how, aligned=aligned.get(name, ())))
     cubins, refused = or_apart(tasks, color_each(tasks, executor))
     made = ColoredKernels(shape, cubins, transfer, shadowed, overlap, apart | frozenset(refused))
     if keep:

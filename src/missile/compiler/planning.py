@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import gcd
 
-from missile.compiler.package import Buffer, BufferKind, ModelPackage
+from missile.compiler.package import Buffer, BufferKind, KernelStep, ModelPackage, PointerArgument
 
-__all__ = ["ALIGNMENT", "Placement", "needed_bytes", "pack", "place_buffers", "plan_scratch"]
+__all__ = ["ALIGNMENT", "Placement", "alignments", "needed_bytes", "pack", "place_buffers", "plan_scratch"]
 
 ALIGNMENT = 512  # bytes: one L2 granule, and what the widest vector access needs
 
@@ -74,6 +75,19 @@ def plan_scratch(buffers: Iterable[Buffer], *, alignment: int = ALIGNMENT) -> Pl
         placed.append((at, at + size, buffer))
         placed.sort(key=lambda entry: entry[0])
     return Placement(offsets, max((stop for _, stop, _ in placed), default=0))
+
+
+def alignments(package: ModelPackage) -> dict[str, tuple[int, ...]]:
+    """Bytes that each argument of a kernel is a multiple of in all of its launches, by kernel; 1 for what is no pointer.
+
+    Memory is allocated in multiples of `ALIGNMENT`, and buffers are placed in it so.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for step in package.steps:
+        if isinstance(step, KernelStep):
+            units = tuple(gcd(ALIGNMENT, a.offset) if isinstance(a, PointerArgument) else 1 for a in step.arguments)
+            found[step.kernel] = tuple(map(min, units, found.get(step.kernel, units)))
+    return found
 
 
 def _aligned(nbytes: int, alignment: int) -> int:

@@ -18,6 +18,7 @@ from missile.compiler.colored import code_version, shape_name
 from missile.compiler.kept import is_kept, keep, target_of
 from missile.compiler.package import KernelStep, ModelPackage
 from missile.compiler.placements import PlacementTable
+from missile.compiler.planning import alignments
 from missile.compiler.ptx.assemble import assemble
 from missile.compiler.ptx.fill import fill_entry
 from missile.compiler.ptx.preempt import Look, Place, make_preemptible
@@ -79,6 +80,7 @@ def build_preemptible(
     """
     chosen = decision_places(package) if places is None else places
     best = PlacementTable.load(package.gpu)
+    aligned = alignments(package)
     tasks = []
     for image in package.kernels:
         path = directory / "kernels" / f"{image.id}.ptx"
@@ -90,7 +92,8 @@ def build_preemptible(
             ) from None
         placement = None if shape is None else best.find(shape.form, text)
         preempt = look, chosen.get(image.id, Place.EARLY)
-        tasks.append(Task(image.id, text, shape, placement, target_of(text, image.id), preempt))
+        arch = target_of(text, image.id)
+        tasks.append(Task(image.id, text, shape, placement, arch, preempt, aligned=aligned.get(image.id, ())))
     done = color_all(tasks) if executor is None else executor.map(color, tasks)
     cubins = dict(zip((task.name for task in tasks), done, strict=True))
     transfer = b""

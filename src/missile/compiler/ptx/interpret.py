@@ -195,8 +195,8 @@ class _Run:
             size = _width(instruction.parts[-1]) // 8
             self._spread_words(instruction.operands[0], thread.table[start:], size)
             return
-        size = instruction.operands[3:4] if kind is AccessKind.COPY else ()
-        made = not any(not isinstance(operand, Immediate) and self._read(operand, 32) == 0 for operand in size)
+        sizes = instruction.operands[3:4] if kind is AccessKind.COPY else ()
+        made = all(isinstance(operand, Immediate) or self._read(operand, 32) != 0 for operand in sizes)
         self._touches.append(Touch(kind, where, made))
         if kind in (AccessKind.LOAD, AccessKind.ATOMIC):
             self._load_data(instruction)

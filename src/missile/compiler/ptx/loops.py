@@ -146,9 +146,7 @@ def _writes(statement: Instruction) -> set[str]:
     return set(destinations(statement))
 
 
-def _needed(
-    statements: Sequence[Instruction | Scope], last: Instruction, accesses: Sequence[Access]
-) -> set[str]:
+def _needed(statements: Sequence[Instruction | Scope], last: Instruction, accesses: Sequence[Access]) -> set[str]:
     """Registers that addresses, conditions of accesses and the end of the loop are computed from."""
     assert last.guard is not None
     needed = {last.guard.text}

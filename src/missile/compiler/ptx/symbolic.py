@@ -196,9 +196,7 @@ class Machine:
         ones = self._ones(root, args, known, width, signed)
         return self._opaque((instruction.opcode, *args), full, ones)
 
-    def _shifted(
-        self, root: str, args: list[Sum], known: list[int | None], width: int, signed: bool
-    ) -> Sum | None:
+    def _shifted(self, root: str, args: list[Sum], known: list[int | None], width: int, signed: bool) -> Sum | None:
         """Bits that a shift or a field takes from a value that is not negative."""
         if root not in ("shr", "bfe") or known[1] is None or known[1] >= width:
             return None

@@ -52,8 +52,8 @@ class Parts:
 
 @dataclass
 class WindowParts:
-    """A window's instructions, as `Parts`, and registers: its start, its bits, and (where it is uniform or addresses are wide)
-    the physical place of its start, or of the unit that is in, if the bit there is 0.
+    """A window's instructions, as `Parts`, and registers: its start, its bits, and the physical place of its start if the
+    bit there is 0 (in uniform windows), or of the unit that the start is in (in others, where addresses are wide).
 
     unit, low: as `Window` has them; uniform are windows with a `low`. known: addresses that were written, by their unit.
     """
@@ -212,11 +212,11 @@ class Emitter:
         """Instructions for the byte `at` of a window, the register that has a physical address, and what is to be added."""
         if window.low is None:
             assert 0 <= at <= (WINDOW_ENTRIES - 1) * window.unit
-            code, physical = self._anywhere(window, f"{at}")
-            return code, physical, 0
+            return *self._anywhere(window, f"{at}"), 0
         number, rest = divmod(at, window.unit)
-        assert 0 <= number < WINDOW_ENTRIES and not rest & window.low
-        code: list[str] = []
+        assert 0 <= number < WINDOW_ENTRIES
+        assert not rest & window.low
+        code = []
         if number not in window.known:
             turned, bit = self._word(), self._word()
             code += [

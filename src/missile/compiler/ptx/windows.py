@@ -39,8 +39,8 @@ class Window:
     """anchor: an access whose address is the same but for a constant; the window starts `offset` bytes from that. It stands
     before all members; or it is in the loop `block`, and its address in the first iteration is meant, before the loop.
 
-    unit: bytes that a bit stands for. low: bits below a unit that the start can have set; with them no member's place carries
-    into the next unit, so all threads find a member in the same unit from the start. None where that is not sure.
+    unit: bytes that a bit stands for. low: bits below a unit that the start can have set; with them no member's place
+    carries into the next unit, so all threads find a member in the same unit from the start. None where that is not sure.
     last: the last byte that a member starts at, from the window's start.
     """
 
@@ -99,11 +99,11 @@ def find_windows(
             members.setdefault(visit.address.terms, []).append((access, block, [visit], False))
     for loop in trace.loops:
         for access, visits in loop.visits.items():
-            terms = {visit.address.terms for visit in visits if visit.made}
-            if not terms:
+            seen = {visit.address.terms for visit in visits if visit.made}
+            if not seen:
                 never.append(access)
-            elif len(terms) == 1 and not _inside_another(blocks, loop):
-                members.setdefault(terms.pop(), []).append((access, loop.block, visits, True))
+            elif len(seen) == 1 and not _inside_another(blocks, loop):
+                members.setdefault(seen.pop(), []).append((access, loop.block, visits, True))
     windows = []
     for terms, found in members.items():
         found.sort(key=lambda m: m[0].instruction.start)
@@ -121,9 +121,7 @@ def _inside_another(blocks: Blocks, loop: Loop) -> bool:
     )
 
 
-def _group(
-    terms: tuple[tuple[int, int], ...], members: Sequence[tuple[Access, int, Sequence[Visit], bool]]
-) -> _Group:
+def _group(terms: tuple[tuple[int, int], ...], members: Sequence[tuple[Access, int, Sequence[Visit], bool]]) -> _Group:
     """Those that advance evenly."""
     zero = next(v.address.constant for v in members[0][2] if v.made)
     ranges = []
