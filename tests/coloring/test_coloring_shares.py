@@ -22,7 +22,7 @@ from missile.probe.map_file import read_map
 def places_of(share: Share) -> np.ndarray:
     """(pool page, address in it) of every piece of `share`, those of the guard among them, shape (pieces, 2)."""
     layout = share.translation.shape.layout
-    starts = share.translation.locate(np.arange(share.translation.frames + 1))
+    starts = share.translation.locate(np.arange(share.translation.frames + share.translation.shape.guards))
     page, within = np.divmod((starts[:, None] + layout.pieces()).reshape(-1), layout.page_bytes)
     return np.stack([np.array(share.pages)[page], within], axis=1)
 

@@ -140,7 +140,7 @@ def test_tenants_with_disjoint_colors_never_meet(seed: int) -> None:
     shape = Shape(Form.ARITHMETIC, PLAIN, masks=3)
     parts = [part for part in (order[: cut[0]], order[cut[0] : cut[1]], order[cut[1] :]) if part]
     tenants = [ArithmeticTranslation(shape, MASKS, part, 4) for part in parts]
-    owned = [set(t.locate(np.arange(t.frames + 1)).tolist()) for t in tenants]
+    owned = [set(t.locate(np.arange(t.frames + t.shape.guards)).tolist()) for t in tenants]
     assert sum(map(len, owned)) == len(set().union(*owned)) == 4 * PLAIN.granules
 
 
@@ -150,7 +150,7 @@ def test_two_tenants_of_pairs_have_every_frame_between_them(seed: int) -> None:
     shape = Shape(Form.PAIR, PIECES)
     choices = rng.integers(0, 2, (int(rng.integers(1, 9)), PIECES.granules // 2))
     one, other = (PairTranslation(shape, taken) for taken in (choices, 1 - choices))
-    frames = np.arange(one.frames + 1)
+    frames = np.arange(one.frames + one.shape.guards)
     assert (one.locate(frames) ^ other.locate(frames) == 256).all()
     assert len(set(one.locate(frames).tolist()) | set(other.locate(frames).tolist())) == 2 * len(frames)
     assert one.table().nbytes == -(-len(frames) // 32) * 4
@@ -171,7 +171,7 @@ def test_steps_of_pairs_translate_as_they_do(seed: int) -> None:
     guard = pairs.locate(pairs.frames)
     assert (same.physical(outside) & ~255 == guard).all()
     # Tables of 2 bytes for each piece, or for two of them.
-    assert same.table().nbytes == (pairs.frames + 1) * (1 if alike else 2)
+    assert same.table().nbytes == (pairs.frames + pairs.shape.guards) * (1 if alike else 2)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 4))
