@@ -147,8 +147,10 @@ def test_copies_of_nothing_are_known() -> None:
 
 def test_a_window_may_begin_in_front_of_its_loop() -> None:
     """An address that nothing before the loop has."""
-    text = loop(128, 2048).replace("mul.wide.u32 %rd6, %r1, 64;", "mul.wide.u32 %rd6, %r1, 4096;").replace(
-        "add.s64 %rd7, %rd7, 4096;", "add.s64 %rd7, %rd7, 256;"
+    text = (
+        loop(128, 2048)
+        .replace("mul.wide.u32 %rd6, %r1, 64;", "mul.wide.u32 %rd6, %r1, 4096;")
+        .replace("add.s64 %rd7, %rd7, 4096;", "add.s64 %rd7, %rd7, 256;")
     )
     (other,) = (w for w in windows_of(text, 512)[0] if w.block is not None)
     assert [(m.start, m.step) for m in other.members] == [(0, 256), (4, 256)]
@@ -223,9 +225,7 @@ def test_kernels_with_windows_touch_what_the_reference_says(name: str, form: str
     arguments = parameters(name, LOGICAL_BASE + (1 << 16), 5 << 20)
     before, after = run(source(name), arguments, None, thread), run(new, arguments, bound, thread)
     wanted = BASE + bound.physical(np.array([t.address - LOGICAL_BASE for t in before], np.int64))
-    assert [t.address for t in after if t.made] == [
-        int(w) for t, w in zip(before, wanted, strict=True) if t.made
-    ]
+    assert [t.address for t in after if t.made] == [int(w) for t, w in zip(before, wanted, strict=True) if t.made]
     assert are_own(bound, after)
 
 
