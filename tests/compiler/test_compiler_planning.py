@@ -7,8 +7,8 @@ from itertools import combinations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from missile.compiler.package import Buffer, BufferKind
-from missile.compiler.planning import ALIGNMENT, pack, plan_scratch
+from missile.compiler.package import Buffer, BufferKind, BytesArgument, KernelStep, ModelPackage, PointerArgument
+from missile.compiler.planning import ALIGNMENT, alignments, pack, plan_scratch
 
 
 @st.composite
@@ -51,3 +51,16 @@ def test_packed_buffers_are_disjoint(chosen: list[Buffer]) -> None:
     plan = pack(chosen)
     ends = [0, *(plan.offsets[b.id] + b.nbytes for b in chosen)]
     assert all(plan.offsets[b.id] >= end for b, end in zip(chosen, ends, strict=False))
+
+
+def test_arguments_are_aligned_as_their_worst_launch_is(package: ModelPackage) -> None:
+    def step(kernel: str, *arguments: PointerArgument | BytesArgument) -> KernelStep:
+        return KernelStep(kernel=kernel, grid=(1, 1, 1), block=(32, 1, 1), arguments=arguments)
+
+    number = BytesArgument(value="00")
+    steps = (
+        step("a", PointerArgument(buffer="x"), PointerArgument(buffer="x", offset=96), number),
+        step("b", PointerArgument(buffer="x", offset=1536)),
+        step("a", PointerArgument(buffer="x", offset=256), PointerArgument(buffer="y"), number),
+    )
+    assert alignments(package.model_copy(update={"steps": steps})) == {"a": (256, 32, 1), "b": (512,)}
