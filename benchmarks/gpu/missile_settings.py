@@ -171,10 +171,14 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=90.0, help="from the start, loading and all")
     parser.add_argument("--run-s", type=float, default=1.0)
     parser.add_argument("--settings", help="instead of those here, with semicolons")
+    parser.add_argument("--cells", help="instead of those here, with semicolons: LS model:BE model:share of capacity")
     options = parser.parse_args()
     until = time.monotonic() + options.budget_s
     settings = tuple(options.settings.split(";")) if options.settings else SETTINGS
-    models = {name: kind for ls, be, _ in CELLS for name, kind in ((ls, "LS"), (be, "BE"))}
+    cells = CELLS
+    if options.cells:
+        cells = tuple((ls, be, float(load)) for ls, be, load in (cell.split(":") for cell in options.cells.split(";")))
+    models = {name: kind for ls, be, _ in cells for name, kind in ((ls, "LS"), (be, "BE"))}
     loaded = [
         tenant(model, kind, {"kind": "closed"}).model_dump(by_alias=True, mode="json") for model, kind in models.items()
     ]
@@ -188,7 +192,7 @@ def main() -> None:
         seed = 0
         while session.left() > 5.0 * options.run_s:
             seed += 1
-            for ls, be, load in CELLS:
+            for ls, be, load in cells:
                 session.cell(ls, be, load, settings, seed)
             result = {
                 "environment": describe_environment(testbed.info),
