@@ -115,6 +115,31 @@ def test_short_copies_stay_in_their_streams_until_somebody_copies_much_at_once(g
         copies.close()
 
 
+def test_a_long_output_that_waits_for_its_streams_work_holds_no_short_one_up(gpu: Gpu) -> None:
+    with CopyEngine(gpu, EngineOptions(h2d_rate=54e9, d2h_rate=54e9)) as engine:
+        copies = StreamedCopies(gpu, engine, stays=MIB)
+        copies.admit("ls", Share(latency_sensitive=True))
+        copies.admit("be", Share())
+        stream, other = gpu.create_stream(), gpu.create_stream()
+        short, long = gpu.allocate_host(MIB), gpu.allocate_host(64 * MIB)
+        inside, outside = gpu.allocate(short.nbytes), gpu.allocate(long.nbytes)
+        gate = gpu.create_latch()
+        other.wait_latch(gate, 1)  # work that takes a while
+        output = copies.to_host("be", other, long, outside.address)
+        assert output is not None
+        engine.step()
+        assert engine.busy
+        assert copies.to_host("ls", stream, short, inside.address) is None
+        _until(copies, gpu, _recorded(gpu, stream))
+        assert output.state is CopyState.QUEUED
+        gpu.create_stream().raise_latch(gate, 1)
+        while output.state is CopyState.QUEUED:
+            copies.wait([], gpu.now_ns() + 10_000)
+        assert copies.to_host("ls", stream, short, inside.address) is not None  # now it goes
+        engine.run_until_idle()
+        copies.close()
+
+
 def _recorded(gpu: Gpu, stream: Stream) -> Event:
     event = gpu.create_event(timing=False)
     stream.record(event)

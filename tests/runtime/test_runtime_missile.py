@@ -359,6 +359,13 @@ def test_queues_are_bounded_even_without_an_objective():
     assert policy.decide(snapshot(queued=(0, 0, 4, 0), running=(0, 0, 8, 0)))[0] == Reject(2)
 
 
+def test_an_objective_bounds_the_queue_by_itself():
+    policy, _ = ready(queue_limit=3)
+    many = snapshot(queued=(0, 50, 0, 0), running=(0, 2, 0, 0), oldest=(0, 90_000, 0, 0), now=100_000)
+    assert isinstance(policy.decide(many)[0], Start)
+    assert policy.decide(snapshot(queued=(0, 50, 0, 0), running=(0, 3, 0, 0), now=1_900_000))[0] == Reject(1)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -470,7 +477,8 @@ def test_lending_gives_be_more_for_a_tail_that_it_bounds(tenant):
     assert work == sorted(work)
     assert work[2] > 1.2 * work[0]
     tails = [np.percentile(ls.latency, 99) / np.percentile(alone.latency, 99) for ls, _ in found]
-    assert max(tails[:3]) < 1.15 < tails[3]
+    assert max(tails[:2]) < 1.1
+    assert tails[2] < 1.2 < tails[3]
     for _, be in found:
         assert len(set(be.end.tolist())) == len(be.end)  # nothing is run twice
         assert np.all(be.start[1:] >= be.end[:-1])

@@ -348,9 +348,14 @@ class CopyEngine:
         return tuple(out)
 
     def would_start(self, direction: Direction, nbytes: int) -> bool:
-        """Whether a copy could just as well go on a stream of its own: nobody else's is there, and it is no longer than the
-        chunk that others would wait for anyway."""
-        return nbytes <= self.options.granularity.short and not self.lanes[direction].busy
+        """Whether a copy could just as well go on a stream of its own: nobody else's is there that could go, and it is no
+        longer than the chunk that others would wait for anyway."""
+        return nbytes <= self.options.granularity.short and not self.underway(direction)
+
+    def underway(self, direction: Direction) -> bool:
+        """Whether a copy in `direction` goes, or waits for nothing but the link; one that waits for work on the GPU, as a
+        request's output does from its last launch on, holds nobody up."""
+        return any(request.ticket.direction is direction for request in self._inbox) or self.lanes[direction].underway
 
     def account(self, tenant: str, direction: Direction, nbytes: int) -> None:
         """Count a copy that its owner has made himself. MisuseError for an unknown tenant."""

@@ -101,7 +101,13 @@ class Lane(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def busy(self) -> bool: ...
+    def busy(self) -> bool:
+        """Whether it has a copy, also one that waits for work on the GPU to end."""
+
+    @property
+    @abc.abstractmethod
+    def underway(self) -> bool:
+        """Whether it has a copy that goes, or could: one that waits for nothing but the link. Asks the GPU for events."""
 
     def vitals(self) -> LaneVitals:
         """All zero where Python does everything."""

@@ -67,6 +67,13 @@ class PacedLane(Lane):
     def busy(self) -> bool:
         return bool(self._flight.nbytes or self._landing or any(self._queues.values()))
 
+    @property
+    def underway(self) -> bool:
+        heads = (queue[0] for queue in self._queues.values() if queue)
+        return bool(self._flight.nbytes or self._landing) or any(
+            request.after is None or request.after.done() for request in heads
+        )
+
     # --- the reactor's part
 
     def step(self, now_ns: int) -> int | None:

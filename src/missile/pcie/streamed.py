@@ -22,9 +22,9 @@ class StreamedCopies:
     Only copies in the directions `scheduled` go through the engine, the others stay in their stream: where nobody's copies
     are long, first come first served is as fair, and it is faster. Later work of the stream waits for a scheduled copy on
     the GPU, by a latch: the host gives it its kernels at once, whenever the copy will go.
-    stays: copies of at most so many bytes stay in their stream while nobody's copy is with the engine, also those that the
-    stream is not ready for yet. A flood that begins meanwhile may hold them up, once; but a request behind another one of
-    its tenant does not wait for the host to see that one's end.
+    stays: copies of at most so many bytes stay in their stream while nobody's copy goes through the engine, or could, also
+    those that the stream is not ready for yet. A flood that begins meanwhile may hold them up, once; but a request behind
+    another one of its tenant does not wait for the host to see that one's end.
     Owns its latches and events, not the engine; belongs to the engine's thread, which waits through `wait`.
     """
 
@@ -148,7 +148,7 @@ class StreamedCopies:
         self._marks.clear()
 
     def _stay(self, direction: Direction, nbytes: int) -> bool:
-        return nbytes <= self._stays and not self._engine.lanes[direction].busy
+        return nbytes <= self._stays and not self._engine.underway(direction)
 
     def _next(self, tenant: str, direction: Direction) -> tuple[Latch, int]:
         latch, value = self._latches[tenant, direction]

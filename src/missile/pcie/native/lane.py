@@ -149,6 +149,13 @@ class NativeLane(Lane):
     def busy(self) -> bool:
         return bool(self._parts or self._landing or self._waiting)
 
+    @property
+    def underway(self) -> bool:
+        return bool(self._landing or self._waiting) or any(
+            part.request.after is None or part.request.ticket.state is not CopyState.QUEUED or part.request.after.done()
+            for part in self._parts.values()
+        )
+
     def record_chunks(self) -> None:
         self._library.lane_record(self._lane)
 

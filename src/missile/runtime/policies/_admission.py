@@ -18,9 +18,10 @@ class Admission:
     """Starts one LS tenant's requests, or turns them away.
 
     The rule: the oldest queued request is refused when it can't meet its objective even if everything before it takes its
-    usual time and it itself no longer than alone; then those behind it still can. A request that waits behind more than
-    `queue_limit` others of its tenant makes the oldest one be refused, objective or not. Tenants in closed loops are never
-    refused: they wait for their own answers, so their queues are bounded. refuses: False starts everything.
+    usual time and it itself no longer than alone; then those behind it still can. Without an objective, a request that waits
+    behind more than `queue_limit` others of its tenant makes the oldest one be refused; with one, the objective bounds the
+    queue. Tenants in closed loops are never refused: they wait for their own answers, so their queues are bounded.
+    refuses: False starts everything.
     """
 
     def __init__(self, number: int, tenant: Tenant, lane: int, *, queue_limit: int, refuses: bool = True) -> None:
@@ -91,7 +92,7 @@ class Admission:
         else:
             # Only the oldest one's arrival is known; the others arrived later and are asked about when they are oldest.
             oldest = snapshot.oldest_ns[tenant]
-            if queued > self._limit or self._is_late(oldest, now, running):
+            if self._is_refused(oldest, queued, now, running):
                 actions.append(Reject(tenant))
             elif room > 0:
                 actions.append(Start(tenant, self._lane))
@@ -105,9 +106,9 @@ class Admission:
         self.running = running + begun
         return actions
 
-    def _is_late(self, arrival_ns: int, now: int, running: int) -> bool:
+    def _is_refused(self, arrival_ns: int, queued: int, now: int, running: int) -> bool:
         if self._objective_ns is None:
-            return False
+            return queued > self._limit
         before = max(running * self._usual_ns - (now - self._since), 0.0) if running else 0.0
         return now + before + self._alone_ns > arrival_ns + self._objective_ns
 

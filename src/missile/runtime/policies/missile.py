@@ -33,7 +33,7 @@ class MissilePolicy:
     separated, where the roster can be. copies: whether copies should be scheduled, where the stage can.
     admission: turn away LS requests that can't meet their objective any more.
     segment_us: how long a BE segment takes alone; two are on the GPU at a time. linger_us: how long BE keeps off after the
-    last LS request has ended. queue_limit: LS requests of one tenant that may wait.
+    last LS request has ended. queue_limit: requests of an LS tenant without an objective that may wait.
     arm_us: a BE that pauses is given its next segments so long before the LS requests there should have ended, and the GPU
     begins them when they have (0: only after the host has seen that). Another LS request that arrives meanwhile makes them
     leave. lend: a BE that pauses does not while every LS request there is expected to end within so large a share of its
