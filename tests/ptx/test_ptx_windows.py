@@ -19,7 +19,7 @@ from missile.compiler.ptx.blocks import Blocks
 from missile.compiler.ptx.interpret import Thread, Touch, run_thread
 from missile.compiler.ptx.parser import parse
 from missile.compiler.ptx.rewrite import Placement, rewrite
-from missile.compiler.ptx.windows import Window, find_windows
+from missile.compiler.ptx.windows import Advance, Window, find_windows
 
 BASE, TABLE = 3 << 40, 1 << 44
 SHAPES = {
@@ -77,6 +77,63 @@ again:
 """
 
 
+# A convolution of 3 by 3 over 8 by 8 pixels: above, below and beside the image it copies nothing.
+CONVOLUTION = """.version 8.7
+.target sm_90a
+.address_size 64
+.extern .shared .align 16 .b8 smem[];
+.visible .entry k(.param .u64 p, .param .u64 q)
+{
+	.reg .b64 %rd<20>; .reg .b32 %r<20>; .reg .b16 %rs<20>; .reg .pred %p<8>;
+	ld.param.u64 %rd1, [p];
+	mov.u32 %r1, %tid.x;
+	mov.b32 %r8, smem;
+	shr.u32 %r2, %r1, 3;
+	and.b32 %r3, %r1, 7;
+	add.s32 %r4, %r2, -1;
+	add.s32 %r5, %r3, -1;
+	prmt.b32 %r6, %r4, %r5, 0x5410U;
+	mov.b32 %r10, 0;
+again:
+	cvt.u16.u32 %rs1, %r10;
+	mul.lo.s16 %rs2, %rs1, 171;
+	shr.u16 %rs3, %rs2, 9;
+	mul.lo.s16 %rs4, %rs3, 3;
+	sub.s16 %rs5, %rs1, %rs4;
+	ADDRESS
+	mad.wide.s32 %rd2, %r12, 2, %rd1;
+	selp.b32 %r13, 16, 0, %p1;
+	selp.b32 %r14, %r13, 0, %p2;
+	cp.async.cg.shared.global [ %r8 + 0 ], [ %rd2 + 0 ], 0x10, %r14;
+	add.s32 %r10, %r10, 1;
+	setp.ne.s32 %p3, %r10, 9;
+	@%p3 bra again;
+	ret;
+}
+"""
+NARROW = """mov.b32 %r11, {%rs3, %rs5};
+	add.s16x2 %r11, %r11, %r6;
+	mov.b32 {%rs6, %rs7}, %r11;
+	mul.wide.s16 %r12, %rs7, COLUMN;
+	mad.wide.s16 %r12, %rs6, ROW, %r12;
+	max.u16 %rs8, %rs6, %rs7;
+	setp.lt.u16 %p1, %rs8, 8;
+	mov.pred %p2, %p1;"""
+FULL = """cvt.u32.u16 %r15, %rs3;
+	cvt.u32.u16 %r16, %rs5;
+	add.s32 %r15, %r15, %r4;
+	add.s32 %r16, %r16, %r5;
+	mul.lo.s32 %r12, %r16, COLUMN;
+	mad.lo.s32 %r12, %r15, ROW, %r12;
+	setp.lt.u32 %p1, %r15, 8;
+	setp.lt.u32 %p2, %r16, 8;"""
+
+
+def convolution(address: str, column: int) -> str:
+    """column: values of 2 bytes from one pixel to the next."""
+    return CONVOLUTION.replace("ADDRESS", address).replace("COLUMN", str(column)).replace("ROW", str(8 * column))
+
+
 def loop(step: int, pitch: int) -> str:
     return LOOP.replace("TWICE", str(2 * step)).replace("STEP", str(step)).replace("PITCH", str(pitch))
 
@@ -118,7 +175,7 @@ def test_an_address_that_advances_evenly_has_a_window_with_those_before_the_loop
     (window,) = windows
     # Rows start at multiples of 512 bytes and columns are 16 bytes apart: the same piece for all threads.
     assert (window.unit, window.low, window.block, window.offset) == (256, 0x70, None, 0)
-    assert [(m.start, m.step, m.block is None) for m in window.members] == [
+    assert [(m.start, m.advance.step, m.block is None) for m in window.members] == [
         (0, 0, True), (128, 0, True), (256, 128, False), (0, 0, True),
     ]  # fmt: skip
     assert window.last == 128 * (COUNT - 1)  # copies of nothing do not count
@@ -153,16 +210,40 @@ def test_a_window_may_begin_in_front_of_its_loop() -> None:
         .replace("add.s64 %rd7, %rd7, 4096;", "add.s64 %rd7, %rd7, 256;")
     )
     (other,) = (w for w in windows_of(text, 512)[0] if w.block is not None)
-    assert [(m.start, m.step) for m in other.members] == [(0, 256), (4, 256)]
+    assert [(m.start, m.advance.step) for m in other.members] == [(0, 256), (4, 256)]
     check_loop(text, SHAPES["alike"], np.random.default_rng(1), 512)
 
 
-def check_loop(text: str, shape: Shape, rng: np.random.Generator, aligned: int) -> None:
+@pytest.mark.parametrize("address", [NARROW, FULL])
+def test_conditions_say_that_an_address_does_not_wrap(address: str) -> None:
+    (window,) = windows_of(convolution(address, 128), 512)[0]
+    (member,) = window.members
+    # Behind the third tap and every three from there the next row begins.
+    assert member.advance == Advance(256, 8 * 256 - 2 * 256, 2, 3)
+    assert (window.block, window.last) == (member.block, 2 * 8 * 256 + 2 * 256)
+    # Other conditions say nothing.
+    assert not windows_of(convolution(address, 128).replace("setp.lt.u", "setp.ne.u"), 512)[0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(sorted(SHAPES)), st.sampled_from((NARROW, FULL)), st.sampled_from((24, 32, 128, 256)),
+    st.sampled_from((16, 512)), st.integers(0, 10_000),
+)  # fmt: skip
+def test_windows_of_convolutions_translate_as_the_reference(
+    form: str, address: str, column: int, aligned: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(3):
+        check_loop(convolution(address, column), SHAPES[form], rng, aligned, scalars=0)
+
+
+def check_loop(text: str, shape: Shape, rng: np.random.Generator, aligned: int, scalars: int = 1) -> None:
     bound = pairs(shape, rng)
     end = bound.logical_bytes
     new = rewrite(text, shape, placement=Placement.WINDOWS, aligned=(aligned, aligned)).ptx
     places = rng.integers(shape.head_bytes, end - (1 << 20), 2) // aligned * aligned
-    arguments = [*(int(LOGICAL_BASE + place).to_bytes(8, "little") for place in places), (3).to_bytes(4, "little")]
+    arguments = [*(int(LOGICAL_BASE + place).to_bytes(8, "little") for place in places), *[bytes(4)] * scalars]
     thread = Thread([], thread=(int(rng.integers(64)), 0, 0))
     before, after = run(text, arguments, None, thread), run(new, arguments, bound, thread)
     wanted = BASE + bound.physical(np.array([t.address - LOGICAL_BASE for t in before], np.int64))

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from missile.compiler.ptx.access import Access, AccessKind
 from missile.compiler.ptx.blocks import Blocks
+from missile.compiler.ptx.facts import facts_of
 from missile.compiler.ptx.flow import destinations, registers
 from missile.compiler.ptx.sums import Sum, Values
 from missile.compiler.ptx.symbolic import Machine
@@ -22,10 +23,11 @@ _MOST = 1 << 12  # iterations
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """One access in one iteration. made: False where it is not, for all threads."""
+    """One access in one iteration. made: False where it is not, for all threads. conditions: what has to be set for it."""
 
     address: Sum
     made: bool
+    conditions: tuple[Sum, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,9 @@ def _follow(
     by_start = {access.instruction.start: access for access in accesses}
     visits: dict[Access, list[Visit]] = {access: [] for access in accesses}
     code = [s for s in statements[:-1] if isinstance(s, Scope) or s.start in by_start or _writes(s) & needed]
+    before: list[dict[str, Sum]] = []
     for count in range(1, _MOST + 1):
+        before.append(dict(own.registers))
         for statement in code:
             access = by_start.get(statement.start)
             if access is not None and isinstance(statement, Instruction):
@@ -125,21 +129,49 @@ def _follow(
         if again is None:
             return None
         if not again:
+            for access, seen in visits.items():
+                if len({visit.address.terms for visit in seen if visit.made}) > 1:
+                    visits[access] = _where_made(access, seen, before, code, own)
             return Loop(block, count, visits)
     return None
+
+
+def _where_made(
+    access: Access,
+    visits: Sequence[Visit],
+    before: Sequence[dict[str, Sum]],
+    code: Sequence[Instruction | Scope],
+    machine: Machine,
+) -> list[Visit]:
+    """`visits` with what is known where the access is made. before: what registers hold when an iteration starts."""
+    values, found = machine.values, []
+    for visit, registers_then in zip(visits, before, strict=True):
+        facts = facts_of(values, visit.conditions) if visit.made else []
+        if not facts:
+            found.append(visit)
+            continue
+        again = Machine(values, aligned=machine.aligned, facts=facts)
+        again.registers = dict(registers_then)
+        for statement in code:
+            if statement.start == access.instruction.start:
+                break
+            _step(again, statement)
+        found.append(replace(visit, address=_visit(access, again).address))
+    return found
 
 
 def _visit(access: Access, machine: Machine) -> Visit:
     assert access.address.base is not None
     base = machine.read(Name(access.address.base, 0, 0), 64)
-    made = True
+    conditions = []
     guard = access.instruction.guard
-    if guard is not None and machine.read(guard, 1).known == 0:
-        made = False
+    if guard is not None:
+        conditions.append(machine.read(guard, 1))
     operands = access.instruction.operands
     if access.kind is AccessKind.COPY and len(operands) > 3 and not isinstance(operands[3], Immediate):
-        made = made and machine.read(operands[3], 32).known != 0
-    return Visit(base.plus(Sum.of(64, access.address.offset)), made)
+        conditions.append(machine.read(operands[3], 32))
+    made = all(condition.known != 0 for condition in conditions)
+    return Visit(base.plus(Sum.of(64, access.address.offset)), made, tuple(conditions))
 
 
 def _writes(statement: Instruction) -> set[str]:

@@ -15,7 +15,7 @@ from missile.compiler.ptx.edits import Edit, apply, lines
 from missile.compiler.ptx.flow import Flow
 from missile.compiler.ptx.syntax import Function, Instruction
 from missile.compiler.ptx.translate import Emitter, Pace, Parts, WindowParts
-from missile.compiler.ptx.windows import Member, Window, find_windows
+from missile.compiler.ptx.windows import Advance, Member, Window, find_windows
 
 __all__ = ["place_early"]
 
@@ -76,7 +76,7 @@ class _Placing:
         self._hoist = hoist
         self._keep = keep
         self._kept: dict[tuple[int, int], list[Parts]] = {}  # by block and unit: lookups that stand together
-        self._paces: dict[tuple[int, int, int, int, int | None], Pace] = {}
+        self._paces: dict[tuple[int, int, Advance, int, int | None], Pace] = {}
         self._head: list[str] = []
         self._edits: list[Edit] = []
         self._copies: dict[tuple[int, str], str] = {}  # new names, by unit and register
@@ -201,7 +201,7 @@ class _Placing:
     def _use(self, window: WindowParts, member: Member) -> None:
         """Translate the address of a window's member."""
         beyond = 0
-        if member.block is None or not member.step:
+        if member.block is None or member.advance == Advance():
             code, physical, beyond = self._emitter.inside(window, member.start)
         else:
             code, physical = self._emitter.paced(window, self._pace(member, member.block, window))
@@ -211,12 +211,15 @@ class _Placing:
 
     def _pace(self, member: Member, block: int, window: WindowParts) -> Pace:
         """How the loop `block` advances its members that go like `member`, written where it starts and ends."""
-        key = (block, member.start, member.step, window.unit, window.low)
+        key = (block, member.start, member.advance, window.unit, window.low)
         if key not in self._paces:
-            pace = self._paces[key] = self._emitter.pace(member.start, member.step, window, self._head)
+            advance = member.advance
+            pace = self._paces[key] = self._emitter.pace(member.start, advance.step, window, self._head)
+            if advance.period:
+                self._emitter.jump(pace, advance.jump, advance.first, advance.period, self._head)
             units = self._blocks.units_of(block)
             self._edits.append(_edit(units[0].start, pace.code, behind=False))
-            self._edits.append(_edit(units[-1].start, [pace.advance], behind=False))
+            self._edits.append(_edit(units[-1].start, pace.advance, behind=False))
         return self._paces[key]
 
     def _leave(self, never: Sequence[Access]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
-__all__ = ["Sum", "Values"]
+__all__ = ["Sum", "Values", "signed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,11 @@ class Sum:
     def known(self) -> int | None:
         """The number, unsigned, where nothing is unknown."""
         return None if self.terms else self.constant
+
+    @property
+    def signed(self) -> int:
+        """The constant, read with its sign."""
+        return signed(self.constant, self.width)
 
     def plus(self, other: Sum, factor: int = 1) -> Sum:
         """`self + factor * other`, of one width."""
@@ -101,6 +106,8 @@ class Values:
     def extend(self, given: Sum, width: int, signed: bool) -> Sum:
         """The sum in `width` bits. What may wrap, or be negative where it is signed, becomes a value of its own."""
         limit = given.width - (1 if signed else 0)
+        if width == given.width:
+            return given
         if not given.terms:
             constant = given.constant
             if signed and constant >> (given.width - 1):
@@ -110,8 +117,21 @@ class Values:
             return Sum(width, given.constant, given.terms)
         low, high = self._split(given)
         above = (1 << width) - (1 << given.width) if signed else 0
-        found = self.value(("sext" if signed else "zext", high), width, self.bits(high) | above)
+        key = ("sext", high, width) if signed else ("zext", high)
+        found = self.value(key, width, self.bits(high) | above)
         return found.plus(Sum(width, low.constant, low.terms))
+
+    def cut(self, given: Sum, width: int) -> Sum:
+        """The lowest `width` bits, of no more than there are."""
+        out = given.cut(width)
+        for value, times in out.terms:
+            match self.keys[value]:
+                case ("zext" | "sext", Sum() as inner, *_) if inner.width >= width:
+                    out = out.plus(Sum(width, 0, ((value, 1),)), -times).plus(inner.cut(width), times)
+                case ("sext", Sum() as inner, int() as wider) if wider > width:
+                    extended = self.extend(inner, width, True)
+                    out = out.plus(Sum(width, 0, ((value, 1),)), -times).plus(extended, times)
+        return out
 
     def masked(self, given: Sum, mask: int) -> Sum:
         """The bits of the sum that are in `mask`."""
@@ -120,8 +140,13 @@ class Values:
             return given
         low, high = self._split(given, mask.bit_length())
         below = self.bits(low)
-        if below & mask != below:
+        if not below & mask:
+            low = Sum(given.width, 0)
+        elif below & mask != below:
             low, high = Sum(given.width, 0), given
+        above = self.bits(high)
+        if above & mask == above:
+            return low.plus(high)
         # What all terms are multiples of stands outside, so that shifts before and behind are alike.
         shift = min((_zeros(times) for _, times in high.terms), default=0)
         shift = min(shift, _zeros(high.constant)) if high.constant else shift
@@ -130,9 +155,17 @@ class Values:
         inner = inner.cut(ones.bit_length())
         if not inner.terms:
             return low.plus(Sum.of(given.width, inner.constant & ones).times(1 << shift))
-        place = _zeros(ones)
-        found = self.value(("bits", inner, place, ones >> place), given.width, ones >> place)
-        return low.plus(found.times(1 << shift + place))
+        return low.plus(self._bits(inner, ones, given.width).times(1 << shift))
+
+    def _bits(self, inner: Sum, ones: int, width: int) -> Sum:
+        """The bits `ones` of `inner`, which has no more, in `width` bits; bits of bits are those of what they are of."""
+        place, below = _zeros(ones), 0
+        if len(inner.terms) == 1 and inner.terms[0][1] == 1 and not inner.constant:
+            match self.keys[inner.terms[0][0]]:
+                case ("bits", Sum() as whole, int() as below, int()):
+                    inner = whole.cut(below + ones.bit_length())
+        key = ("bits", inner, below + place, ones >> place)
+        return self.value(key, width, ones >> place).times(1 << place)
 
     def shifted(self, given: Sum, count: int) -> Sum | None:
         """The sum without its lowest `count` bits, shifted; None where it can't be said."""
@@ -156,6 +189,11 @@ class Values:
                 kept = low
                 break
         return kept, given.plus(kept, -1)
+
+
+def signed(number: int, width: int) -> int:
+    """`number` of `width` bits, read with its sign."""
+    return number - (1 << width) if number >> (width - 1) else number
 
 
 def _zeros(bits: int) -> int:

@@ -7,9 +7,10 @@ seen to be the same.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from missile.compiler.ptx.blocks import is_repeatable
+from missile.compiler.ptx.facts import Fact, Facts
 from missile.compiler.ptx.flow import destinations
 from missile.compiler.ptx.interpret import evaluate
 from missile.compiler.ptx.sums import Sum, Values
@@ -31,11 +32,13 @@ def _width(kind: str) -> int:
 
 
 class Machine:
-    """Registers of one thread and what they hold. aligned: bytes that parameters are multiples of, by name."""
+    """Registers of one thread and what they hold. aligned: bytes that parameters are multiples of, by name. facts: that
+    hold where what is computed matters."""
 
-    def __init__(self, values: Values, *, aligned: Mapping[str, int]) -> None:
+    def __init__(self, values: Values, *, aligned: Mapping[str, int], facts: Iterable[Fact] = ()) -> None:
         self.values = values
         self.aligned = aligned
+        self._facts = Facts(values, facts)
         self.registers: dict[str, Sum] = {}
 
     def forget(self, instruction: Instruction) -> None:
@@ -73,6 +76,13 @@ class Machine:
             else:
                 self.registers[operands[0].text] = found
 
+    def _extend(self, given: Sum, width: int, signed: bool) -> Sum:
+        if signed and self.values.most(given) >> (given.width - 1):
+            found = self._facts.extend(given, width)
+            if found is not None:
+                return found
+        return self.values.extend(given, width, signed)
+
     # --- operands
     def read(self, operand: Operand, width: int) -> Sum:
         match operand:
@@ -103,7 +113,7 @@ class Machine:
             held = self.values.fresh(width) if text.startswith("%") else self.values.value(("symbol", text), width)
             self.registers[text] = held
         if held.width > width:
-            return held.cut(width)
+            return self.values.cut(held, width)
         return held if held.width == width else self.values.extend(held, width, False)
 
     def _opaque(self, key: tuple[object, ...], width: int, ones: int | None = None) -> Sum:
@@ -125,10 +135,9 @@ class Machine:
 
     def _part(self, value: Sum, start: int, width: int) -> Sum:
         """Bits of `value` from `start` on."""
-        if start == 0:
-            return value.cut(width)
-        if value.known is not None:
-            return Sum.of(width, value.known >> start)
+        moved = self.values.shifted(value, start) if start else value
+        if moved is not None:
+            return self.values.cut(moved, width)
         return self._opaque(("part", value, start), width, self.values.bits(value) >> start)
 
     def _compare(self, instruction: Instruction) -> None:
@@ -178,7 +187,7 @@ class Machine:
         if root in ("mul", "mad") and "hi" not in parts and (known[0] is not None or known[1] is not None):
             value, factor = (args[1], args[0]) if known[0] is not None else (args[0], args[1])
             if wide:
-                value, factor = (self.values.extend(x, full, signed) for x in (value, factor))
+                value, factor = (self._extend(x, full, signed) for x in (value, factor))
             assert factor.known is not None
             product = value.times(factor.known)
             return product.plus(args[2]) if root == "mad" else product
@@ -230,7 +239,11 @@ class Machine:
         if not target or not source or "f" in (parts[1][0], parts[2][0]):
             return None
         value = self.read(instruction.operands[1], source)
-        return value.cut(target) if target <= source else self.values.extend(value, target, parts[2].startswith("s"))
+        return (
+            self.values.cut(value, target)
+            if target <= source
+            else self._extend(value, target, parts[2].startswith("s"))
+        )
 
     def _packed(self, instruction: Instruction) -> Sum | None:
         """Two halves of a word at once."""

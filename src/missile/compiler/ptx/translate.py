@@ -80,7 +80,8 @@ class Pace:
     are turned, and the bytes that the physical place is further, both in uniform windows only."""
 
     code: list[str]
-    advance: str
+    advance: list[str]
+    held: str
     now: str
     turn: str
     above: str
@@ -250,7 +251,20 @@ class Emitter:
                 f"and.b32 {whole}, {now}, {-_PIECE};",
                 f"add.s32 {above}, {now}, {whole};",
             ]
-        return Pace(code, f"add.s32 {held}, {held}, {step};", now, turn, above)
+        return Pace(code, [f"add.s32 {held}, {held}, {step};"], held, now, turn, above)
+
+    def jump(self, pace: Pace, jump: int, first: int, period: int, head: list[str]) -> None:
+        """Let `pace` advance by `jump` at the end of iteration `first` and every `period` from there."""
+        left, turns, more = self._word(), self.take("q"), self._word()
+        head.append(f"mov.b32 {left}, {first};")
+        step = pace.advance[0].rsplit(" ", 1)[1].rstrip(";")
+        pace.advance[:] = [
+            f"setp.eq.u32 {turns}, {left}, 0;",
+            f"selp.b32 {more}, {jump}, {step}, {turns};",
+            f"add.s32 {pace.held}, {pace.held}, {more};",
+            f"selp.b32 {left}, {period}, {left}, {turns};",
+            f"add.s32 {left}, {left}, -1;",
+        ]
 
     def paced(self, window: WindowParts, pace: Pace) -> tuple[list[str], str]:
         """Instructions for where `pace` is in a window, and the register that then has the physical address."""

@@ -19,18 +19,30 @@ from missile.compiler.ptx.loops import Loop, Visit, follow
 from missile.compiler.ptx.sums import Sum, Values
 from missile.compiler.ptx.syntax import Function
 
-__all__ = ["Member", "Window", "find_windows"]
+__all__ = ["Advance", "Member", "Window", "find_windows"]
 
 _TERMS = 64  # bits of an address
 
 
 @dataclass(frozen=True, slots=True)
+class Advance:
+    """How far an access goes from one iteration to the next, bytes: `step`, but `jump` behind iteration `first` and every
+    `period` iterations from there. period: 0 where it never jumps.
+    """
+
+    step: int = 0
+    jump: int = 0
+    first: int = 0
+    period: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
-    """An access at `start + step * iteration` bytes from its window's start. block: the loop, None outside of loops."""
+    """An access `start` bytes from its window's start in the first iteration of the loop `block`; None: outside of loops."""
 
     access: Access
     start: int
-    step: int = 0
+    advance: Advance
     block: int | None = None
 
 
@@ -55,16 +67,26 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class _Range:
-    """Where an access goes, in bytes from an address that is common to its group: `first + step * iteration`."""
+    """Where an access goes, in bytes from an address that is common to its group.
+
+    first: in the first iteration. places: wherever it is made. known: whether the address is known in the first iteration.
+    """
 
     access: Access
     block: int
     loop: bool
     first: int
-    step: int
-    lowest: int
-    highest: int
-    known: bool  # what it is in the first iteration
+    advance: Advance
+    places: frozenset[int]
+    known: bool
+
+    @property
+    def lowest(self) -> int:
+        return min(self.places)
+
+    @property
+    def highest(self) -> int:
+        return max(self.places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +149,35 @@ def _group(terms: tuple[tuple[int, int], ...], members: Sequence[tuple[Access, i
     ranges = []
     for access, block, visits, loop in members:
         at = {index: _signed(v.address.constant - zero) for index, v in enumerate(visits) if v.made}
-        (first, start), *others = at.items()
-        step = (others[0][1] - start) // (others[0][0] - first) if others else 0
-        if all(place == start + step * (index - first) for index, place in at.items()):
-            lowest, highest = min(at.values()), max(at.values())
+        found = _advance(at)
+        if found is not None:
+            start, advance = found
             # Before iterations that make no access it may be anywhere: what the address is in the first has to be known.
-            known = visits[0].address == Sum.of(_TERMS, zero + start - step * first, terms)
-            ranges.append(_Range(access, block, loop, start - step * first, step, lowest, highest, known))
+            known = visits[0].address == Sum.of(_TERMS, zero + start, terms)
+            ranges.append(_Range(access, block, loop, start, advance, frozenset(at.values()), known))
     return _Group(terms, zero, ranges)
+
+
+def _advance(at: Mapping[int, int]) -> tuple[int, Advance] | None:
+    """Where in the first iteration, and how from there, an access goes that is `at` these places by iteration."""
+    (first, start), *others = at.items()
+    step = (others[0][1] - start) // (others[0][0] - first) if others else 0
+    if all(place == start + step * (index - first) for index, place in at.items()):
+        return start - step * first, Advance(step)
+    indices = list(at)
+    if indices != list(range(len(indices))):
+        return None
+    steps = [at[index + 1] - at[index] for index in indices[:-1]]
+    step = max(set(steps), key=lambda s: (steps.count(s), -s))
+    jumps = [index for index, s in enumerate(steps) if s != step]
+    period = jumps[1] - jumps[0] if len(jumps) > 1 else len(at)
+    advance = Advance(step, steps[jumps[0]], jumps[0], period)
+    return (start, advance) if steps == [_step_behind(advance, index) for index in indices[:-1]] else None
+
+
+def _step_behind(advance: Advance, index: int) -> int:
+    behind = index - advance.first
+    return advance.jump if behind >= 0 and behind % advance.period == 0 else advance.step
 
 
 class _Cutting:
@@ -180,7 +223,7 @@ class _Cutting:
             return None
         start, unit, low, last = span
         members = [
-            Member(r.access, r.first - start, r.step, r.block if r.loop else None)
+            Member(r.access, r.first - start, r.advance, r.block if r.loop else None)
             for r in sorted(kept, key=lambda r: r.access.instruction.start)
         ]
         block = anchor.block if anchor.loop else None
@@ -196,7 +239,7 @@ class _Cutting:
         zero = self._group.zero
         lowest, highest = min(r.lowest for r in taken), max(r.highest for r in taken)
         for unit, low in self._lows.items():
-            inside = {(zero + r.first + r.step * index) % unit for r in taken for index in range(unit if r.step else 1)}
+            inside = {(zero + place) % unit for r in taken for place in r.places}
             start = lowest - (zero + lowest) % unit
             fits = highest - start < WINDOW_ENTRIES * unit
             if fits and not any(low & place for place in inside) and low + max(inside) < unit:
