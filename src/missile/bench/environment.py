@@ -11,8 +11,9 @@ from typing import Any
 
 from missile import __version__
 from missile.gpu.interface import GpuInfo
+from missile.runtime import engine
 
-__all__ = ["describe_environment"]
+__all__ = ["describe_environment", "is_compiled"]
 
 _PACKAGES = ("numpy", "torch", "triton", "cuda-bindings")
 
@@ -40,9 +41,15 @@ def describe_environment(info: GpuInfo) -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "system": f"{platform.system()} {platform.release()}",
             "python": platform.python_version(),
+            "compiled": is_compiled(),
         },
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
     }
+
+
+def is_compiled() -> bool:
+    """Whether the engine's loop and the policies run as C (`make compiled`)."""
+    return Path(engine.__file__).suffix != ".py"
 
 
 def _version(package: str) -> str:

@@ -27,14 +27,9 @@ __all__ = [
     "policy_summaries",
 ]
 
-POLICIES: dict[str, Callable[..., Policy]] = {
-    "temporal": TemporalPolicy,
-    "streams": StreamsPolicy,
-    "priority": PriorityPolicy,
-    "partition": PartitionPolicy,
-    "orion": OrionPolicy,
-    "missile": MissilePolicy,
-}
+_KINDS = (TemporalPolicy, StreamsPolicy, PriorityPolicy, PartitionPolicy, OrionPolicy, MissilePolicy)
+
+POLICIES: dict[str, Callable[..., Policy]] = {kind.name: kind for kind in _KINDS}
 
 _SWITCH = {"on": 1.0, "off": 0.0}
 
@@ -83,8 +78,4 @@ def _require_known(policy: str, option: str, known: Collection[str]) -> None:
 
 def policy_summaries() -> dict[str, str]:
     """Every policy of this version, and what it does in a sentence."""
-    summaries = {}
-    for name, kind in POLICIES.items():
-        text = inspect.getdoc(inspect.getmodule(kind)) or ""
-        summaries[name] = text.partition("`: ")[2].splitlines()[0]
-    return summaries
+    return {kind.name: kind.summary for kind in _KINDS}

@@ -7,6 +7,7 @@ one does, to a lane that leaves the LS tenants their SMs. What is on the whole G
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from missile.errors import MisuseError, UnsupportedError
 from missile.gpu.interface import GpuInfo, Level, Priority
@@ -43,7 +44,10 @@ class MissilePolicy:
     stop_first: BE is told to leave before the LS request is launched (off: after).
     """
 
-    name = "missile"
+    name: ClassVar[str] = "missile"
+    summary: ClassVar[str] = (
+        "LS requests start at once; BE has all SMs while none is there, and leaves most of them as soon as one comes."
+    )
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from enum import Enum
 from itertools import accumulate
 from math import ceil
+from typing import ClassVar
 
 from missile.compiler.profile import Limits
 from missile.errors import MisuseError, UnsupportedError
@@ -123,7 +124,10 @@ class OrionPolicy:
     BE tenants take turns.
     """
 
-    name = "orion"
+    name: ClassVar[str] = "orion"
+    summary: ClassVar[str] = (
+        "BE kernels one by one, beside an LS request only where profiles differ and little of them is outstanding."
+    )
 
     def __init__(self, sm_threshold: float = 1.0, dur_threshold: float = 0.025, throttle_idle: float = 1.0) -> None:
         if not 0.0 < sm_threshold <= 1.0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from missile.errors import MisuseError, UnsupportedError
 from missile.gpu.interface import GpuInfo, Level, Priority
@@ -20,7 +21,8 @@ class PartitionPolicy:
     get the whole GPU.
     """
 
-    name = "partition"
+    name: ClassVar[str] = "partition"
+    summary: ClassVar[str] = "one static split of the SMs, LS tenants on one side and BE tenants on the other."
 
     def __init__(self, ls_share: float = 0.25) -> None:
         if not 0.0 < ls_share < 1.0:

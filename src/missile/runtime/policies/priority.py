@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from missile.errors import UnsupportedError
 from missile.gpu.interface import GpuInfo, Level, Priority
@@ -16,7 +17,10 @@ __all__ = ["PriorityPolicy"]
 class PriorityPolicy:
     """Starts everything at once, LS on high-priority streams. Running blocks are never displaced."""
 
-    name = "priority"
+    name: ClassVar[str] = "priority"
+    summary: ClassVar[str] = (
+        "streams with priorities. Pending blocks of an LS kernel go before pending blocks of BE kernels."
+    )
 
     def __init__(self) -> None:
         self._order: tuple[int, ...] = ()

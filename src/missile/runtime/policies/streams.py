@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from missile.gpu.interface import GpuInfo
 from missile.runtime.policies._common import latency_first, start_all
@@ -15,7 +16,8 @@ __all__ = ["StreamsPolicy"]
 class StreamsPolicy:
     """Starts everything at once; the hardware shares the SMs as it likes."""
 
-    name = "streams"
+    name: ClassVar[str] = "streams"
+    summary: ClassVar[str] = "every tenant on a stream of its own, all alike. What one gets by doing nothing about it."
 
     def __init__(self) -> None:
         self._order: tuple[int, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from missile.gpu.interface import GpuInfo
 from missile.runtime.policies.interface import Action, Lane, Layout, Snapshot, Start
@@ -15,7 +16,10 @@ class TemporalPolicy:
     """Whenever the GPU is free: the oldest queued LS request; if there is none, the BE tenant that has had the least
     time for its weight. A running request is never interrupted."""
 
-    name = "temporal"
+    name: ClassVar[str] = "temporal"
+    summary: ClassVar[str] = (
+        "one request at a time has the whole GPU, LS first. The safe sharing of today; BE kernels are never cut."
+    )
 
     def __init__(self) -> None:
         self._ls: tuple[int, ...] = ()
