@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pytest
@@ -29,16 +29,19 @@ def tenant() -> Callable[..., Tenant]:
 
 
 @pytest.fixture
-def fail_copy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Gpu, int], list[Any]]:
-    """Make copy number `number` to the device fail: `fail_copy(gpu, 60)`. What comes back are the sources of all so far."""
+def fail_copy(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Make copy number `number` to the device fail, of those from `sources` (None: from anywhere): `fail_copy(gpu, 60)`.
+    What comes back are the sources of all so far."""
 
-    def fail(gpu: Gpu, number: int) -> list[Any]:
+    def fail(gpu: Gpu, number: int, sources: Collection[Any] | None = None) -> list[Any]:
         kind: Any = type(gpu.create_stream())
         whole, seen = kind.copy_to_device, []
 
         def copy(stream: Any, target: int, source: Any, **more: Any) -> None:
-            seen.append(source)
-            if len(seen) == number:
+            counts = sources is None or any(source is one for one in sources)
+            if counts:
+                seen.append(source)
+            if counts and len(seen) == number:
                 raise GpuError("cuMemcpyHtoDAsync", "CUDA_ERROR_INVALID_VALUE")
             whole(stream, target, source, **more)
 
