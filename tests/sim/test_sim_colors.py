@@ -69,7 +69,7 @@ def test_on_the_gpu_separation_helps_a_victim_of_memory_traffic():
         def launch(work: KernelWork) -> Launch:
             return Launch(kernel, (work.blocks, 1, 1), (128, 1, 1), work=work)
 
-        traffic = KernelWork(4000, read_bytes=1 << 32, footprint_bytes=1 << 32, solo_ns=2e6, bytes_by_color=theirs)
+        traffic = KernelWork(4000, read_bytes=1 << 33, footprint_bytes=1 << 33, solo_ns=2e6, bytes_by_color=theirs)
         small = KernelWork(64, read_bytes=1 << 24, footprint_bytes=1 << 24, solo_ns=2e4, bytes_by_color=mine)
         ls, be = (gpu.create_stream(partition=part) for part in gpu.split_sms((64, 64)).parts)
         be.launch(launch(traffic))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from missile.gpu.sim.compute import Compute
 from missile.gpu.sim.cost import KernelCost, kernel_cost, missing_share
-from missile.gpu.sim.sharing import Capacities, fair_shares, latency_growth, placed_speed, speeds
+from missile.gpu.sim.sharing import Capacities, crowded_speed, fair_shares, placed_speed, queueing_ns, speeds
 from missile.gpu.sim.spec import GpuSpec, load_spec
 from missile.gpu.work import KernelWork
 
@@ -79,7 +79,8 @@ def test_everything_ends_and_room_comes_back(arrivals: list[tuple[KernelCost, fl
         assert all(free >= 0 for free in compute._free)
         held = [0, 0]
         for kernel in compute._running:
-            assert sum(kernel.held) == kernel.blocks <= kernel.room_for(kernel.cost.blocks)
+            assert sum(kernel.held) == kernel.blocks <= kernel.cost.blocks
+            assert 0.0 <= kernel.spread <= kernel.sms
             for part, count in zip(kernel.parts, kernel.held, strict=True):
                 held[part] += count * kernel.cost.units
         assert [h + f for h, f in zip(held, compute._free, strict=True)] == [32 * 5040, 100 * 5040]
@@ -124,8 +125,15 @@ def test_a_neighbour_never_speeds_anybody_up(
 
 @given(cost=costs, held=st.integers(1, 5000), sms=st.integers(1, 132))
 def test_more_room_is_never_slower(cost: KernelCost, held: int, sms: int) -> None:
-    less, more = placed_speed(cost, held, sms, 132), placed_speed(cost, held + 1, sms, 132)
+    less, more = (placed_speed(cost, room, min(room, sms), LIMITS) for room in (held, held + 1))
     assert 0.0 < less <= more <= 1.0
+
+
+@given(cost=costs, held=st.integers(1, 5000), sms=st.integers(1, 132), around=st.floats(0.0, 32.0))
+def test_blocks_of_others_on_the_same_sms_only_slow(cost: KernelCost, held: int, sms: int, around: float) -> None:
+    placed = placed_speed(cost, held, min(held, sms), LIMITS)
+    few, many = (crowded_speed(cost, placed, held, min(held, sms), n, LIMITS) for n in (around, around + 1.0))
+    assert 0.0 < many <= few <= placed * (1 + 1e-9)
 
 
 demands = st.lists(st.tuples(st.floats(0, 1e6), st.floats(0.1, 100)), min_size=1, max_size=8)
@@ -143,11 +151,12 @@ def test_fair_shares_are_max_min_fair(entries: list[tuple[float, float]], capaci
         assert all(s / w <= min(unmet) * (1 + 1e-6) for s, w in zip(shares, weights, strict=True))
 
 
-def test_memory_latency_grows_with_load() -> None:
-    growth = [latency_growth(load / 20, LIMITS) for load in range(30)]
-    assert growth[0] == 1.0
-    assert growth == sorted(growth)
-    assert growth[-1] < 5.0
+def test_queues_at_the_memory_grow_with_load_and_no_more_beyond_a_limit() -> None:
+    waits = [queueing_ns(load / 20, LIMITS) for load in range(30)]
+    assert waits[0] == 0.0
+    assert waits[10] == H100.sharing.queueing_ns
+    assert waits == sorted(waits)
+    assert waits[-1] == waits[20] < 5_000.0
 
 
 def _full_gpu(waves: int, solo_ns: float) -> KernelCost:
@@ -181,7 +190,7 @@ def test_a_small_kernel_of_higher_priority_waits_for_as_many_blocks_as_it_needs(
     assert ends[2] == pytest.approx(42_000.0 + 10_000.0 * 13 / 132 + 5_000.0)
 
 
-def test_the_last_wave_keeps_its_sms_until_the_kernel_ends() -> None:
+def test_the_last_wave_leaves_the_sms_that_it_does_not_need() -> None:
     compute = Compute(H100)
     two_waves = kernel_cost(KernelWork(blocks=200, blocks_per_sm=1, solo_ns=100_000.0), H100)
     compute.start(0.0, two_waves, (0,))
@@ -189,7 +198,49 @@ def test_the_last_wave_keeps_its_sms_until_the_kernel_ends() -> None:
     small = kernel_cost(KernelWork(blocks=60, blocks_per_sm=1, solo_ns=5_000.0), H100)
     compute.start(45_000.0, small, (0,))
     compute.settle()
-    assert run_all(compute) == pytest.approx({1: 100_000.0, 2: 105_000.0})
+    assert run_all(compute) == pytest.approx({1: 100_000.0, 2: 55_000.0})  # the last wave has 68 blocks
+
+
+def test_kernels_share_sms_where_there_are_too_few_for_both_and_slow_each_other() -> None:
+    compute = Compute(H100)
+    wide = kernel_cost(KernelWork(blocks=132, blocks_per_sm=2, solo_ns=50_000.0), H100)
+    compute.start(0.0, wide, (0,))
+    compute.start(0.0, wide, (0,))
+    both = run_all(compute)
+    slower = 1 + H100.sharing.crowding / (1 + H100.sharing.crowding)
+    assert both == pytest.approx({1: 50_000.0 * slower, 2: 50_000.0 * slower})
+
+
+def test_blocks_that_need_whole_sms_leave_small_ones_few() -> None:
+    compute = Compute(H100)
+    whole = kernel_cost(KernelWork(blocks=128, blocks_per_sm=1, solo_ns=100_000.0), H100)
+    small = kernel_cost(KernelWork(blocks=64, blocks_per_sm=16, solo_ns=5_000.0), H100)
+    compute.start(0.0, whole, (0,))
+    compute.start(0.0, small, (0,))
+    ends = run_all(compute)
+    crowding = H100.sharing.crowding
+    assert ends[2] == pytest.approx(5_000.0 * (1 + 16 * crowding) / (1 + crowding))  # 64 blocks on 4 SMs
+    assert ends[1] == pytest.approx(100_000.0)
+
+
+def test_room_that_comes_soon_saves_a_wave() -> None:
+    compute = Compute(H100)
+    short = kernel_cost(KernelWork(blocks=10, blocks_per_sm=1, solo_ns=3_000.0), H100)
+    compute.start(0.0, short, (0,))
+    compute.settle()
+    compute.start(0.0, _full_gpu(1, 50_000.0), (0,))  # ten blocks wait for the first kernel's SMs
+    assert 50_000.0 < run_all(compute)[2] < 55_000.0
+
+
+def test_a_launch_that_took_its_turn_early_goes_before_what_came_since() -> None:
+    compute = Compute(H100)
+    compute.start(0.0, _full_gpu(1, 10_000.0), (0,))
+    compute.settle()
+    turn = compute.take_turn()
+    compute.start(1_000.0, _full_gpu(1, 20_000.0), (0,))
+    compute.start(2_000.0, _full_gpu(1, 5_000.0), (0,), turn=turn)
+    compute.settle()
+    assert sorted(run_all(compute).values()) == pytest.approx([10_000.0, 15_000.0, 35_000.0])
 
 
 def test_times_far_out_do_not_stall() -> None:
@@ -221,14 +272,15 @@ def test_blocks_on_fewer_sms_take_more_waves() -> None:
     compute = Compute(H100)
     compute.divide((32, 100))
     compute.start(0.0, _full_gpu(1, 10_000.0), (0,))
-    assert run_all(compute)[1] == pytest.approx(50_000.0)  # 132 blocks on 32 SMs: 5 waves
+    crowding = H100.sharing.crowding
+    assert run_all(compute)[1] == pytest.approx(10_000.0 * (5 + 5 * crowding) / (1 + crowding))  # 132 blocks: 5 waves
 
 
 def test_a_bandwidth_bound_kernel_needs_only_part_of_the_sms() -> None:
     stream = KernelWork(blocks=10_000, blocks_per_sm=8, read_bytes=1 << 28, footprint_bytes=1 << 28, solo_ns=90_000.0)
     cost = kernel_cost(stream, H100)
-    assert placed_speed(cost, 8 * 100, 100, 132) == 1.0
-    assert placed_speed(cost, 8 * 8, 8, 132) < 0.2
+    assert placed_speed(cost, 8 * 100, 100, LIMITS) > 0.9
+    assert placed_speed(cost, 8 * 8, 8, LIMITS) < 0.5
 
 
 @pytest.mark.parametrize("name", ["h200", "v100", "gtx1080", "p40", "a2000", "a5500"])

@@ -1,6 +1,6 @@
 """What tenants do to each other on simulated GPUs, held to what was measured on real ones (docs/simulator.md).
 
-SM splits on an H100 with kernels made up in the sizes of the real models'; streams on an H200 with its recorded kernels.
+SM splits and streams on an H200 with its recorded kernels; neighbours without memory traffic on an H100.
 `python tests/sim/test_sim_interference.py` prints the table.
 """
 
@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import random
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from missile.bench.beside import Pair, service_ns
 from missile.compiler.library import find_package
 from missile.gpu.interface import Event, Graph, Launch, Priority, SmPartition
 from missile.gpu.sim import SimulatedGpu
 from missile.gpu.work import KernelWork
 
+MEASURED = Path(__file__).parents[2] / "benchmarks/results/overlap-h200/tuned.json"
 MIB = 1 << 20
 SECONDS = 0.3
 RATE = 300.0
@@ -141,18 +145,52 @@ def service_on_partition(neighbour: str) -> float:
 
 
 # Measured on an H100, with a margin for kernels that are not those of the real models.
-@pytest.mark.parametrize(
-    ("neighbour", "low", "high"),
-    [
-        ("densenet161", 1.1, 1.7),
-        ("gemv", 2.2, 3.5),
-        ("copy", 1.15, 1.5),
-        ("spin", 1.0, 1.03),
-        ("tiny", 1.04, 1.25),
-    ],
-)
-def test_what_a_neighbour_on_other_sms_costs(neighbour: str, low: float, high: float) -> None:
+@pytest.mark.parametrize(("neighbour", "low", "high"), [("spin", 1.0, 1.03), ("tiny", 1.04, 1.25)])
+def test_a_neighbour_without_memory_traffic_costs_little(neighbour: str, low: float, high: float) -> None:
     assert low <= service_on_partition(neighbour) <= high
+
+
+@functools.cache
+def _split() -> dict[str, dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]]:
+    """Measured on an H200: by SMs, neighbour, "victims", model and code ("plain": launches one after another)."""
+    found: dict[str, dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]]
+    found = json.loads(MEASURED.read_text())["beside"]["plain"]
+    return found
+
+
+@functools.cache
+def _simulated(pair: Pair) -> float:
+    return service_ns(pair, "sim:h200", runs=8)
+
+
+def error(model: str, neighbour: str, sms: int, overlaps: bool) -> float:
+    """Simulated over measured: what the neighbour costs the model, over the model alone on its SMs."""
+    code = "alone" if overlaps else "plain"
+    beside, alone = (_split()[str(sms)][name]["victims"][model][code]["median_ns"] for name in (neighbour, "nothing"))
+    simulated = _simulated(Pair(model, neighbour, sms, overlaps)) / _simulated(Pair(model, "", sms, overlaps))
+    return simulated / (beside / alone)
+
+
+@pytest.mark.parametrize("neighbour", ["densenet161", "bert_large", "decoder_1b", "synthetic-gemv", "synthetic-copy"])
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_recorded_models_on_split_sms_cost_each_other_what_was_measured(neighbour: str, overlaps: bool) -> None:
+    for model, sms in (("squeezenet1_1", 32), ("mobilenet_v3_large", 64)):
+        assert 1 / 1.2 <= error(model, neighbour, sms, overlaps) <= 1.2
+
+
+def test_fewer_sms_cost_a_model_what_was_measured() -> None:
+    measured = _split()["32"]["nothing"]["victims"]
+    for model in ("resnet34", "squeezenet1_1", "shufflenet_v2"):
+        here = _simulated(Pair(model, "", 32)) / _simulated(Pair(model))
+        whole = json.loads(MEASURED.read_text())["tuned"]["plain"][model]["times"]["plain"]["median_ns"]
+        assert here == pytest.approx(measured[model]["plain"]["median_ns"] / whole, rel=0.15)
+
+
+@pytest.mark.parametrize("model", ["mobilenet_v3_large", "squeezenet1_1"])
+def test_launches_that_overlap_save_what_was_measured(model: str) -> None:
+    times = json.loads(MEASURED.read_text())["tuned"]["plain"][model]["times"]
+    here = _simulated(Pair(model, overlaps=True)) / _simulated(Pair(model))
+    assert here == pytest.approx(times["alone"]["median_ns"] / times["plain"]["median_ns"], rel=0.05)
 
 
 # Measured on an H200 (benchmarks/results/h200-pairs): p50 over the one alone is 2.2 on streams, 1.75 with priorities next to

@@ -253,7 +253,7 @@ class Launch:
     preempt: what lets its blocks leave. The simulator obeys it; hardware ignores it, there the kernel's code does it.
     overlaps: it may be launched while the launch right before it in the stream or graph runs: its code waits itself for that
     to end, in every thread, before it touches global memory and before it ends (`compiler.ptx.overlap`). Behind anything
-    else but a launch it starts as usual. Simulated GPUs ignore it.
+    else but a launch it starts as usual. Simulated GPUs do so in graphs, and with single launches never.
     """
 
     kernel: Kernel

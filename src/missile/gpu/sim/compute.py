@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from missile.gpu.sim.cost import UNITS_PER_SM, KernelCost
-from missile.gpu.sim.sharing import Capacities, placed_speed, speeds
+from missile.gpu.sim.sharing import Capacities, crowded_speed, placed_speed, speeds
 from missile.gpu.sim.spec import GpuSpec
 
 __all__ = ["Compute", "Running"]
@@ -28,7 +28,7 @@ class Running:
 
     __slots__ = (
         "blocks", "cost", "finish", "gap", "handover", "held", "left", "order", "parts", "placed", "sms", "speed",
-        "tail", "total", "waiting", "work",
+        "spread", "tail", "total", "waiting", "work",
     )  # fmt: skip
 
     def __init__(
@@ -43,6 +43,7 @@ class Running:
         self.total = self.left = self.work + gap
         self.blocks = 0  # for how many blocks it holds room
         self.held = [0] * len(parts)  # the same, by part
+        self.spread = 0.0  # over how many SMs its blocks lie
         self.waiting = True  # has blocks that were not placed yet
         self.tail = 0.0  # what is left when its last wave starts
         self.placed = 0.0
@@ -54,10 +55,13 @@ class Running:
         """Blocks that have not ended."""
         return math.ceil(self.cost.blocks * self.left / self.total - 1e-9)
 
-    def room_for(self, blocks: int) -> int:
-        """Room, counted in blocks, that `blocks` blocks take up: they spread over the SMs, one kernel to an SM."""
-        per_sm = UNITS_PER_SM // self.cost.units
-        return max(min(blocks, self.sms) * per_sm, blocks)
+    def blocks_to_place(self) -> int:
+        """Blocks that have not started: those that hold room run in waves, and of a wave all end together."""
+        if not self.blocks:
+            return self.blocks_left()
+        waves = -(-self.cost.blocks // self.blocks)
+        begun = math.floor((1.0 - self.left / self.total) * waves + 1e-9) + 1
+        return max(self.cost.blocks - begun * self.blocks, 0)
 
 
 def _nothing(_now: float) -> None:
@@ -95,24 +99,32 @@ class Compute:
         self._all = sum(self._free)
 
     def launch_load(self, gap: float) -> float:
-        """How much of the front end the running kernels keep busy: each one's gap over its duration, summed."""
+        """How much of the front end the running kernels keep busy: each one's gap over the time that it takes, summed."""
         load = 0.0
         for kernel in self._running:
-            load += gap / kernel.total
+            load += gap * kernel.speed / kernel.total
         return load
 
     def start(
         self, now: float, cost: KernelCost, parts: tuple[int, ...], *, priority: int = 0, gap: float = 0.0,
-        noise: float = 1.0,
+        noise: float = 1.0, turn: int | None = None,
     ) -> Running:  # fmt: skip
-        """A kernel arrives at `now`, with `gap` ns of front-end time before its work. `settle` places it."""
+        """A kernel arrives at `now`, with `gap` ns of front-end time before its work. `settle` places it.
+
+        turn: what `take_turn` gave when it was queued, where that was before.
+        """
         self.advance(now)
-        self._arrivals += 1
-        kernel = Running(cost, (-priority, self._arrivals), parts, self._size(parts), gap, noise)
+        order = (-priority, self.take_turn() if turn is None else turn)
+        kernel = Running(cost, order, parts, self._size(parts), gap, noise)
         self._running.append(kernel)
         self._enqueue(kernel)
         self.dirty = True
         return kernel
+
+    def take_turn(self) -> int:
+        """A place in the order of service, behind all that came before."""
+        self._arrivals += 1
+        return self._arrivals
 
     def _size(self, parts: tuple[int, ...]) -> int:
         return self._sms[parts[0]] if len(parts) == 1 else sum(self._sms[part] for part in parts)
@@ -175,7 +187,7 @@ class Compute:
         else:
             costs = [kernel.cost for kernel in active]
             room = [kernel.blocks * kernel.cost.units / UNITS_PER_SM for kernel in active]
-            found = speeds(costs, [kernel.placed for kernel in active], room, self._capacities) if active else []
+            found = speeds(costs, self._among_others(active), room, self._capacities) if active else []
         crowded = len(self._pending) > 1
         wait = math.inf
         for kernel, speed in zip(active, found, strict=True):
@@ -189,9 +201,40 @@ class Compute:
         if crowded:
             self._plan_handover()
 
+    def _among_others(self, active: Sequence[Running]) -> list[float]:
+        """Speeds of kernels with blocks on SMs that others have blocks on, before anybody asks for memory."""
+        found = []
+        for kernel in active:
+            around = 0.0
+            for other in active:
+                if other is not kernel:
+                    around += self._met(kernel, other)
+            speed = kernel.placed
+            if around:
+                speed = crowded_speed(kernel.cost, speed, kernel.blocks, kernel.spread, around, self._capacities)
+            found.append(speed)
+        return found
+
+    def _met(self, kernel: Running, other: Running) -> float:
+        """How many blocks of `other` are on an SM of `kernel`, on average. Blocks go where the fewest are: two kernels share
+        SMs as far as there are too few for both."""
+        if kernel.parts == other.parts:
+            both = kernel.spread + other.spread - kernel.sms
+            return max(both, 0.0) * other.blocks / (kernel.spread * other.spread)
+        common = [part for part in kernel.parts if part in other.parts]
+        if not common:
+            return 0.0
+        mine, theirs = (
+            sum(held for part, held in zip(k.parts, k.held, strict=True) if part in common) / k.blocks * k.spread
+            for k in (kernel, other)
+        )
+        both = mine + theirs - self._size(tuple(common))
+        return max(both, 0.0) * other.blocks / (kernel.spread * other.spread)
+
     def _release(self, kernel: Running, blocks: int, among: tuple[int, ...] | None = None) -> None:
         """Give back the room of `blocks` blocks, in the parts `among` (None: in any)."""
         kernel.blocks -= blocks
+        kernel.spread = min(kernel.spread, float(kernel.blocks))
         units = kernel.cost.units
         for place, part in enumerate(kernel.parts):
             if among is None or part in among:
@@ -201,9 +244,12 @@ class Compute:
                 blocks -= count
 
     def _start_last_wave(self, kernel: Running) -> None:
-        """All its blocks are placed now. They keep the room until it ends: who comes next needs whole SMs, not gaps."""
+        """All its blocks are placed now. Who comes next gets the gaps that the last wave leaves."""
         kernel.waiting = False
         self._pending.remove(kernel)
+        total, held = kernel.cost.blocks, kernel.blocks
+        if gap := -total % held:
+            self._release(kernel, gap)
 
     def _place(self) -> None:
         free = self._free
@@ -217,7 +263,7 @@ class Compute:
                 still.append(kernel)
                 continue
             blocks = kernel.cost.blocks
-            unplaced = kernel.room_for(kernel.blocks_left()) - kernel.blocks
+            unplaced = kernel.blocks_to_place()
             if unplaced > 0 and self._take_room(kernel, unplaced):
                 self._set_pace(kernel)
                 kernel.handover = math.inf
@@ -236,6 +282,7 @@ class Compute:
         if not room:
             return 0
         given = wanted = min(wanted, room)
+        kernel.spread = min(kernel.spread + min(self._open_sms(kernel), float(given)), float(kernel.sms))
         for place, part in enumerate(kernel.parts):
             count = -(-wanted * fits[place] // room)  # what rounding leaves over is the last parts' loss
             room -= fits[place]
@@ -247,8 +294,18 @@ class Compute:
         kernel.blocks += given
         return given
 
+    def _open_sms(self, kernel: Running) -> float:
+        """On how many of its SMs there is room for a block of `kernel`. Where others have blocks, what is free is what some
+        of those would take: blocks that need a whole SM each leave whole SMs."""
+        free = sum(self._free[part] for part in kernel.parts)
+        grain = kernel.cost.units
+        for other in self._running:
+            if other.blocks and other is not kernel and other.cost.units > grain:
+                grain = other.cost.units
+        return min(max(free // grain, 1), kernel.sms)
+
     def _set_pace(self, kernel: Running) -> None:
-        kernel.placed = placed_speed(kernel.cost, kernel.blocks, kernel.sms, self._capacities.sms)
+        kernel.placed = placed_speed(kernel.cost, kernel.blocks, kernel.spread, self._capacities)
         kernel.tail = kernel.total / -(-kernel.cost.blocks // kernel.blocks) if kernel.blocks else 0.0
         if not kernel.blocks:
             kernel.speed = 0.0
@@ -289,7 +346,7 @@ class Compute:
 
     def _wanted(self, kernel: Running) -> int:
         """Room that `kernel` lacks, in units."""
-        return (kernel.room_for(kernel.blocks_left()) - kernel.blocks) * kernel.cost.units
+        return kernel.blocks_to_place() * kernel.cost.units
 
     def _hand_over(self) -> None:
         for kernel in self._pending:

@@ -13,7 +13,16 @@ from missile.errors import MisuseError
 from missile.gpu.sim.spec import GpuSpec, builtin_specs
 from missile.gpu.work import KernelWork
 
-__all__ = ["UNITS_PER_SM", "KernelCost", "color_shares", "kernel_cost", "missing_share", "part_of", "working_set"]
+__all__ = [
+    "UNITS_PER_SM",
+    "KernelCost",
+    "block_time",
+    "color_shares",
+    "kernel_cost",
+    "missing_share",
+    "part_of",
+    "working_set",
+]
 
 UNITS_PER_SM = 5040  # an SM's room, divisible by every small occupancy; a block takes UNITS_PER_SM // blocks_per_sm
 MINIMUM_NS = 1000.0  # nothing that was launched takes less
@@ -26,11 +35,12 @@ class KernelCost:
     """Costs at full speed, that is alone on the whole GPU.
 
     solo_ns: duration. blocks, units: how many blocks, and the room each takes. waves: how many rounds of blocks.
-    vram, reads, l2: bytes per ns asked of VRAM, of VRAM by reads only (both if nothing were in L2), of L2.
-    arithmetic: share of the GPU's arithmetic. sensitivity: share of the duration spent waiting for memory.
-    stretch: block time without bandwidth queueing over block time with it, in (0, 1].
+    vram, l2: bytes per ns asked of VRAM (if nothing were in L2), of L2. load: `vram` as its queues feel it.
+    arithmetic: share of the GPU's arithmetic. trips: memory round trips that it waits for one after another, per ns.
+    bound: share of the duration that more SMs would not shorten. alone: time on all SMs in `block_time`'s unit.
     working_set: bytes that the kernel and those that run with it in turn keep coming back to. missing: share of its
-    footprint that L2 does not hold when alone. colors: share of its memory in each color, () for evenly in all.
+    footprint that L2 does not hold when alone. brings: bytes that it brings into L2.
+    colors: share of its memory in each color, () for evenly in all.
     """
 
     solo_ns: float
@@ -38,13 +48,15 @@ class KernelCost:
     units: int
     waves: int
     vram: float
-    reads: float
+    load: float
     l2: float
     arithmetic: float
-    sensitivity: float
-    stretch: float
+    trips: float
+    bound: float
+    alone: float
     working_set: float
     missing: float
+    brings: float
     colors: tuple[float, ...] = ()
 
 
@@ -56,8 +68,11 @@ def part_of(cost: KernelCost, share: float) -> KernelCost:
 
 
 def working_set(works: Sequence[KernelWork]) -> float:
-    """Bytes that a sequence run over and over comes back to: the sum of footprints (a buffer used twice counts twice)."""
-    return float(sum(work.footprint_bytes for work in works))
+    """Bytes that a sequence run over and over comes back to. What it writes it reads once more, and then writes something
+    else there: both uses are taken off the sum of the footprints, which leaves weights and what is read time and again.
+    """
+    kept = sum(work.footprint_bytes - 2 * work.write_bytes for work in works)
+    return float(max(kept, max((work.footprint_bytes for work in works), default=0)))
 
 
 def missing_share(kept: float, l2_bytes: float) -> float:
@@ -90,13 +105,15 @@ def kernel_cost(work: KernelWork, spec: GpuSpec, keeps: float = 0.0) -> KernelCo
         units=UNITS_PER_SM // per_sm,
         waves=waves,
         vram=vram,
-        reads=vram * read_share,
+        load=vram * (1.0 + spec.sharing.write_load * (1.0 - read_share)),
         l2=min(traffic / solo, SATURATION * spec.l2.bandwidth_gb_s),
         arithmetic=arithmetic,
-        sensitivity=_sensitivity(work, spec, solo, waves, arithmetic),
-        stretch=1.0 - spec.sharing.headroom * min(vram / spec.vram_rate, 1.0),
+        trips=_trips(work, spec, waves) / solo,
+        bound=spec.sharing.headroom * min(vram / spec.vram_rate, 1.0) ** 2,
+        alone=block_time(blocks, waves, min(blocks, spec.sm.count), spec.sharing.crowding),
         working_set=keeps,
         missing=missing,
+        brings=float(max(work.footprint_bytes - work.write_bytes, 0)),
         colors=colors,
     )
 
@@ -112,13 +129,16 @@ def color_shares(by_color: Mapping[int, float], colors: int) -> tuple[float, ...
     return () if max(shares) - min(shares) < 1e-9 else shares
 
 
-def _sensitivity(work: KernelWork, spec: GpuSpec, solo: float, waves: int, arithmetic: float) -> float:
-    """Share of the duration that grows with memory latency: rounds of loads that a thread waits for, one after another."""
-    sharing = spec.sharing
-    per_round = max(work.blocks, 1) * max(work.threads, 1) * 16 * sharing.loads_in_flight
-    rounds = work.read_bytes / per_round
-    waiting = (rounds + (1 if work.read_bytes else 0)) * waves * sharing.memory_latency_ns
-    return max(0.0, min(1.0 - arithmetic, waiting / solo))
+def block_time(blocks: int, waves: int, sms: float, crowding: float) -> float:
+    """Time that `blocks` blocks take on `sms` SMs in `waves` waves, over what one alone on its SM would take in a wave that
+    costs nothing but latency: a wave each, and `crowding` for each block on the SM that has most of them."""
+    return waves + crowding * math.ceil(blocks / sms - 1e-9)
+
+
+def _trips(work: KernelWork, spec: GpuSpec, waves: int) -> float:
+    """Memory round trips that pass one after another: one for the launch, and each thread's loads, by rounds and waves."""
+    per_round = max(work.blocks, 1) * max(work.threads, 1) * 16 * spec.sharing.loads_in_flight
+    return 1.0 + work.read_bytes / per_round * waves
 
 
 def _roofline(work: KernelWork, spec: GpuSpec, in_l2: bool = False) -> float:

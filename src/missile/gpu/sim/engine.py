@@ -13,7 +13,7 @@ from missile.errors import GpuError, InternalError, KernelFaultError, MisuseErro
 from missile.gpu.interface import Copy, Fill, Launch
 from missile.gpu.sim.compute import Compute
 from missile.gpu.sim.copies import CopyEngine
-from missile.gpu.sim.cost import kernel_cost
+from missile.gpu.sim.cost import kernel_cost, missing_share
 from missile.gpu.sim.memory import DeviceMemory
 from missile.gpu.sim.preempt import SimPreemptControl
 from missile.gpu.sim.spec import Faults, GpuSpec
@@ -44,10 +44,12 @@ class Engine:
         self.d2h = CopyEngine(self.timeline, link.d2h_gb_s, link.overhead_ns, copy_noise)
         self.paces: dict[str, float] = {}  # by tenant: how long its kernels take, over their costs; others 1
         self._faults = faults
+        self._brought = 0.0  # bytes that kernels have brought into L2 so far
+        self._fetched: dict[tuple[str, str], float] = {}  # by code, what that was when it was last launched
         self._launches: Counter[str] = Counter()
         self._copies: Counter[str] = Counter()
         self._lost: KernelFaultError | None = None
-        self._prepared: dict[tuple[int, float], tuple[KernelWork, PreparedKernel]] = {}
+        self._prepared: dict[tuple[int, float, bool], tuple[KernelWork, PreparedKernel]] = {}
         self.closed = False
 
     # --- time
@@ -87,15 +89,16 @@ class Engine:
         timeline.host = max(timeline.host, deadline)
 
     # --- work
-    def prepare(self, operation: Launch | Fill | Copy, keeps: float = 0.0) -> PreparedKernel:
-        """What `operation` costs here. keeps: the working set of the sequence that it belongs to, bytes."""
+    def prepare(self, operation: Launch | Fill | Copy, keeps: float = 0.0, *, early: bool = False) -> PreparedKernel:
+        """What `operation` costs here. keeps: the working set of the sequence that it belongs to, bytes. early: it may be
+        launched while the kernel before it runs."""
         self.check()
         if not isinstance(operation, Launch):
             return self._prepare_move(operation, keeps)
         if operation.work is None:
             raise MisuseError(f"Kernel {operation.kernel.name!r} has no work; the simulated GPU can't tell its cost.")
         # Engines launch the same work over and over; its identity is its key, held so that it stays one.
-        key = (id(operation.work), keeps)
+        key = (id(operation.work), keeps, early)
         if operation.preempt is not None:
             return self._prepare_preemptible(operation, operation.work, keeps)
         known = self._prepared.get(key)
@@ -104,7 +107,8 @@ class Engine:
             return known[1]
         if len(self._prepared) >= _REMEMBERED:
             self._prepared.clear()
-        prepared = PreparedKernel(kernel_cost(operation.work, self.spec, keeps), operation.kernel.name, tenant, None)
+        cost = kernel_cost(operation.work, self.spec, keeps)
+        prepared = PreparedKernel(cost, operation.kernel.name, tenant, None, early=early)
         self._prepared[key] = (operation.work, prepared)
         return prepared
 
@@ -137,6 +141,16 @@ class Engine:
         return PreparedKernel(
             kernel_cost(work, self.spec, keeps), "copy", "", lambda: memory.copy(copy.target, copy.source, copy.nbytes)
         )
+
+    def fetch_ns(self, kernel: PreparedKernel) -> float:
+        """What the launch of `kernel`, which begins now, waits for its code: others may have driven it out of L2 since it
+        ran last. Where its own sequence does that already, the wait is in its measured time."""
+        cost = kernel.cost
+        since = self._brought - self._fetched.get(kernel.code, 0.0)
+        self._brought += cost.brings
+        self._fetched[kernel.code] = self._brought
+        missing = missing_share(since, self.spec.l2_bytes) - cost.missing
+        return self.spec.sharing.code_fetch_ns * missing if missing > 0.0 else 0.0
 
     def kernel_ended(self, kernel: PreparedKernel) -> None:
         """Effects of a kernel's end: on memory, and an injected fault when this launch has one."""

@@ -143,7 +143,13 @@ class SimulatedGpu:
         self, operations: Sequence[Launch | Fill | Copy], *, within: Sequence[Launch | Fill | Copy] | None = None
     ) -> SimGraph:
         keeps = working_set([_work_of(operation) for operation in (operations if within is None else within)])
-        return SimGraph([self._engine.prepare(operation, keeps) for operation in operations])
+        kernels = []
+        behind_launch = False
+        for operation in operations:
+            early = behind_launch and isinstance(operation, Launch) and operation.overlaps
+            kernels.append(self._engine.prepare(operation, keeps, early=early))
+            behind_launch = isinstance(operation, Launch)
+        return SimGraph(kernels)
 
     def create_preempt_control(self) -> SimPreemptControl:
         self._engine.check()

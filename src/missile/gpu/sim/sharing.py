@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from missile.gpu.sim.cost import KernelCost, missing_share
+from missile.gpu.sim.cost import KernelCost, block_time, missing_share
 from missile.gpu.sim.spec import GpuSpec
 
-__all__ = ["Capacities", "fair_shares", "latency_growth", "placed_speed", "speeds"]
+__all__ = ["Capacities", "crowded_speed", "fair_shares", "placed_speed", "queueing_ns", "speeds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +24,9 @@ class Capacities:
     l2_rate: float
     l2_bytes: int
     colors: int
-    queueing: float
+    queueing_ns: float
     queueing_limit: float
-    miss_penalty: float
+    crowding: float
 
     @classmethod
     def of(cls, spec: GpuSpec) -> Capacities:
@@ -37,9 +37,9 @@ class Capacities:
             l2_rate=spec.l2.bandwidth_gb_s,
             l2_bytes=spec.l2_bytes,
             colors=spec.l2.colors,
-            queueing=sharing.queueing,
+            queueing_ns=sharing.queueing_ns,
             queueing_limit=sharing.queueing_limit,
-            miss_penalty=sharing.miss_penalty,
+            crowding=sharing.crowding,
         )
 
 
@@ -62,29 +62,40 @@ def fair_shares(demands: Sequence[float], weights: Sequence[float], capacity: fl
     return shares
 
 
-def latency_growth(load: float, capacities: Capacities) -> float:
-    """Memory latency at `load` (share of VRAM's bandwidth that reads ask for) over that of an idle memory, at least 1.
+def queueing_ns(load: float, capacities: Capacities) -> float:
+    """What a memory round trip takes longer at `load`, the share of VRAM's bandwidth that others ask for, ns.
 
-    The queueing curve 1 + a load^2 / (1 - load), held beyond the limit where requests in flight run out.
+    The waiting time of a queue whose service time is short against the trip, a load / (1 - load), held beyond the limit
+    where requests in flight run out.
     """
-    limit = capacities.queueing_limit
-    if load > limit:
-        load = limit
-    return 1.0 + capacities.queueing * load * load / (1.0 - load)
+    load = min(load, capacities.queueing_limit)
+    return capacities.queueing_ns * load / (1.0 - load)
 
 
-def placed_speed(cost: KernelCost, held: int, sms: int, all_sms: int) -> float:
-    """Speed of a kernel that holds room for `held` blocks on `sms` of `all_sms` SMs, with no neighbour; 0 without room.
+def placed_speed(cost: KernelCost, held: int, sms: float, capacities: Capacities) -> float:
+    """Speed of a kernel that holds room for `held` blocks on `sms` SMs, with no neighbour; 0 without room.
 
-    Blocks go in whole waves. A bandwidth-bound kernel keeps its speed until it has lost its headroom of SMs.
+    Blocks go in whole waves, and slow each other on an SM. The part of a kernel that waits for VRAM stays as long.
     """
     if held <= 0:
         return 0.0
     waves = -(-cost.blocks // held)
-    speed = min(1.0, cost.waves / (waves * cost.stretch))
-    if cost.arithmetic * speed * all_sms > sms:
-        speed = sms / (cost.arithmetic * all_sms)
-    return speed
+    slower = block_time(cost.blocks, waves, sms, capacities.crowding) / cost.alone
+    speed = min(1.0, 1.0 / (cost.bound + (1.0 - cost.bound) * slower))
+    spread = min(cost.blocks, capacities.sms)  # when it is alone
+    busy = min(cost.arithmetic * capacities.sms, spread)  # SMs' worth of arithmetic then
+    return min(speed, sms / busy) if busy * speed > sms else speed
+
+
+def crowded_speed(
+    cost: KernelCost, placed: float, held: int, sms: float, around: float, capacities: Capacities
+) -> float:
+    """Speed of a kernel that holds room for `held` blocks on `sms` SMs, `placed` with no neighbour, where `around` blocks of
+    others are on each of its SMs on average."""
+    waves = -(-cost.blocks // held)
+    slower = 1.0 + capacities.crowding * waves * around / block_time(cost.blocks, waves, sms, capacities.crowding)
+    bound = cost.bound * placed
+    return placed / (bound + (1.0 - bound) * slower)
 
 
 def speeds(
@@ -100,21 +111,18 @@ def speeds(
     for cost in costs:
         kept += cost.working_set
     missing = missing_share(kept, capacities.l2_bytes)
-    vram_rate, penalty = capacities.vram_rate, capacities.miss_penalty
-    vram = reads = l2 = arithmetic = 0.0
+    vram_rate = capacities.vram_rate
+    vram = load = l2 = arithmetic = 0.0
     for cost, speed in zip(costs, placed, strict=True):
         vram += cost.vram * speed
-        reads += cost.reads * speed
+        load += cost.load * speed
         l2 += cost.l2 * speed
         arithmetic += cost.arithmetic * speed
     result = []
     for cost, speed in zip(costs, placed, strict=True):
-        sensitivity = cost.sensitivity
-        if sensitivity:
-            growth = latency_growth((reads - cost.reads * speed) * missing / vram_rate, capacities)
-            growth *= 1.0 + penalty * (missing - cost.missing)
-            speed /= 1.0 + sensitivity * (growth - 1.0)
-        result.append(speed)
+        result.append(
+            speed / (1.0 + cost.trips * queueing_ns((load - cost.load * speed) * missing / vram_rate, capacities))
+        )
     if vram * missing > vram_rate:
         _limit(result, placed, [c.vram * missing * s for c, s in zip(costs, placed, strict=True)], room, vram_rate)
     if l2 > capacities.l2_rate:
@@ -133,25 +141,22 @@ def _colored_speeds(
     even = (1.0 / count,) * count
     shares = [cost.colors or even for cost in costs]
     result = list(placed)
-    growths = [0.0] * len(costs)
+    queues = [0.0] * len(costs)
     limits: list[tuple[list[float], float]] = []
     for color in range(count):
         mine = [share[color] for share in shares]
         kept = sum(cost.working_set * part for cost, part in zip(costs, mine, strict=True))
         missing = missing_share(kept, capacities.l2_bytes / count)
         rate = capacities.vram_rate / count
-        reads = [c.reads * s * part * missing for c, s, part in zip(costs, placed, mine, strict=True)]
-        asked = sum(reads)
-        for i, cost in enumerate(costs):
-            if mine[i] and len(costs) > 1:
-                growth = latency_growth((asked - reads[i]) / rate, capacities)
-                growths[i] += mine[i] * growth * (1.0 + capacities.miss_penalty * max(missing - cost.missing, 0.0))
         vram = [c.vram * missing * s * part for c, s, part in zip(costs, placed, mine, strict=True)]
+        loads = [c.load * missing * s * part for c, s, part in zip(costs, placed, mine, strict=True)]
+        asked = sum(loads)
+        for i, part in enumerate(mine):
+            queues[i] += part * queueing_ns(max(asked - loads[i], 0.0) / rate, capacities)
         l2 = [c.l2 * s * part for c, s, part in zip(costs, placed, mine, strict=True)]
         limits += [(vram, rate), (l2, capacities.l2_rate / count)]
     for i, cost in enumerate(costs):
-        if cost.sensitivity and growths[i] > 1.0:
-            result[i] /= 1.0 + cost.sensitivity * (growths[i] - 1.0)
+        result[i] /= 1.0 + cost.trips * queues[i]
     arithmetic = [c.arithmetic * s for c, s in zip(costs, placed, strict=True)]
     for demands, capacity in (*limits, (arithmetic, 1.0)):
         if sum(demands) > capacity:

@@ -58,6 +58,8 @@ class LinkTable(_Table):
     d2h_gb_s: Positive
     overhead_ns: NonNegative = 2600
     latency_ns: NonNegative = 3000
+    switch_ns: NonNegative = 3600  # between a kernel or a copy and the stream's next copy, on another engine
+    busy_switch_ns: NonNegative = 5500  # the same while kernels of other streams run
 
 
 class HostTable(_Table):
@@ -83,14 +85,19 @@ class SharingTable(_Table):
     """Constants of the contention model (docs/simulator.md gives the formulas)."""
 
     graph_gap_ns: NonNegative = 700  # between two kernels of a graph
+    overlapped_gap_ns: NonNegative = 270  # the same, where the second may start while the first runs
     stream_gap_ns: NonNegative = 1200  # between two launches in a stream
-    frontend_ns: NonNegative = 3500  # gap added per neighbour that does nothing but launch
-    headroom: Annotated[float, Field(ge=0, lt=1)] = 0.6  # share of the SMs a bandwidth-bound kernel can lose unharmed
-    queueing: NonNegative = 1.0  # growth of memory latency with load
-    queueing_limit: Annotated[float, Field(gt=0, lt=1)] = 0.8  # load beyond which latency grows no more
-    miss_penalty: NonNegative = 0.8  # VRAM's latency over L2's, less one
+    frontend_ns: NonNegative = 5000  # gap added per neighbour that does nothing but launch
+    code_fetch_ns: NonNegative = 450  # what a launch takes longer whose code L2 held when alone and holds no more
+    headroom: Annotated[float, Field(ge=0, lt=1)] = (
+        0.9  # share of a bandwidth-bound kernel's time that more SMs don't shorten
+    )
+    crowding: NonNegative = 0.15  # time that one more block of a kernel on an SM costs, over that of its first wave
+    queueing_ns: NonNegative = 60  # added to each memory round trip at half of VRAM's rate
+    queueing_limit: Annotated[float, Field(gt=0, lt=1)] = 0.97  # load beyond which queues grow no more
+    write_load: NonNegative = 0.25  # what a written byte adds to the load of VRAM beyond what a read one does
     memory_latency_ns: Positive = 600
-    loads_in_flight: Positive = 4  # 16-byte loads that one thread keeps in flight
+    loads_in_flight: Positive = 40  # 16-byte loads that one thread keeps in flight
 
 
 class NoiseTable(_Table):

@@ -22,9 +22,12 @@ __all__ = ["PreparedKernel", "SimEvent", "SimGraph", "SimStream"]
 
 
 class PreparedKernel:
-    """A kernel ready to run: its cost, its name and tenant for faults, and what it does to memory (if simulated)."""
+    """A kernel ready to run: its cost, its name and tenant for faults, and what it does to memory (if simulated).
 
-    __slots__ = ("cost", "effect", "name", "preempt", "tenant")
+    early: it may be launched while the kernel before it in its graph runs.
+    """
+
+    __slots__ = ("code", "cost", "early", "effect", "name", "preempt", "tenant")
 
     def __init__(
         self,
@@ -33,7 +36,10 @@ class PreparedKernel:
         tenant: str,
         effect: Callable[[], None] | None,
         preempt: tuple[SimPreemptControl, int] | None = None,
+        early: bool = False,
     ) -> None:
+        self.early = early
+        self.code = (tenant, name)
         self.preempt = preempt  # and its step
         self.cost = cost
         self.name = name
@@ -180,12 +186,13 @@ class _Transfer:
 class _Kernels:
     """Kernels one after another: a graph, or one launch."""
 
-    __slots__ = ("_at", "_gap", "_kernels", "_stream")
+    __slots__ = ("_at", "_gap", "_kernels", "_stream", "_turn")
 
     def __init__(self, kernels: Sequence[PreparedKernel]) -> None:
         self._kernels = kernels
         self._at = 0
         self._gap = 0.0
+        self._turn: int | None = None  # of the kernel that is next, where it is queued before the current one has ended
 
     def begin(self, stream: SimStream, now: float) -> bool:
         if not self._kernels:
@@ -215,10 +222,14 @@ class _Kernels:
             cost,
             stream.parts,
             priority=stream.level,
-            gap=self._gap,
+            gap=self._gap + engine.fetch_ns(kernel),
             noise=engine.kernel_noise() * engine.paces.get(kernel.tenant, 1.0),
+            turn=self._turn,
         )
         running.finish = self._ended
+        following = self._at + 1
+        early = following < len(self._kernels) and self._kernels[following].early
+        self._turn = engine.compute.take_turn() if early else None
         if kernel.preempt is not None:
             control.started(running, step)
 
@@ -236,9 +247,12 @@ class _Kernels:
             stream.kernels_free_at = now + sharing.stream_gap_ns + sharing.frontend_ns * crowd
             stream.complete(now)
             return
+        following = self._kernels[self._at]
         gap = sharing.graph_gap_ns + sharing.frontend_ns * crowd
-        gap *= engine.paces.get(self._kernels[self._at].tenant, 1.0)
-        if engine.compute.contended:
+        if following.early:
+            gap *= sharing.overlapped_gap_ns / sharing.graph_gap_ns
+        gap *= engine.paces.get(following.tenant, 1.0)
+        if engine.compute.contended and not following.early:
             # Others get the room of this kernel while the next one is on its way.
             self._gap = 0.0
             engine.timeline.at(now + gap, self._start)
@@ -257,6 +271,10 @@ class SimStream:
         self.parts = parts
         self.level = int(priority)
         self.kernels_free_at = 0.0  # when the front end can start this stream's next launch
+        self._ended: tuple[object, float] = (
+            None,
+            -math.inf,
+        )  # where this stream's last kernels or copy ran, and until when
         self.closed = False
         self._handle = handle
         self._priority = priority
@@ -341,7 +359,11 @@ class SimStream:
     # --- the GPU's side
     def complete(self, now: float) -> None:
         """The head of the queue is done."""
-        self._queue.popleft()
+        _, step = self._queue.popleft()
+        if isinstance(step, _Kernels):
+            self._ended = (self.engine.compute, now)
+        elif isinstance(step, _Transfer):
+            self._ended = (step.copy.engine, now)
         self._busy = False
         self._pump(now)
 
@@ -350,7 +372,12 @@ class SimStream:
         for _, step in self._queue:
             if isinstance(step, _Transfer) and step.copy.engine is engine:
                 if not step.copy.submitted:
-                    step.copy.engine.submit(step.copy, now)
+                    where, until = self._ended
+                    if where is not engine:
+                        link = self.engine.spec.link
+                        switch = link.switch_ns if self.engine.compute.idle else link.busy_switch_ns
+                        step.copy.ready = max(step.copy.ready, until + switch)
+                    engine.submit(step.copy, now)
             elif not isinstance(step, _Record | Raise):
                 break
 
