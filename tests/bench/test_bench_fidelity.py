@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,10 @@ def test_the_simulator_ranks_the_policies_as_the_gpu_does(measured: Results) -> 
     here, there = summarize(simulated), summarize(measured)
     for tenant in ("detect", "classify"):  # the third has too few requests in this time for a p99
         assert rank_by_p99(here, tenant) == rank_by_p99(there, tenant)
-    assert rank_by_be(here) == rank_by_be(there)
+    found, wanted = ({policy.policy: policy.be_share or 0.0 for policy in one.policies} for one in (here, there))
+    for more, less in itertools.combinations(rank_by_be(there), 2):
+        if wanted[more] > 1.02 * wanted[less]:  # streams and priority give BE the same but for 0.2%
+            assert found[more] > found[less]
 
 
 def test_the_host_is_as_slow_as_it_was_measured_alone(measured: Results) -> None:

@@ -64,35 +64,37 @@ class _HasHost(Protocol):
     def pace_kernels(self, tenant: str, factor: float) -> None: ...
 
 
-def simulate(measured: Results, device: str, *, duration_s: float | None = None) -> Results:
+def simulate(measured: Results, device: str, *, duration_s: float | None = None, repeats: int | None = None) -> Results:
     """Run the scenario of `measured` on the simulated GPU `device`. Raises what `open_testbed` and the runs raise.
 
     `missile` runs as the plan that was measured says. What calls cost the host is scaled to that session's host: by how long
-    LS tenants' requests waited for it alone, measured over simulated. LS tenants' kernels are scaled to what a request takes
-    alone: profiles are of kernels one after another, and launches of LS models overlap. No other measured figure is used.
+    LS tenants' requests waited for it alone, measured over simulated. Each tenant's kernels are scaled to what a request
+    takes alone: chips and sessions differ. No other measured figure is used.
     """
     changes: dict[str, object] = {"device": device}
     if duration_s is not None:
         changes["duration_s"] = duration_s
+    if repeats is not None:
+        changes["repeats"] = repeats
     scenario = measured.scenario.model_copy(update=changes)
     plan = None if measured.plan is None else Planned(str(measured.plan["policy"]), measured.plan)
     with open_testbed(scenario) as testbed:
         if isinstance(testbed.gpu, _HasHost):
-            for name, factor in service_factors(measured.runs, _ls_alone(scenario, testbed)).items():
+            for name, factor in service_factors(measured.runs, _alone(scenario, testbed)).items():
                 testbed.gpu.pace_kernels(name, factor)
             # After that: where kernels take longer than they should, requests wait for each other and not for the host.
-            testbed.gpu.slow_host(host_factor(measured.runs, _ls_alone(scenario, testbed)))
+            testbed.gpu.slow_host(host_factor(measured.runs, _alone(scenario, testbed, ls_only=True)))
         results, stopped = run_all(Bench(scenario, testbed, plan=plan), lambda *_: None)
     if stopped is not None:
         raise stopped
     return results
 
 
-def _ls_alone(scenario: Scenario, testbed: Testbed) -> Sequence[Run]:
-    """Every LS tenant alone, once."""
+def _alone(scenario: Scenario, testbed: Testbed, *, ls_only: bool = False) -> Sequence[Run]:
+    """Every tenant alone, once."""
     alone = Bench(scenario, testbed)
     for tenant in scenario.tenants:
-        if tenant.latency_sensitive:
+        if tenant.latency_sensitive or not ls_only:
             alone.execute(Step("solo", tenant.name, 0))
     return alone.runs
 
@@ -105,7 +107,7 @@ def host_factor(measured: Sequence[Run], simulated: Sequence[Run]) -> float:
 
 
 def service_factors(measured: Sequence[Run], simulated: Sequence[Run]) -> dict[str, float]:
-    """By LS tenant: how long a request's kernels take alone, from the first one's start to the last one's end, the measured
+    """By tenant: how long a request's kernels take alone, from the first one's start to the last one's end, the measured
     median over the simulated one."""
     return _ratios_alone(measured, simulated, lambda row: row.end - row.start)
 
