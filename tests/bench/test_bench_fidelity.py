@@ -105,6 +105,22 @@ def test_what_is_known_of_tenants_alone_is_enough_where_nothing_else_differs() -
     assert here.p99.value == pytest.approx(there.p99.value, rel=0.1)
 
 
+def test_a_plan_of_another_version_is_left_out_and_the_rest_is_simulated() -> None:
+    tenants = [
+        {"name": "ls", "class": "LS", "model": "synthetic-tiny", "arrivals": {"kind": "poisson", "rate_per_s": 1000}},
+        {"name": "be", "class": "BE", "model": "synthetic-gemv", "arrivals": {"kind": "closed"}},
+    ]
+    scenario = {"device": "sim:h200", "duration_s": 0.1, "warmup_s": 0.01, "policies": ["streams"], "tenant": tenants}
+    parsed = Scenario.model_validate(scenario)
+    with open_testbed(parsed) as testbed:
+        measured, _ = run_all(Bench(parsed, testbed), lambda *_: None)
+    both = parsed.model_copy(update={"policies": ("streams", "missile")})
+    old = measured.model_copy(update={"scenario": both, "plan": {"policy": "missile:no_such_option=1"}})
+    simulated = simulate(old, "sim:h200")
+    assert {run.policy for run in simulated.runs if run.kind == "policy"} == {"streams"}
+    assert any("no_such_option" in note for note in simulated.notes)
+
+
 def test_a_tenant_s_pace_scales_its_kernels_and_gaps_and_nobody_else_s() -> None:
     def took(factor: float, of: str) -> int:
         with open_gpu("sim:h200") as gpu, load_tenants(gpu, [TENANT]) as roster:

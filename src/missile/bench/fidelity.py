@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from missile.bench.results import Results, Run
-from missile.bench.run import Bench, Planned, Step, Testbed, run_all
+from missile.bench.run import Bench, Planned, Step, Testbed, is_planned, run_all
 from missile.bench.scenario import Scenario
 from missile.bench.summary import PolicySummary, Summary
-from missile.bench.testbed import open_testbed
+from missile.bench.testbed import describe_policy, open_testbed
+from missile.errors import MisuseError
 from missile.runtime.records import TenantRecord
 
 __all__ = [
@@ -67,17 +68,25 @@ class _HasHost(Protocol):
 def simulate(measured: Results, device: str, *, duration_s: float | None = None, repeats: int | None = None) -> Results:
     """Run the scenario of `measured` on the simulated GPU `device`. Raises what `open_testbed` and the runs raise.
 
-    `missile` runs as the plan that was measured says. What calls cost the host is scaled to that session's host: by how long
-    LS tenants' requests waited for it alone, measured over simulated. Each tenant's kernels are scaled to what a request
-    takes alone: chips and sessions differ. No other measured figure is used.
+    `missile` runs as the plan that was measured says, and not at all where that has options of another version. What calls
+    cost the host is scaled to that session's host: by how long LS tenants' requests waited for it alone, measured over
+    simulated. Each tenant's kernels are scaled to what a request takes alone: chips and sessions differ. No other measured
+    figure is used.
     """
     changes: dict[str, object] = {"device": device}
     if duration_s is not None:
         changes["duration_s"] = duration_s
     if repeats is not None:
         changes["repeats"] = repeats
-    scenario = measured.scenario.model_copy(update=changes)
     plan = None if measured.plan is None else Planned(str(measured.plan["policy"]), measured.plan)
+    notes: list[str] = []
+    if plan is not None:
+        try:
+            describe_policy(plan.policy)
+        except MisuseError as error:
+            changes["policies"] = tuple(policy for policy in measured.scenario.policies if not is_planned(policy))
+            notes.append(f"What was planned then is left out: {error}")
+    scenario = measured.scenario.model_copy(update=changes)
     with open_testbed(scenario) as testbed:
         if isinstance(testbed.gpu, _HasHost):
             for name, factor in service_factors(measured.runs, _alone(scenario, testbed)).items():
@@ -87,7 +96,7 @@ def simulate(measured: Results, device: str, *, duration_s: float | None = None,
         results, stopped = run_all(Bench(scenario, testbed, plan=plan), lambda *_: None)
     if stopped is not None:
         raise stopped
-    return results
+    return results.model_copy(update={"notes": [*results.notes, *notes]})
 
 
 def _alone(scenario: Scenario, testbed: Testbed, *, ls_only: bool = False) -> Sequence[Run]:

@@ -21,7 +21,7 @@ from missile.runtime.records import RunRecord
 from missile.runtime.tenant import Tenant
 from missile.workloads.models import MODELS, default_batch
 
-__all__ = ["Bench", "Planned", "Step", "Testbed", "run_all"]
+__all__ = ["Bench", "Planned", "Step", "Testbed", "is_planned", "run_all"]
 
 # Switches of `missile` that leave its shares to the planner; "" where it has no option at all.
 _SWITCHES = frozenset({"", "colors", "elastic", "preempt", "copies", "admission"})
@@ -123,7 +123,7 @@ class Bench:
             try:
                 tenants = tuple(self._with_objective(tenant) for tenant in scenario.tenants)
                 chosen = policy
-                if _is_planned(policy):
+                if is_planned(policy):
                     chosen = self._planned(policy, tenants)
                     tenants = tuple(self._with_copy_weight(tenant) for tenant in tenants)
                 record = self.testbed.shared(tenants, chosen, seed=seed, duration_ns=duration_ns, warmup_ns=warmup_ns)
@@ -205,7 +205,7 @@ class Bench:
         )
 
 
-def _is_planned(policy: str) -> bool:
+def is_planned(policy: str) -> bool:
     """Whether it is `missile` with no shares of its own."""
     name, _, options = policy.partition(":")
     return name == "missile" and {part.partition("=")[0].strip() for part in options.split(",")} <= _SWITCHES
