@@ -289,6 +289,11 @@ def test_a_variant_is_tried_with_the_chosen_candidate_and_taken_where_it_is_bett
         plan_of({STOP: (2.0, 0.1), LET: (1.0, 0.7)}, variants=["copies=off"]).considered[-1].policy
         == f"{LET},copies=off"
     )
+    # Each on top of the one before, where that was taken; nothing is tried twice.
+    both = {WAIT: (1.0, 0.7), f"{WAIT},copies=off": (0.98, 0.7), f"{WAIT},copies=off,preempt=off": (1.0, 0.8)}
+    assert plan_of(both, variants=["copies=off", "preempt=off"]).chosen.policy == f"{WAIT},copies=off,preempt=off"
+    tried = [c.policy for c in plan_of({STOP: (1.0, 0.95)}, variants=["preempt=off"]).considered]
+    assert tried.count(LET) == 1
 
 
 @given(

@@ -176,7 +176,7 @@ def make_plan(
     (`Demand.colored_ns`). trial: measures a candidate; the `tried` most promising ones are measured, those in which BE
     pauses among them, and the choice is made by what was measured. Without it, the prediction decides, which can't judge
     tails. tail: None leaves all that the objectives allow to BE. Where no candidate keeps it, the shortest tails come first.
-    variants: options of `missile` that are tried together with the chosen candidate, one by one.
+    variants: options of `missile` that are tried together with the chosen candidate, one by one, where it lacks them.
     MisuseError for shares that can't be promised, and for an objective below the time that the tenant takes alone.
     """
     _check(demands, be_min)
@@ -204,6 +204,8 @@ def make_plan(
         chosen, accepted = _best([(c, c.measured) for c in considered if c.measured is not None], tail)
         for variant in variants:
             policy = chosen.policy + ("," if ":" in chosen.policy else ":") + variant
+            if variant in chosen.policy or any(found.policy == policy and found.measured for found in considered):
+                continue
             considered.append(replace(chosen, policy=policy, measured=trial(policy)))
             pair = [(c, c.measured) for c in (chosen, considered[-1]) if c.measured is not None]
             chosen, accepted = _best(pair, tail)

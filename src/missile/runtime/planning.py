@@ -96,8 +96,10 @@ def plan_tenants(
         record = _uninterrupted(run(gpu, tenants, policy, seed=seed, duration_ns=trial_ns, warmup_ns=warm))
         return _measured(record, demands, rates)
 
-    # Scheduling copies costs the loop some of its time: worth it where somebody fills the link.
-    variants = ("copies=off",) if any(longest_copy(roster.ready, direction) > LONG for direction in Direction) else ()
+    # Scheduling copies costs the loop some of its time: worth it where somebody fills the link. Code that checks whether to
+    # stop is slower than code that does not, and BE that is lent SMs is stopped seldom.
+    variants = ["copies=off"] if any(longest_copy(roster.ready, direction) > LONG for direction in Direction) else []
+    variants += ["preempt=off"] if any(demand.preemptible for demand in demands) else []
     plan = make_plan(demands, machine_of(gpu.info), be_min=be_min, trial=trial, tail=tail, variants=variants)
     return replace(plan, copy_weights=weights)
 
