@@ -520,3 +520,23 @@ def test_a_lucky_trial_of_much_lending_is_not_believed_altogether():
     assert easy.predicted.share.lend > hard.predicted.share.lend
     assert easy.predicted.stretch <= 1.3  # 1.0 was seen: two thirds of that and a third of this are within 1.10
     assert hard.predicted.stretch <= 1.12
+
+
+def test_trials_on_hard_arrivals_are_held_against_what_is_usual():
+    """Alone the tenant has a p99 of 1 ms, on the trials' arrivals one of 1.4 ms; its objective is 1.5 ms."""
+
+    def plan(alone_ms: float | None):
+        demand = ls(rate=1000.0, slo_ms=1.5, tail_ns=1.4 * MS, alone_ns=None if alone_ms is None else alone_ms * MS)
+
+        def trial(policy: str) -> Measured:
+            lent = "lend" in policy
+            return Measured(
+                {"ls": 0.992}, {"ls": (1.42 if lent else 1.4) * MS}, 0.7 + 0.1 * lent, {"ls": 1.01 if lent else 1.0}
+            )
+
+        return make_plan([demand, be(preemptible=True)], MACHINE, trial=trial)
+
+    assert plan(1.0).chosen.predicted.share.lend
+    assert not plan(1.4).chosen.predicted.share.lend
+    assert not plan(None).chosen.predicted.share.lend
+    assert "something to spare" in explain(plan(1.0))

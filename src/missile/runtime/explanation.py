@@ -88,7 +88,7 @@ def _why(plan: Plan) -> str:
     held = f"keep {ATTAINMENT:.0%} of requests within their objectives"
     if not plan.accepted:
         reason = f"no candidate would {held}; this one comes nearest"
-    elif measured is None or measured.strain(plan.chosen.predicted.slo_ns) <= MARGIN:
+    elif measured is None or measured.strain(plan.chosen.predicted.slo_ns, plan.demands) <= MARGIN:
         reason = f"of the candidates that {held}, with something to spare{_tail(plan)}, none has more BE work"
     else:
         reason = f"of the candidates that just {held}, this one has the shortest tails"

@@ -68,9 +68,13 @@ class Measured:
         """Whether every objective was met."""
         return all(share >= ATTAINMENT for share in self.attainment.values())
 
-    def strain(self, slo_ns: Mapping[str, float]) -> float:
-        """The largest share of an objective (ns, by tenant) that a p99 takes up."""
-        return max((self.p99_ns.get(name, math.inf) / slo for name, slo in slo_ns.items()), default=0.0)
+    def strain(self, slo_ns: Mapping[str, float], demands: Sequence[Demand] = ()) -> float:
+        """The largest share of an objective (ns, by tenant) that a p99 takes up. demands: p99s alone on these and on other
+        arrivals, where they are known; at high loads the trial's can be much longer than those that the objective is for."""
+        usual = {d.name: d.alone_ns / d.tail_ns for d in demands if d.alone_ns and d.tail_ns}
+        return max(
+            (self.p99_ns.get(name, math.inf) * usual.get(name, 1.0) / slo for name, slo in slo_ns.items()), default=0.0
+        )
 
 
 Trial = Callable[[str], Measured]
@@ -201,14 +205,14 @@ def make_plan(
         order = sorted(range(len(considered)), key=lambda place: considered[place].predicted.share.ls_sms < machine.sms)
         for place in sorted(order[:tried]):
             considered[place] = replace(considered[place], measured=trial(considered[place].policy))
-        chosen, accepted = _best([(c, c.measured) for c in considered if c.measured is not None], tail)
+        chosen, accepted = _best([(c, c.measured) for c in considered if c.measured is not None], demands, tail)
         for variant in variants:
             policy = chosen.policy + ("," if ":" in chosen.policy else ":") + variant
             if variant in chosen.policy or any(found.policy == policy and found.measured for found in considered):
                 continue
             considered.append(replace(chosen, policy=policy, measured=trial(policy)))
             pair = [(c, c.measured) for c in (chosen, considered[-1]) if c.measured is not None]
-            chosen, accepted = _best(pair, tail)
+            chosen, accepted = _best(pair, demands, tail)
     first, factor = _breaks(chosen, demands, machine)
     return Plan(
         accepted=accepted,
@@ -238,7 +242,9 @@ def _promise(demands: Sequence[Demand], machine: Machine) -> Callable[[Predictio
     return key
 
 
-def _best(tried: Sequence[tuple[Candidate, Measured]], tail: float | None) -> tuple[Candidate, bool]:
+def _best(
+    tried: Sequence[tuple[Candidate, Measured]], demands: Sequence[Demand], tail: float | None
+) -> tuple[Candidate, bool]:
     """The choice by what was measured, and whether it holds.
 
     Of those that hold with a margin and whose tails are at most `tail` (where none is: within what a trial can tell of the
@@ -247,7 +253,7 @@ def _best(tried: Sequence[tuple[Candidate, Measured]], tail: float | None) -> tu
     """
 
     def strain(pair: tuple[Candidate, Measured]) -> float:
-        return pair[1].strain(pair[0].predicted.slo_ns)
+        return pair[1].strain(pair[0].predicted.slo_ns, demands)
 
     holding = [pair for pair in tried if pair[1].accepted]
     safe = [pair for pair in holding if strain(pair) <= MARGIN]

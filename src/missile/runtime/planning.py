@@ -159,6 +159,7 @@ def _demand(loaded: LoadedTenant, alone: TenantRecord, rate: float) -> Demand:
         slo_ns=slo if tenant.latency_sensitive else None,
         works=works if len(works) == len(operations) else (),
         preemptible=any(launch.preempt is not None for launch in launches),
+        alone_ns=_p99(alone) if tenant.latency_sensitive else None,
         copy_bytes=max((buffer.nbytes for side in (loaded.inputs, loaded.outputs) for buffer in side), default=0),
     )
 

@@ -42,8 +42,8 @@ class Demand:
     works: its model's kernels (empty: never profiled). service_ns: of a request alone on the whole GPU. rate_per_s: of
     arrivals; 0.0 for BE, which takes what there is. slo_ns: on a request's latency, for LS. preemptible: its kernels leave
     when told to. colored_ns: as service_ns, with its memory in the colors that it would get; None where that is not known.
-    tail_ns: p99 of its requests' latency alone on the same arrivals, for LS; None where that is not known. copy_bytes: of
-    the longer of a request's input and output.
+    tail_ns: p99 of its requests' latency alone on the arrivals of the trials, for LS, and alone_ns in the run alone that its
+    objective may come from; None where that is not known. copy_bytes: of the longer of a request's input and output.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Demand:
     preemptible: bool = False
     colored_ns: float | None = None
     tail_ns: float | None = None
+    alone_ns: float | None = None
     copy_bytes: int = 0
 
 
