@@ -30,7 +30,7 @@ from missile.compiler.ptx.syntax import (
 from missile.compiler.ptx.translate import SHARED_TABLE
 from missile.errors import InternalError, UnsupportedError
 
-__all__ = ["Thread", "Touch", "evaluate", "run_thread"]
+__all__ = ["Thread", "Touch", "evaluate", "fixed_width", "run_thread"]
 
 Value = int | None  # None: unknown
 
@@ -355,15 +355,18 @@ def _width(kind: str) -> int:
     return int(digits) if digits and kind[0] in "bsuf" else 32
 
 
-def _operand_width(root: str, place: int, width: int) -> int:
-    """Width at which operand `place` is read: counts and positions are words, predicates bits."""
+def fixed_width(root: str, place: int) -> int | None:
+    """Width at which operand `place` of instruction `root` is read whatever its type: counts and positions are words,
+    predicates bits. None: it goes by the type."""
     if (root in ("shl", "shr") and place == 1) or (root == "shf" and place == 2):
         return 32
     if (root == "bfe" and place > 0) or (root == "bfi" and place > 1):
         return 32
-    if root == "selp" and place == 2:
-        return 1
-    return 64 if root in ("mad", "cvt") else width
+    return 1 if root == "selp" and place == 2 else None
+
+
+def _operand_width(root: str, place: int, width: int) -> int:
+    return fixed_width(root, place) or (64 if root in ("mad", "cvt") else width)
 
 
 def _plain(function: Callable[[int, int], int]) -> Handler:

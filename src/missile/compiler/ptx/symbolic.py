@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from missile.compiler.ptx.blocks import is_repeatable
 from missile.compiler.ptx.facts import Fact, Facts
 from missile.compiler.ptx.flow import destinations
-from missile.compiler.ptx.interpret import evaluate
+from missile.compiler.ptx.interpret import evaluate, fixed_width
 from missile.compiler.ptx.sums import Sum, Values
 from missile.compiler.ptx.syntax import Address, Immediate, Instruction, Name, Operand, Pair, Vector
 
@@ -257,12 +257,4 @@ class Machine:
 
 
 def _operand_width(root: str, place: int, width: int, full: int) -> int:
-    if (root in ("shl", "shr") and place == 1) or (root == "shf" and place == 2):
-        return 32
-    if (root == "bfe" and place > 0) or (root == "bfi" and place > 1):
-        return 32
-    if root == "selp" and place == 2:
-        return 1
-    if root == "mad" and place == 2:
-        return full
-    return width
+    return fixed_width(root, place) or (full if root == "mad" and place == 2 else width)
