@@ -129,7 +129,7 @@ def test_the_plan_runs(gpu: Gpu, pool: ColoredPool, package: ModelPackage) -> No
 
 
 def test_weights_lie_in_order_of_first_use(package: ModelPackage) -> None:
-    """`operations_at` and swapping rely on it."""
+    """Swapping relies on it."""
     late = Buffer(id="w-late", kind=BufferKind.WEIGHT, nbytes=64, first=3, last=3)
     early = Buffer(id="w-early", kind=BufferKind.WEIGHT, nbytes=64, first=0, last=3)
     more = package.model_copy(update={"buffers": (late, *package.buffers, early)})

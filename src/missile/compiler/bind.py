@@ -5,7 +5,7 @@ The same code runs on hardware and on the simulated GPU. Needs no torch. `bind_c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +34,7 @@ class BoundModel:
     input_address, input_bytes: one range of plain memory that holds all inputs; `package.inputs` has the layout of each.
     Output likewise. weights_address, weights_bytes: the same of the weights, in order of first use (`place_buffers`).
     addresses: of every buffer by id, logical ones in colored memory. nbytes: device memory held.
-    operations_at: the plan for weights that lie at another address, all of it. shape: of the translation that the kernels
-    do, None in plain memory; shadowed: those that use a shadow page table instead.
+    shape: of the translation that the kernels do, None in plain memory; shadowed: those that use a shadow page table instead.
     """
 
     package: ModelPackage
@@ -50,7 +49,6 @@ class BoundModel:
     addresses: Mapping[str, int]
     weights_address: int
     weights_bytes: int
-    operations_at: Callable[[int], tuple[Operation, ...]] = field(repr=False)
     _resources: ExitStack = field(repr=False)
     shape: Shape | None = None
     shadowed: frozenset[str] = frozenset()
@@ -92,13 +90,8 @@ def bind(
             undo.callback(memory.free)
             regions[kind] = memory.address
         kernels, waiting = _load_kernels(package, directory, gpu, tenant, overlap, undo)
-
-        def operations_at(weights: int) -> tuple[Operation, ...]:
-            addresses = _addresses(places, regions | {BufferKind.WEIGHT: weights})
-            return _operations(package, works, kernels, addresses, waiting)
-
-        weights = regions.get(BufferKind.WEIGHT, 0)
-        operations = operations_at(weights)
+        addresses = _addresses(places, regions)
+        operations = _operations(package, works, kernels, addresses, waiting)
         if directory is not None and not gpu.info.simulated:
             kinds = [BufferKind.STATE] if weights_at is not None else [BufferKind.WEIGHT, BufferKind.STATE]
             initial = {kind: places[kind] for kind in kinds if kind in places}
@@ -115,10 +108,9 @@ def bind(
             output_address=regions.get(BufferKind.OUTPUT, 0),
             output_bytes=used_bytes(package, places, BufferKind.OUTPUT),
             nbytes=sum(p.nbytes for k, p in places.items() if k is not BufferKind.WEIGHT or weights_at is None),
-            addresses=_addresses(places, regions),
-            weights_address=weights,
+            addresses=addresses,
+            weights_address=regions.get(BufferKind.WEIGHT, 0),
             weights_bytes=used_bytes(package, places, BufferKind.WEIGHT),
-            operations_at=operations_at,
             _resources=undo.pop_all(),
         )
 

@@ -91,12 +91,8 @@ def bind_colored(
                 ports[kind] = (plain.address, nbytes)
         works = works_of(package, gpu, memory.colors)
         constants = {k.id: memory.shadow() if k.id in shadowed else memory.constants for k in package.kernels}
-
-        def operations_at(weights: int) -> tuple[Operation, ...]:
-            addresses = _addresses(places, regions | {BufferKind.WEIGHT: weights})
-            return _operations(package, works, loaded, constants, mover, addresses, regions, ports, waiting)
-
-        operations = operations_at(regions.get(BufferKind.WEIGHT, 0))
+        addresses = _addresses(places, regions)
+        operations = _operations(package, works, loaded, constants, mover, addresses, regions, ports, waiting)
         graph = gpu.create_graph(operations)
         undo.callback(graph.close)
         inputs, outputs = ports.get(BufferKind.INPUT, (0, 0)), ports.get(BufferKind.OUTPUT, (0, 0))
@@ -110,10 +106,9 @@ def bind_colored(
             output_address=outputs[0],
             output_bytes=outputs[1],
             nbytes=sum(place.nbytes for place in places.values()) + inputs[1] + outputs[1],
-            addresses=_addresses(places, regions),
+            addresses=addresses,
             weights_address=regions.get(BufferKind.WEIGHT, 0),
             weights_bytes=used_bytes(package, places, BufferKind.WEIGHT),
-            operations_at=operations_at,
             _resources=undo.pop_all(),
             shape=memory.translation.shape,
             shadowed=shadowed,

@@ -81,7 +81,6 @@ def preempt_model(model: BoundModel, gpu: Gpu, kernels: PreemptibleKernels | Non
             graph=graph,
             operations=operations,
             nbytes=model.nbytes + marks.nbytes,
-            operations_at=plan.operations_at,
             _resources=resources,
         )
 
@@ -103,9 +102,6 @@ class _Plan:
     control: PreemptControl
     marks: int
     blocks: tuple[int, ...]
-
-    def operations_at(self, weights: int) -> tuple[Operation, ...]:
-        return self.preemptible(self.model.operations_at(weights))
 
     def preemptible(self, operations: Sequence[Operation]) -> tuple[Launch, ...]:
         changed = []
