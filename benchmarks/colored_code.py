@@ -19,7 +19,7 @@ from typing import Any
 
 from missile.coloring.shape import Form, Shape, TableSpace
 from missile.compiler.ptx.assemble import find_ptxas
-from missile.compiler.ptx.rewrite import rewrite
+from missile.compiler.ptx.rewrite import Placement, rewrite
 from missile.probe.layout import PageLayout
 
 sys.path.append(str(Path(__file__).parent / "gpu"))
@@ -75,7 +75,7 @@ def main() -> None:
         plain = code_of(ptx)
         rows.append({"kernel": name, "form": "plain", **plain})
         for form, shape in SHAPES.items():
-            new = rewrite(ptx, shape, name=name)
+            new = rewrite(ptx, shape, name=name, placement=Placement.EARLY)
             code = code_of(new.ptx)
             added = (code["instructions"] - plain["instructions"]) / new.translations
             rows.append(

@@ -158,9 +158,9 @@ class Builder:
 
 
 def placed(ptx: str, shape: Shape, name: str, placement: Placement, aligned: tuple[int, ...]) -> bytes:
-    """The cubin of a kernel with a placement; nothing where that is the usual code. For other processes."""
+    """The cubin of a kernel with a placement; nothing where that is no other code than early. For other processes."""
     text = rewrite(ptx, shape, name=name, placement=placement, aligned=aligned).ptx
-    if text == rewrite(ptx, shape, name=name).ptx:
+    if text == rewrite(ptx, shape, name=name, placement=Placement.EARLY).ptx:
         return b""
     found = re.search(r"\.target\s+(\w+)", ptx)
     return assemble(text, arch=found[1] if found else "", name=name)

@@ -72,7 +72,7 @@ def report(result: dict[str, Any], names: Sequence[str], output: Path) -> None:
                 "timed": len(rows),
                 "ratio": _mean([row["ratio"] for row in rows]),
                 "ratio_kernels": _mean([row["ratio_kernels"] for row in rows]),
-                "ratio_usual": _mean([row.get("ratio_usual", row["ratio"]) for row in rows]),
+                "ratio_early": _mean([row.get("ratio_early", row["ratio"]) for row in rows]),
                 "worst": max(row["ratio"] for row in rows),
                 "classes": by_class,
             }

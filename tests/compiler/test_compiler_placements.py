@@ -8,7 +8,7 @@ import pytest
 
 from missile.coloring.shape import Form
 from missile.compiler.placements import PlacementTable, digest
-from missile.compiler.ptx.rewrite import Placement
+from missile.compiler.ptx.rewrite import USUAL, Placement
 from missile.errors import MisuseError
 
 CODE = """.version 8.7
@@ -34,14 +34,16 @@ def test_a_table_comes_back_from_its_file(tmp_path: Path) -> None:
     table.note(Form.PAIR, _code(), Placement.ACCESS)
     table.note(Form.SHADOW, _code(), Placement.DEFINITION)
     table.note(Form.SHADOW, _code(), None)
+    table.note(Form.STEP, _code(), Placement.EARLY)
     table.note_shadowed(Form.PAIR, _code(), True)
     table.note_shadowed(Form.IN_PAGE, _code(), True)
     table.note_shadowed(Form.IN_PAGE, _code(), False)
     table.save(tmp_path)
     again = PlacementTable.load("NVIDIA H200", tmp_path)
     assert again.find(Form.PAIR, _code()) is Placement.ACCESS
-    assert again.find(Form.SHADOW, _code()) is None
-    assert again.find(Form.PAIR, _code().replace("ret", "exit")) is None
+    assert again.find(Form.SHADOW, _code()) is USUAL is Placement.WINDOWS
+    assert again.find(Form.STEP, _code()) is Placement.EARLY
+    assert again.find(Form.PAIR, _code().replace("ret", "exit")) is USUAL
     assert again.is_shadowed(Form.PAIR, _code())
     assert not again.is_shadowed(Form.IN_PAGE, _code())
 

@@ -18,6 +18,7 @@ from missile.probe.layout import PageLayout
 HERE = Path(__file__).parent
 INPUTS = sorted((HERE.parent / "ptx" / "inputs").glob("*.ptx"))
 SHAPE = Shape(Form.IN_PAGE, PageLayout(2 << 20, (*range(8), 9)))
+WINDOWS = Shape(Form.PAIR, PageLayout(2 << 20, tuple(range(8))), alike=True)
 HEAD = ".version 8.7\n.target sm_90a\n.address_size 64\n"
 
 
@@ -61,7 +62,7 @@ def test_the_decision_comes_before_anything_that_others_could_see(path: Path) ->
 def test_kernels_assemble_plain_and_colored(path: Path, look: Look, place: Place) -> None:
     pytest.importorskip("triton", reason="its wheel has the assembler")
     plain = path.read_text()
-    for text in (plain, rewrite(plain, SHAPE, name=path.stem).ptx):
+    for text in (plain, *(rewrite(plain, shape, name=path.stem, aligned=(512,) * 3).ptx for shape in (SHAPE, WINDOWS))):
         assert assemble(make_preemptible(text, look=look, place=place), arch="sm_90a", name=path.stem)[:4] == b"\x7fELF"
 
 

@@ -114,7 +114,7 @@ def test_every_placement_touches_the_same(form: str, text: str) -> None:
 
 
 def test_lookups_stand_at_the_start_of_a_loops_body() -> None:
-    early = rewrite(LOOP, SHAPES["pair"])
+    early = rewrite(LOOP, SHAPES["pair"], placement=Placement.EARLY)
     assert early.translations == 4  # two accesses of the moved %rd1 find one value
     body = early.ptx[early.ptx.index("again:") :]
     lookups = [m.start() for m in re.finditer(r"ld\.global\.L1::evict_last", body)]
@@ -128,7 +128,7 @@ def test_lookups_stand_at_the_start_of_a_loops_body() -> None:
 @pytest.mark.parametrize("name", [name for name in INPUTS if name.startswith(("matmul", "convolution"))])
 def test_no_lookup_is_left_between_copies(name: str) -> None:
     """In the body of a pipelined loop all lookups come before the barriers that the copies come behind."""
-    text = rewrite(source(name), SHAPES["pair"], name=name).ptx
+    text = rewrite(source(name), SHAPES["pair"], name=name, placement=Placement.EARLY).ptx
     body = text[text.index("Loop Header") :]
     body = body[: body.index("bra \t")]
     assert body.rindex("evict_last") < body.index("wgmma")

@@ -116,7 +116,7 @@ again:
 }
 """
     shape = SHAPES["in-page-shared"]
-    early = rewrite(text, shape)
+    early = rewrite(text, shape, placement=Placement.EARLY)
     assert (early.translations, early.accesses) == (2, {AccessKind.LOAD: 2, AccessKind.STORE: 1})
     # Computed before the loop, so translated before the loop.
     assert "missile" not in early.ptx[early.ptx.index("again:") :].replace("%missile_d", "%")
@@ -126,7 +126,7 @@ again:
     assert list(touches(early.ptx, colored(thread, bound))) == plain_access(bound, touches(text, thread))
     # A register that is written in the loop can only be translated in the loop.
     moving = text.replace("add.s32 %r3", "add.s64 %rd2, %rd2, 512;\n\tadd.s32 %r3")
-    late = rewrite(moving, shape)
+    late = rewrite(moving, shape, placement=Placement.EARLY)
     assert late.translations == 2
     assert list(touches(late.ptx, colored(thread, bound))) == plain_access(bound, touches(moving, thread))
 

@@ -29,6 +29,7 @@ SHAPES = {
     "wide-alike": Shape(Form.PAIR, PIECE, wide=True, alike=True),
 }
 COUNT, STAGES = 12, 2
+EARLY = {"placement": Placement.EARLY}
 # A product's rows: pieces of 128 bytes of them, two iterations ahead; the last copies are of nothing.
 LOOP = f""".version 8.7
 .target sm_90a
@@ -321,10 +322,37 @@ def test_kernels_with_windows_assemble(name: str, form: str) -> None:
 def test_a_loop_with_a_window_looks_nothing_up() -> None:
     text = source("matmul_64x64x32")
     # As a kernel whose inner dimension is known when it is compiled.
-    assert "evict_last" in rewrite(text, SHAPES["alike"]).ptx
+    assert "evict_last" in rewrite(text, SHAPES["alike"], placement=Placement.EARLY).ptx
     new = rewrite(loop(128, 2048), SHAPES["alike"], placement=Placement.WINDOWS, aligned=(512, 512)).ptx
     body = new[new.index("again:") : new.index("bra again")]
     assert len(re.findall("evict_last", body)) == 2  # of the address that goes too far in each iteration
+
+
+@pytest.mark.parametrize("form", SHAPES)
+def test_windows_are_the_usual_code(form: str) -> None:
+    usual, early = (rewrite(loop(128, 2048), SHAPES[form], aligned=(512, 512), **how).ptx for how in ({}, EARLY))
+    assert usual == rewrite(loop(128, 2048), SHAPES[form], placement=Placement.WINDOWS, aligned=(512, 512)).ptx
+    assert usual != early
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(Form.STEP, PIECE, alike=True),
+        Shape(Form.SHADOW, PIECE),
+        Shape(Form.PAIR, replace(PIECE, inner_bits=tuple(range(9)))),
+    ],
+    ids=["steps", "shadow", "pairs of 512 bytes"],
+)
+def test_forms_without_windows_are_translated_early(shape: Shape) -> None:
+    texts = {rewrite(loop(128, 2048), shape, aligned=(512, 512), **how).ptx for how in ({}, EARLY)}
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("name", ["softmax", "matmul_64x64x32"])
+def test_golden_of_kernels(name: str) -> None:
+    text = rewrite(source(name), SHAPES["alike"], name=name, aligned=(512,) * 3).ptx
+    assert text == golden(f"{name}.pair-alike.ptx", text)
 
 
 @pytest.mark.parametrize("form", ["alike", "wide-alike"])

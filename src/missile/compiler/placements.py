@@ -1,7 +1,7 @@
 """Which translations each kernel is fastest with, as it was measured: data for `color_kernels`.
 
-`autotune/colored/GPU.json` has, for each form of translation, the kernels that another placement than the usual one makes
-faster, and those that a larger table of the same memory (`shadow_shape`) does, by a digest of their code.
+`autotune/colored/GPU.json` has, for each form of translation, the fastest placement of the kernels that were measured, and
+those that a larger table of the same memory (`shadow_shape`) makes faster, by a digest of their code.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from missile.coloring.shape import Form
-from missile.compiler.ptx.rewrite import Placement
+from missile.compiler.ptx.rewrite import USUAL, Placement
 from missile.compiler.tuning import AUTOTUNE
 from missile.errors import MisuseError
 from missile.files import write_whole
@@ -61,12 +61,12 @@ class PlacementTable:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MisuseError(f"The table of placements {path} can't be read: {error}.") from error
 
-    def find(self, form: Form, ptx: str) -> Placement | None:
-        """The best placement for a kernel; None for the usual one."""
-        return self.best.get(form, {}).get(digest(ptx))
+    def find(self, form: Form, ptx: str) -> Placement:
+        """The best placement for a kernel, as far as it is known."""
+        return self.best.get(form, {}).get(digest(ptx), USUAL)
 
     def note(self, form: Form, ptx: str, placement: Placement | None) -> None:
-        """Keep what was measured; None: the usual one is best."""
+        """Keep what was measured; None: nothing was."""
         entries = self.best.setdefault(form, {})
         if placement is None:
             entries.pop(digest(ptx), None)

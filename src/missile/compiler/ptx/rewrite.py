@@ -19,7 +19,7 @@ from missile.compiler.ptx.syntax import Function, Module, Name
 from missile.compiler.ptx.translate import PARAMETER, Emitter, module_declarations, prologue
 from missile.errors import MisuseError, UnsupportedError
 
-__all__ = ["Placement", "Rewritten", "rewrite"]
+__all__ = ["USUAL", "Placement", "Rewritten", "rewrite"]
 
 
 class Placement(StrEnum):
@@ -29,7 +29,11 @@ class Placement(StrEnum):
     DEFINITION = "definition"  # where the address is computed, once for all its accesses; else right before the access
     EARLY = "early"  # the lookup as early in the block as it can be, so that its latency passes with others
     KEPT = "kept"  # the same, and in loops a lookup is made again only where it is another
-    WINDOWS = "windows"  # early, and accesses that differ by constants share what they looked up (where the form can)
+    WINDOWS = "windows"  # early, and accesses that differ by constants share a lookup; EARLY where the form can't
+
+
+USUAL = Placement.WINDOWS
+"""For kernels that nothing was measured of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ def rewrite(
     shape: Shape,
     *,
     name: str = "",
-    placement: Placement = Placement.EARLY,
+    placement: Placement = USUAL,
     aligned: Sequence[int] = (),
 ) -> Rewritten:
     """Translate every access to global memory in the PTX text `source` by translations of `shape`.
