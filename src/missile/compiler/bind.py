@@ -33,8 +33,8 @@ class BoundModel:
     graph: the whole plan; operations: the same, one by one, in order (those that move inputs and outputs among them).
     input_address, input_bytes: one range of plain memory that holds all inputs; `package.inputs` has the layout of each.
     Output likewise. weights_address, weights_bytes: the same of the weights, in order of first use (`place_buffers`).
-    addresses: of every buffer by id, logical ones in colored memory. nbytes: device memory held.
-    shape: of the translation that the kernels do, None in plain memory; shadowed: those that use a shadow page table instead.
+    addresses: of every buffer by id, logical ones in colored memory. nbytes: device memory held. shape: of the translation
+    that the kernels do, None in plain memory; shadowed: those that use a shadow page table instead.
     """
 
     package: ModelPackage
