@@ -48,7 +48,7 @@ lint: $(VENV)/.dev
 # The engine's loop as C, beside its sources, for this Python: needs a C compiler, takes a minute. `make clean` undoes it; what is
 # edited later counts only after either.
 compiled: $(VENV)/.dev
-	cd src && ../$(BIN)/python -m mypyc $(HOT)
+	cd src && $(abspath $(BIN))/python -m mypyc $(HOT)
 	rm -rf src/build
 
 # On a machine with an NVIDIA GPU whose Python already has torch: no virtual environment is made.
