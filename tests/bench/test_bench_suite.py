@@ -403,6 +403,13 @@ def test_predictions_are_judged_by_policy() -> None:
     assert claim.exceptions == ("mps, LS p99: 66.7%",)
 
 
+def test_a_cell_in_which_be_finished_nothing_does_not_hide_the_others() -> None:
+    cells = [summary(point("missile", 1.0, 1.0, be)) for be in (0.9, 0.4, 0.0)]
+    claim = next(claim for claim in check_claims(cells) if claim.title.startswith("BE rate at least 0.70"))
+    assert not claim.holds
+    assert claim.found.startswith("0% over 3 cells; it finished nothing in 1, and over the others it is 60.0%")
+
+
 def test_without_missile_there_is_no_claim() -> None:
     assert check_claims([summary(point("streams", 0.5, 4.0, 0.95))]) == []
 

@@ -124,11 +124,16 @@ def _be_share(cells: Sequence[CellSummary]) -> Claim:
     low = sorted((cell for cell in cells if (_of(cell).be or 0.0) < BE_SHARE), key=lambda c: _of(c).be or 0.0)
     bounds = [cell.free for cell in cells if cell.free is not None and _of(cell).be is not None]
     bound = geometric_mean(bounds)
+    some = [share for share in shares if share]
+    nothing = (
+        f"; it finished nothing in {len(shares) - len(some)}, and over the others" if len(some) < len(shares) else ""
+    )
+    nothing += f" it is {format_share(geometric_mean(some))}" if nothing else ""
     more = f"; time free of LS requests, which bounds a BE that never runs beside them: {format_share(bound)}"
     return Claim(
         f"BE rate at least {BE_SHARE:.2f} of solo (geometric mean)",
         None if mean is None else mean >= BE_SHARE,
-        f"{format_share(mean)} over {len(shares)} cells{more if len(bounds) == len(shares) > 0 else ''}",
+        f"{format_share(mean)} over {len(shares)} cells{nothing}{more if len(bounds) == len(shares) > 0 else ''}",
         tuple(f"{cell.cell.name}: {format_share(_of(cell).be)}{_free(cell)}" for cell in low),
     )
 
