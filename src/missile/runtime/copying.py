@@ -18,7 +18,7 @@ from missile.pcie.weights import MIB, Share
 from missile.runtime.loading import LoadedTenant
 from missile.runtime.tenant import Tenant
 
-__all__ = ["LONG", "ScheduledCopies", "link_options", "longest_copy", "share_of"]
+__all__ = ["LONG", "ScheduledCopies", "link_options", "longest_copy", "scheduled_directions", "share_of"]
 
 _CHUNKS: Final = (MIB, 2 * MIB, 4 * MIB, 16 * MIB)
 _REPEATS: Final = 3  # the median of two is their mean: one disturbed repeat would count
@@ -52,7 +52,7 @@ class ScheduledCopies(StreamedCopies):
 
     def __init__(self, gpu: Gpu, tenants: Sequence[LoadedTenant]) -> None:
         """After an error nothing is held."""
-        scheduled = [direction for direction in Direction if longest_copy(tenants, direction) > LONG]
+        scheduled = scheduled_directions(tenants)
         with ExitStack() as undo:
             # Requests' memory is pinned: no staging.
             engine = CopyEngine(gpu, replace(link_options(gpu), staging_slots=0))
@@ -66,8 +66,7 @@ class ScheduledCopies(StreamedCopies):
     @classmethod
     def where_needed(cls, gpu: Gpu, tenants: Sequence[LoadedTenant]) -> ScheduledCopies | None:
         """None where every direction would be left to the streams."""
-        needed = any(longest_copy(tenants, direction) > LONG for direction in Direction)
-        return cls(gpu, tenants) if needed else None
+        return cls(gpu, tenants) if scheduled_directions(tenants) else None
 
     def close(self) -> None:
         """Idempotent. Ends the copies that are left; a lost GPU has lost them already."""
@@ -82,3 +81,8 @@ def longest_copy(tenants: Sequence[LoadedTenant], direction: Direction) -> int:
     if direction is Direction.H2D:
         longest = max([longest, *(part.nbytes for t in tenants if t.weights is not None for part in t.weights.parts)])
     return longest
+
+
+def scheduled_directions(tenants: Sequence[LoadedTenant]) -> tuple[Direction, ...]:
+    """Those in which somebody copies more than `LONG` at once."""
+    return tuple(direction for direction in Direction if longest_copy(tenants, direction) > LONG)

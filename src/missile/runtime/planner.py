@@ -205,14 +205,13 @@ def make_plan(
         order = sorted(range(len(considered)), key=lambda place: considered[place].predicted.share.ls_sms < machine.sms)
         for place in sorted(order[:tried]):
             considered[place] = replace(considered[place], measured=trial(considered[place].policy))
-        chosen, accepted = _best([(c, c.measured) for c in considered if c.measured is not None], demands, tail)
+        chosen, accepted = _best(_tried(considered), demands, tail)
         for variant in variants:
             policy = chosen.policy + ("," if ":" in chosen.policy else ":") + variant
             if variant in chosen.policy or any(found.policy == policy and found.measured for found in considered):
                 continue
             considered.append(replace(chosen, policy=policy, measured=trial(policy)))
-            pair = [(c, c.measured) for c in (chosen, considered[-1]) if c.measured is not None]
-            chosen, accepted = _best(pair, demands, tail)
+            chosen, accepted = _best(_tried((chosen, considered[-1])), demands, tail)
     first, factor = _breaks(chosen, demands, machine)
     return Plan(
         accepted=accepted,
@@ -240,6 +239,10 @@ def _promise(demands: Sequence[Demand], machine: Machine) -> Callable[[Predictio
         return False, stretch > _STRETCH, -found.be_rate
 
     return key
+
+
+def _tried(considered: Sequence[Candidate]) -> list[tuple[Candidate, Measured]]:
+    return [(candidate, candidate.measured) for candidate in considered if candidate.measured is not None]
 
 
 def _best(

@@ -11,9 +11,8 @@ import numpy as np
 from missile.compiler.bind import BoundModel
 from missile.errors import MisuseError
 from missile.gpu.interface import Gpu, GpuInfo, Launch
-from missile.pcie.ticket import Direction
 from missile.runtime.copy_weights import copy_weights
-from missile.runtime.copying import LONG, link_options, longest_copy
+from missile.runtime.copying import link_options, scheduled_directions
 from missile.runtime.loading import LoadedTenant, Roster
 from missile.runtime.metrics import attainment, quantile
 from missile.runtime.planner import TAIL, Measured, Plan, make_plan
@@ -98,7 +97,7 @@ def plan_tenants(
 
     # Scheduling copies costs the loop some of its time: worth it where somebody fills the link. Code that checks whether to
     # stop is slower than code that does not, and BE that is lent SMs is stopped seldom.
-    variants = ["copies=off"] if any(longest_copy(roster.ready, direction) > LONG for direction in Direction) else []
+    variants = ["copies=off"] if scheduled_directions(roster.ready) else []
     variants += ["preempt=off"] if any(demand.preemptible for demand in demands) else []
     plan = make_plan(demands, machine_of(gpu.info), be_min=be_min, trial=trial, tail=tail, variants=variants)
     return replace(plan, copy_weights=weights)
@@ -116,7 +115,7 @@ def _copy_weights(gpu: Gpu, roster: Roster, demands: list[Demand]) -> dict[str, 
     ready = roster.ready
     if any(loaded.tenant.copy_weight is not None for loaded in ready):
         return {}
-    if all(longest_copy(ready, direction) <= LONG for direction in Direction):
+    if not scheduled_directions(ready):
         return {}
     own = {loaded.tenant.name: loaded.tenant.weight for loaded in ready}
     return copy_weights(demands, own, link_options(gpu).h2d_rate)

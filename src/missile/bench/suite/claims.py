@@ -125,10 +125,10 @@ def _be_share(cells: Sequence[CellSummary]) -> Claim:
     bounds = [cell.free for cell in cells if cell.free is not None and _of(cell).be is not None]
     bound = geometric_mean(bounds)
     some = [share for share in shares if share]
-    nothing = (
-        f"; it finished nothing in {len(shares) - len(some)}, and over the others" if len(some) < len(shares) else ""
-    )
-    nothing += f" it is {format_share(geometric_mean(some))}" if nothing else ""
+    nothing = ""
+    if len(some) < len(shares):
+        others = format_share(geometric_mean(some))
+        nothing = f"; it finished nothing in {len(shares) - len(some)}, and over the others it is {others}"
     more = f"; time free of LS requests, which bounds a BE that never runs beside them: {format_share(bound)}"
     return Claim(
         f"BE rate at least {BE_SHARE:.2f} of solo (geometric mean)",

@@ -36,9 +36,8 @@ class Admission:
         self.taken = 0  # requests that were started or turned away
         self.running = 0  # requests that were running or started when it was last asked
         self._since = 0  # when the request that runs now began to be served, as far as can be told
-        self._arrivals: deque[int] = (
-            deque()
-        )  # of those that run, the oldest first; of several started at once: the oldest's
+        # Of those that run, the oldest first; of several started at once: the oldest's.
+        self._arrivals: deque[int] = deque()
 
     def brief(self, found: TenantBrief) -> None:
         """MisuseError for an objective below what the tenant takes when it is alone."""

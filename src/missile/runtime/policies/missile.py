@@ -217,7 +217,7 @@ class MissilePolicy:
             self.changes.append((now, f"{what}: these come at {self._rates.per_s:.0f}/s"))
 
     def _make_way(self, snapshot: Snapshot) -> list[Preempt]:
-        """Stop what BE has on the GPU, unless it ends soon or the LS requests can wait for it."""
+        """Stop what BE has on the GPU, unless it ends soon."""
         stops = self._be.make_way(snapshot, self._patience_ns, begun=not self._armed)
         # What was armed and is let be goes on beside the request that has come, and that one's successors are asked again.
         self._spared = self._pauses and not stops and self._be.is_stoppable(snapshot)
