@@ -14,7 +14,8 @@ from missile.compiler.ptx.blocks import Blocks, Slice
 from missile.compiler.ptx.edits import Edit, apply, lines
 from missile.compiler.ptx.flow import Flow
 from missile.compiler.ptx.syntax import Function, Instruction
-from missile.compiler.ptx.translate import Emitter, Pace, Parts, WindowParts
+from missile.compiler.ptx.translate import Parts
+from missile.compiler.ptx.window_code import Pace, WindowEmitter, WindowParts
 from missile.compiler.ptx.windows import Advance, Member, Window, find_windows
 
 __all__ = ["place_early"]
@@ -28,7 +29,7 @@ def place_early(
     function: Function,
     accesses: Sequence[Access],
     flow: Flow,
-    emitter: Emitter,
+    emitter: WindowEmitter,
     *,
     hoist: bool,
     keep: bool = False,
@@ -68,7 +69,9 @@ class _Plan:
 
 
 class _Placing:
-    def __init__(self, source: str, blocks: Blocks, flow: Flow, emitter: Emitter, hoist: bool, keep: bool) -> None:
+    def __init__(
+        self, source: str, blocks: Blocks, flow: Flow, emitter: WindowEmitter, hoist: bool, keep: bool
+    ) -> None:
         self._source = source
         self._blocks = blocks
         self._flow = flow
@@ -214,9 +217,15 @@ class _Placing:
         key = (block, member.start, member.advance, window.unit, window.low)
         if key not in self._paces:
             advance = member.advance
-            pace = self._paces[key] = self._emitter.pace(member.start, advance.step, window, self._head)
-            if advance.period:
-                self._emitter.jump(pace, advance.jump, advance.first, advance.period, self._head)
+            pace = self._paces[key] = self._emitter.pace(
+                member.start,
+                advance.step,
+                window,
+                self._head,
+                jump=advance.jump,
+                first=advance.first,
+                period=advance.period,
+            )
             units = self._blocks.units_of(block)
             self._edits.append(_edit(units[0].start, pace.code, behind=False))
             self._edits.append(_edit(units[-1].start, pace.advance, behind=False))

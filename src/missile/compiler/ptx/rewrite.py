@@ -17,6 +17,7 @@ from missile.compiler.ptx.parser import parse
 from missile.compiler.ptx.placing import place_early
 from missile.compiler.ptx.syntax import Function, Module, Name
 from missile.compiler.ptx.translate import PARAMETER, Emitter, module_declarations, prologue
+from missile.compiler.ptx.window_code import WindowEmitter
 from missile.errors import MisuseError, UnsupportedError
 
 __all__ = ["USUAL", "Placement", "Rewritten", "rewrite"]
@@ -113,7 +114,7 @@ def _function(
     aligned: Sequence[int],
 ) -> tuple[list[Edit], int]:
     flow = Flow(module, function)
-    emitter = Emitter(shape)
+    emitter = WindowEmitter(shape)
     edits: list[Edit] = []
     translated = [access for access in accesses if not access.table]
     for access in accesses:

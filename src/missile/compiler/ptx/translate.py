@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from missile.coloring.shape import CONSTANTS, WINDOW_ENTRIES, Escape, Field, Form, Shape, TableSpace
+from missile.coloring.shape import CONSTANTS, Escape, Field, Form, Shape, TableSpace
 
 __all__ = [
+    "BYTE_AND_WORD",
+    "LOAD",
     "PARAMETER",
+    "PIECE_BITS",
     "SHARED_TABLE",
     "Emitter",
-    "Pace",
     "Parts",
-    "WindowParts",
     "module_declarations",
     "prologue",
 ]
@@ -26,13 +27,14 @@ SHARED_TABLE = "missile_table"
 # The constants arrive with the launch: a first touch of a const bank of the module's own would miss in every launch.
 PARAMETER = f".param .align 8 .b8 {CONSTANTS}[{Field.BYTES}]"
 
-# Of tables, which nobody writes while kernels run, and which are used again and again.
-_LOAD = "ld.global.L1::evict_last"
+LOAD = "ld.global.L1::evict_last"
+"""Of tables, which nobody writes while kernels run, and which are used again and again."""
 
-_BYTE = 8
-_PIECE = 1 << _BYTE
-_TO_UNIT = _BYTE + 1  # a word is turned left by so much for its highest bit to come where a piece's number starts
-_BYTE_AND_WORD = 0x6540  # prmt: the first operand's lowest byte, below the second one's three lowest
+PIECE_BITS = 8
+"""Bits of an address in a piece of 256 bytes: its lowest byte."""
+
+BYTE_AND_WORD = 0x6540
+"""For prmt: the first operand's lowest byte, below the second one's three lowest."""
 
 
 @dataclass
@@ -48,43 +50,6 @@ class Parts:
     rest: list[str] = field(default_factory=list)
     key: str = ""
     physical: str = ""
-
-
-@dataclass
-class WindowParts:
-    """A window's instructions, as `Parts`, and registers: its start, its bits, and the physical place of its start if the
-    bit there is 0 (in uniform windows), or of the unit that the start is in (in others, where addresses are wide).
-
-    unit, low: as `Window` has them; uniform are windows with a `low`. known: addresses that were written, by their unit.
-    """
-
-    unit: int
-    low: int | None
-    before: list[str] = field(default_factory=list)
-    lookup: list[str] = field(default_factory=list)
-    rest: list[str] = field(default_factory=list)
-    start: str = ""
-    bits: str = ""
-    place: str = ""
-    known: dict[int, str] = field(default_factory=dict)
-
-    @property
-    def bits_below(self) -> int:
-        """Bits of an address below a unit's number."""
-        return self.unit.bit_length() - 1
-
-
-@dataclass(frozen=True)
-class Pace:
-    """code: of the loop's start. advance: of its end. Registers: bytes from a window's start; by how much the window's bits
-    are turned, and the bytes that the physical place is further, both in uniform windows only."""
-
-    code: list[str]
-    advance: list[str]
-    held: str
-    now: str
-    turn: str
-    above: str
 
 
 class Emitter:
@@ -138,174 +103,6 @@ class Emitter:
         }[self._shape.form]
         parts.physical = form(frame, low, parts)
         return parts
-
-    def window(self, address: str, offset: int, unit: int, last: int, low: int | None) -> WindowParts:
-        """The bits of the units from `address + offset` on, up to the one that the byte `last` behind that is in.
-
-        unit: bytes that a bit stands for. low: bits of the start below a unit; others are taken for zero. None: the start is
-        anywhere in its unit.
-        """
-        parts = WindowParts(unit, low)
-        before, lookup, rest = parts.before, parts.lookup, parts.rest
-        parts.start, parts.bits, parts.place = self._word(), self._word(), ""
-        kept = unit - 1 if low is None else low  # bits of the start below a unit
-        number, word, entry, first = self._word(), self._word(), self.wide(), self._word()
-        # Behind the last byte there are more guard frames than a window has.
-        if self._shape.wide:
-            self._wide_start(parts, address, offset, number, kept)
-        else:
-            before.append(f"cvt.u32.u64 {parts.start}, {address};")
-            if offset:
-                before.append(f"add.s32 {parts.start}, {parts.start}, {offset};")
-            limit = self._constant("u32", Field.LIMIT, before)
-            before.append(f"min.u32 {parts.start}, {parts.start}, {limit};")
-            if kept != unit - 1:
-                before.append(f"and.b32 {parts.start}, {parts.start}, {kept - unit};")
-            before.append(f"shr.u32 {number}, {parts.start}, {parts.bits_below};")
-        before.append(f"shr.u32 {word}, {number}, 5;")
-        table = self._constant("u64", Field.TABLE if unit == _PIECE else Field.COARSE, lookup)
-        lookup += [f"mad.wide.u32 {entry}, {word}, 4, {table};", f"{_LOAD}.b32 {first}, [{entry}];"]
-        second = first
-        if low is None or last >= unit:
-            second = self._word()
-            lookup.append(f"{_LOAD}.b32 {second}, [{entry}+4];")
-        rest.append(f"shf.l.wrap.b32 {parts.bits}, {second}, {first}, {number};")
-        if self._shape.wide:
-            return parts
-        if low is None:  # the bit of each unit where its number, modulo 32, turns it to the top from
-            turned = self._word()
-            rest.append(f"shf.r.wrap.b32 {turned}, {parts.bits}, {parts.bits}, {number};")
-            parts.bits = turned
-        else:
-            parts.place = self._doubled(parts.start, rest)
-        return parts
-
-    def _wide_start(self, parts: WindowParts, address: str, offset: int, number: str, kept: int) -> None:
-        """The unit's number and the start in it; the physical place is all 64 bits of the address."""
-        before, rest = parts.before, parts.rest
-        if offset:
-            moved = self.wide()
-            before.append(f"add.s64 {moved}, {address}, {offset};")
-            address = moved
-        low, high, place = self._word(), self._word(), self.wide()
-        before += [f"mov.b64 {{{low}, {high}}}, {address};", f"shf.r.wrap.b32 {number}, {low}, {high}, {_BYTE};"]
-        limit = self._constant("u32", Field.FRAMES, before)
-        before.append(f"min.u32 {number}, {number}, {limit};")
-        if parts.unit != _PIECE:
-            before.append(f"shr.u32 {number}, {number}, {parts.bits_below - _BYTE};")
-        before.append(f"and.b32 {parts.start}, {low}, {kept};")
-        base = self._constant("u64", Field.BASE, rest)
-        rest.append(f"mad.wide.u32 {place}, {number}, {2 * parts.unit}, {base};")
-        if parts.low is not None:
-            inside, found = self.wide(), self.wide()
-            within = self._doubled(parts.start, rest) if kept >= _PIECE else parts.start
-            rest += [f"cvt.u64.u32 {inside}, {within};", f"add.s64 {found}, {place}, {inside};"]
-            place = found
-        parts.place = place
-
-    def _doubled(self, low: str, code: list[str]) -> str:
-        """What is above a piece's bytes counts twice: of two places one is the tenant's."""
-        above, place = self._word(), self._word()
-        code += [f"and.b32 {above}, {low}, {-_PIECE};", f"add.s32 {place}, {low}, {above};"]
-        return place
-
-    def inside(self, window: WindowParts, at: int) -> tuple[list[str], str, int]:
-        """Instructions for the byte `at` of a window, the register that has a physical address, and what is to be added."""
-        if window.low is None:
-            assert 0 <= at <= (WINDOW_ENTRIES - 1) * window.unit
-            return *self._anywhere(window, f"{at}"), 0
-        number, rest = divmod(at, window.unit)
-        assert 0 <= number < WINDOW_ENTRIES
-        assert not rest & window.low
-        code = []
-        if number not in window.known:
-            turned, bit = self._word(), self._word()
-            code += [
-                f"shf.l.wrap.b32 {turned}, {window.bits}, {window.bits}, {(number + _TO_UNIT) % 32};",
-                f"and.b32 {bit}, {turned}, {_PIECE};",
-            ]
-            if self._shape.wide:
-                window.known[number] = self._from(window, bit, code)
-            else:  # the place has a zero there
-                place = self._word()
-                code.append(f"or.b32 {place}, {window.place}, {bit};")
-                window.known[number] = self._joined(place, code)
-        return code, window.known[number], at + (at & -_PIECE)
-
-    def pace(self, start: int, step: int, window: WindowParts, head: list[str]) -> Pace:
-        """How accesses of a loop advance: `start + step * iteration` bytes from the start of windows like `window`, held in
-        them. head: gets what the function has to start with.
-        """
-        held, now = self._word(), self._word()
-        head.append(f"mov.b32 {held}, {start};")
-        code = []
-        turn = above = ""
-        if window.low is None:
-            code.append(f"min.u32 {now}, {held}, {(WINDOW_ENTRIES - 1) * window.unit};")
-        else:
-            turn, number, whole, above = self._word(), self._word(), self._word(), self._word()
-            code += [
-                f"and.b32 {now}, {held}, {WINDOW_ENTRIES * window.unit - 1 - window.low};",
-                f"shr.u32 {number}, {now}, {window.bits_below};",
-                f"add.s32 {turn}, {number}, {_TO_UNIT};",
-                f"and.b32 {whole}, {now}, {-_PIECE};",
-                f"add.s32 {above}, {now}, {whole};",
-            ]
-        return Pace(code, [f"add.s32 {held}, {held}, {step};"], held, now, turn, above)
-
-    def jump(self, pace: Pace, jump: int, first: int, period: int, head: list[str]) -> None:
-        """Let `pace` advance by `jump` at the end of iteration `first` and every `period` from there."""
-        left, turns, more = self._word(), self.take("q"), self._word()
-        head.append(f"mov.b32 {left}, {first};")
-        step = pace.advance[0].rsplit(" ", 1)[1].rstrip(";")
-        pace.advance[:] = [
-            f"setp.eq.u32 {turns}, {left}, 0;",
-            f"selp.b32 {more}, {jump}, {step}, {turns};",
-            f"add.s32 {pace.held}, {pace.held}, {more};",
-            f"selp.b32 {left}, {period}, {left}, {turns};",
-            f"add.s32 {left}, {left}, -1;",
-        ]
-
-    def paced(self, window: WindowParts, pace: Pace) -> tuple[list[str], str]:
-        """Instructions for where `pace` is in a window, and the register that then has the physical address."""
-        if window.low is None:
-            return self._anywhere(window, pace.now)
-        turned, bit, further = self._word(), self._word(), self._word()
-        code = [
-            f"shf.l.wrap.b32 {turned}, {window.bits}, {window.bits}, {pace.turn};",
-            f"and.b32 {bit}, {turned}, {_PIECE};",
-            f"or.b32 {further}, {bit}, {pace.above};",
-        ]
-        return code, self._from(window, further, code)
-
-    def _from(self, window: WindowParts, further: str, code: list[str]) -> str:
-        """The register that has the address `further` bytes from a window's physical place."""
-        if not self._shape.wide:
-            place = self._word()
-            code.append(f"add.s32 {place}, {window.place}, {further};")
-            return self._joined(place, code)
-        extended, physical = self.wide(), self.wide()
-        code += [f"cvt.u64.u32 {extended}, {further};", f"add.s64 {physical}, {window.place}, {extended};"]
-        return physical
-
-    def _anywhere(self, window: WindowParts, at: str) -> tuple[list[str], str]:
-        low, number, turned, unit, place = (self._word() for _ in range(5))
-        piece = number if window.unit == _PIECE else self._word()
-        code = [
-            f"add.s32 {low}, {window.start}, {at};",
-            f"shr.u32 {number}, {low}, {window.bits_below};",
-            f"shf.l.wrap.b32 {turned}, {window.bits}, {window.bits}, {number};",
-            *([f"shr.u32 {piece}, {low}, {_BYTE};"] if piece != number else []),
-            f"shf.l.wrap.b32 {unit}, {turned}, {piece}, 1;",
-            f"prmt.b32 {place}, {low}, {unit}, {_BYTE_AND_WORD:#x};",
-        ]
-        # Where addresses are wide, the start counts from its unit.
-        return code, self._from(window, place, code) if self._shape.wide else self._joined(place, code)
-
-    def nowhere(self) -> tuple[list[str], str]:
-        """An address of the tenant's own, for an access that is not made."""
-        code: list[str] = []
-        return code, self._constant("u64", Field.OWN, code)
 
     def hold(self, address: str, offset: int, table: str, last: int) -> tuple[list[str], str]:
         """Instructions that hold `address + offset` between the variable `table` and its byte `last`, and the register."""
@@ -399,7 +196,7 @@ class Emitter:
         table = self._constant("u64", Field.TABLE, code)
         code += [
             f"mad.wide.u32 {address}, {page}, 2, {table};",
-            f"{_LOAD}.u16 {half}, [{address}+{self._shape.xors_at}];",
+            f"{LOAD}.u16 {half}, [{address}+{self._shape.xors_at}];",
             f"cvt.u32.u16 {word}, {half};",
         ]
         return word
@@ -446,7 +243,7 @@ class Emitter:
         if self._shape.space is TableSpace.GLOBAL:
             entry = self.wide()
             table = self._constant("u64", Field.TABLE, code)
-            code += [f"mad.wide.u32 {entry}, {place}, 2, {table};", f"{_LOAD}.u16 {half}, [{entry}];"]
+            code += [f"mad.wide.u32 {entry}, {place}, 2, {table};", f"{LOAD}.u16 {half}, [{entry}];"]
         else:
             address = self._word()
             code += [
@@ -491,7 +288,7 @@ class Emitter:
         entry, unit = self.wide(), self._word()
         parts.key, code = frame, parts.rest
         table = self._constant("u64", Field.TABLE, parts.lookup)
-        parts.lookup += [f"mad.wide.u32 {entry}, {frame}, 4, {table};", f"{_LOAD}.b32 {unit}, [{entry}];"]
+        parts.lookup += [f"mad.wide.u32 {entry}, {frame}, 4, {table};", f"{LOAD}.b32 {unit}, [{entry}];"]
         within = self._within(low, code)
         if self._shape.wide:
             return self._physical(unit, self._shape.unit_bytes, within, code)
@@ -505,15 +302,15 @@ class Emitter:
         parts.key, code = word, parts.rest
         parts.before.append(f"shr.u32 {word}, {frame}, 5;")
         table = self._constant("u64", Field.TABLE, parts.lookup)
-        parts.lookup += [f"mad.wide.u32 {entry}, {word}, 4, {table};", f"{_LOAD}.b32 {bits}, [{entry}];"]
+        parts.lookup += [f"mad.wide.u32 {entry}, {word}, 4, {table};", f"{LOAD}.b32 {bits}, [{entry}];"]
         # The bit comes to the top, from where a funnel shift puts it behind the frame's number.
         code += [
             f"shf.l.wrap.b32 {turned}, {bits}, {bits}, {frame};",
             f"shf.l.wrap.b32 {unit}, {turned}, {frame}, 1;",
         ]
-        if self._shape.frame_bits == _BYTE and not self._shape.wide:
+        if self._shape.frame_bits == PIECE_BITS and not self._shape.wide:
             place = self._word()
-            code.append(f"prmt.b32 {place}, {low}, {unit}, {_BYTE_AND_WORD:#x};")
+            code.append(f"prmt.b32 {place}, {low}, {unit}, {BYTE_AND_WORD:#x};")
             return self._joined(place, code)
         return self._physical(unit, self._shape.unit_bytes, self._within(low, code), code)
 
@@ -525,7 +322,7 @@ class Emitter:
             parts.key = self._word()
             parts.before.append(f"shr.u32 {parts.key}, {frame}, 1;")
         table = self._constant("u64", Field.TABLE, parts.lookup)
-        parts.lookup += [f"mad.wide.u32 {entry}, {parts.key}, 2, {table};", f"{_LOAD}.u16 {step}, [{entry}];"]
+        parts.lookup += [f"mad.wide.u32 {entry}, {parts.key}, 2, {table};", f"{LOAD}.u16 {step}, [{entry}];"]
         if shape.wide:
             within = self._within(low, code)
             code.append(f"add.s32 {place}, {within}, {step};")

@@ -4,7 +4,7 @@ Addresses that differ by constants, those of a loop's iterations among them, lie
 bits of 32 of those fit in a register, so one lookup before all of them is enough.
 
 What is found here decides whether an access reaches the right place. That it reaches the tenant's own memory does not depend
-on it: the code that is written (`Emitter.window`) holds the window in the memory and the access in the window.
+on it: the code that is written (`WindowEmitter.window`) holds the window in the memory and the access in the window.
 """
 
 from __future__ import annotations
