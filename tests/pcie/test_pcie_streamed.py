@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from missile.errors import GpuError
 from missile.gpu import open_gpu
-from missile.gpu.interface import Copy, Event, Gpu, Stream
+from missile.gpu.interface import Copy, DeviceBuffer, Event, Gpu, HostBuffer, Stream
 from missile.pcie.engine import CopyEngine, EngineOptions
 from missile.pcie.streamed import StreamedCopies
 from missile.pcie.ticket import CopyState
@@ -62,14 +64,33 @@ def test_a_stream_sees_its_copies_in_its_own_order_while_others_queue(gpu: Gpu) 
         copies.close()
 
 
-def test_a_short_copy_that_finds_the_link_idle_stays_in_its_stream(gpu: Gpu) -> None:
+class _Scene(NamedTuple):
+    """An LS tenant's stream with a buffer of 1 MiB on either side, and a BE tenant's with 64 MiB."""
+
+    engine: CopyEngine
+    copies: StreamedCopies
+    stream: Stream
+    other: Stream
+    short: HostBuffer
+    long: HostBuffer
+    inside: DeviceBuffer
+    outside: DeviceBuffer
+
+
+@contextmanager
+def _two_tenants(gpu: Gpu, *, stays: int = 0) -> Iterator[_Scene]:
     with CopyEngine(gpu, EngineOptions(h2d_rate=54e9, d2h_rate=54e9)) as engine:
-        copies = StreamedCopies(gpu, engine)
+        copies = StreamedCopies(gpu, engine, stays=stays)
         copies.admit("ls", Share(latency_sensitive=True))
         copies.admit("be", Share())
-        stream, other, mark = gpu.create_stream(), gpu.create_stream(), gpu.create_event(timing=False)
         short, long = gpu.allocate_host(MIB), gpu.allocate_host(64 * MIB)
         inside, outside = gpu.allocate(short.nbytes), gpu.allocate(long.nbytes)
+        yield _Scene(engine, copies, gpu.create_stream(), gpu.create_stream(), short, long, inside, outside)
+
+
+def test_a_short_copy_that_finds_the_link_idle_stays_in_its_stream(gpu: Gpu) -> None:
+    with _two_tenants(gpu) as (engine, copies, stream, other, short, long, inside, outside):
+        mark = gpu.create_event(timing=False)
         assert copies.to_device("ls", stream, inside.address, short) is None
         stream.record(mark)
         queued = copies.to_device("ls", stream, inside.address, short, after=mark)
@@ -86,13 +107,7 @@ def test_a_short_copy_that_finds_the_link_idle_stays_in_its_stream(gpu: Gpu) -> 
 
 
 def test_short_copies_stay_in_their_streams_until_somebody_copies_much_at_once(gpu: Gpu) -> None:
-    with CopyEngine(gpu, EngineOptions(h2d_rate=54e9, d2h_rate=54e9)) as engine:
-        copies = StreamedCopies(gpu, engine, stays=MIB)
-        copies.admit("ls", Share(latency_sensitive=True))
-        copies.admit("be", Share())
-        stream, other = gpu.create_stream(), gpu.create_stream()
-        short, long = gpu.allocate_host(MIB), gpu.allocate_host(64 * MIB)
-        inside, outside = gpu.allocate(short.nbytes), gpu.allocate(long.nbytes)
+    with _two_tenants(gpu, stays=MIB) as (engine, copies, stream, other, short, long, inside, outside):
         for _ in range(3):  # each behind the output of the one before, which has not ended
             before = _recorded(gpu, stream)
             assert copies.to_device("ls", stream, inside.address, short, after=before) is None
@@ -116,13 +131,7 @@ def test_short_copies_stay_in_their_streams_until_somebody_copies_much_at_once(g
 
 
 def test_a_long_output_that_waits_for_its_streams_work_holds_no_short_one_up(gpu: Gpu) -> None:
-    with CopyEngine(gpu, EngineOptions(h2d_rate=54e9, d2h_rate=54e9)) as engine:
-        copies = StreamedCopies(gpu, engine, stays=MIB)
-        copies.admit("ls", Share(latency_sensitive=True))
-        copies.admit("be", Share())
-        stream, other = gpu.create_stream(), gpu.create_stream()
-        short, long = gpu.allocate_host(MIB), gpu.allocate_host(64 * MIB)
-        inside, outside = gpu.allocate(short.nbytes), gpu.allocate(long.nbytes)
+    with _two_tenants(gpu, stays=MIB) as (engine, copies, stream, other, short, long, inside, outside):
         gate = gpu.create_latch()
         other.wait_latch(gate, 1)  # work that takes a while
         output = copies.to_host("be", other, long, outside.address)
