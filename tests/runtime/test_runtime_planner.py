@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from missile.errors import MisuseError
@@ -299,6 +299,7 @@ def test_a_variant_is_tried_with_the_chosen_candidate_and_taken_where_it_is_bett
 @given(
     load=st.floats(0.0, 0.99), slower=st.floats(1.2, 2.0), bounds=st.lists(st.floats(0.0, 20.0), min_size=2, max_size=2)
 )
+@example(load=0.4375, slower=1.203125, bounds=[0.0, 7.0])
 def test_a_queue_that_lends_more_is_idle_less(load, slower, bounds):
     less, more = (lending(round(load, 3), round(slower, 2), round(bound, 2)) for bound in sorted(bounds))
     for found in (less, more):

@@ -44,8 +44,9 @@ def lending(load: float, slower: float, bound: float) -> Lending:
     arrivals = np.cumsum(np.random.default_rng(_SEED).exponential(1.0 / load, _REQUESTS)).tolist()
     pausing, _, idle_then = _play(arrivals, slower, 0.0)
     beside, lent, idle = _play(arrivals, slower, bound)
-    # Of these arrivals, a little more or less of the time is idle than of all that could have come.
-    return Lending(beside / pausing, lent, (1.0 - load) * idle / idle_then)
+    # Of these arrivals a little more or less of the time is idle than of all that could have come, and less or more lent.
+    usual = min((1.0 - load) * idle / idle_then, 1.0)
+    return Lending(beside / pausing, lent * (1.0 - usual) / (1.0 - idle), usual)
 
 
 def _play(arrivals: Sequence[float], slower: float, bound: float) -> tuple[float, float, float]:
