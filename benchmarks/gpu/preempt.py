@@ -11,51 +11,38 @@
 - service: a latency-sensitive model at high priority starts at random instants of a best-effort model: its time when that
   one is preempted before it is launched, after it is launched, and not at all.
 - bits: requests that are preempted again and again at random instants give the bytes that undisturbed ones give; with the
-  variant "colored", in colored memory.
+  variant "colored" in colored memory by a table of a page's frames, with "windows" by pairs, where accesses share lookups.
+  1,000 of them over three models, each stopped after 8 s:
+  --parts bits --variants windows --models resnet152 bert_large densenet161 --bits-s 8
 
-Models are packages in Missile's cache. OUT gets `preempt.json`.
+Models are packages in Missile's cache. OUT gets `preempt.json`. Exits 1 when bytes differ.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from preempt_bits import bits, spin
+from preempt_models import SEGMENT_NS, Loaded, gpu_ns
 
-from missile.coloring.pool import ColoredPool
-from missile.coloring.shape import Form, Shape
-from missile.coloring.shares import Share
-from missile.coloring.translation import InPageTranslation
-from missile.compiler.bind import BoundModel, bind
-from missile.compiler.bind_colored import bind_colored
-from missile.compiler.colored import ColoredKernels
+from missile.compiler.bind import bind
 from missile.compiler.library import find_package
-from missile.compiler.package import BufferKind, KernelStep, ModelPackage
-from missile.compiler.planning import needed_bytes
-from missile.compiler.preemptible import block_ns, control_of, long_blocks, preempt_model
-from missile.compiler.preemptible_code import PreemptibleKernels, build_preemptible, preemptible_kernels
-from missile.compiler.ptx.assemble import assemble
-from missile.compiler.ptx.fill import fill_entry
-from missile.compiler.ptx.preempt import Look, Place
-from missile.compiler.ptx.transfer import transfer_ptx
+from missile.compiler.package import KernelStep
+from missile.compiler.preemptible import block_ns, long_blocks
 from missile.gpu import open_gpu
 from missile.gpu.cuda.gpu import CudaGpu
 from missile.gpu.interface import Graph, Launch, PreemptControl, Priority, Stream
-from missile.probe.layout import PageLayout
 
 MODELS = ("densenet161", "bert_large", "decoder_1b")
-SEGMENT_NS = 300_000.0
 AHEAD = ((300_000.0, 2), (100_000.0, 2), (50_000.0, 2))  # a segment's length, ns, and how many are on the GPU
-COLORED = Shape(Form.IN_PAGE, PageLayout(2 << 20, (*range(8), 9)))  # Hopper's granules
 SHORT_NS, LONG_NS = 10_000, 30_000  # of a block: classes of kernels
 WATCH = r"""
 .version 8.0
@@ -108,16 +95,19 @@ together:
 """
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--parts", default="flag,overhead,latency,service,bits")
     parser.add_argument("--models", nargs="*", default=MODELS)
     parser.add_argument("--preemptions", type=int, default=1000, help="of part bits, over all models")
     parser.add_argument("--probes", type=int, default=200, help="of part latency, for each model")
-    parser.add_argument("--variants", nargs="*", default=["auto"], help="of the check: auto, or LOOK-PLACE")
+    parser.add_argument(
+        "--variants", nargs="*", default=["auto"], help="auto, colored, windows, or LOOK-PLACE of the check"
+    )
     parser.add_argument("--urgent", default="resnet34", help="the latency-sensitive model of part service")
     parser.add_argument("--note", default="", help="written into the results")
+    parser.add_argument("--bits-s", type=float, default=25.0, help="seconds of part bits at most, for each model")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     with open_gpu("cuda:0") as gpu:
@@ -138,6 +128,10 @@ def main() -> None:
                 results[label] = {"error": traceback.format_exc(limit=1)}
             print(f"{label} ({time.perf_counter() - begin:.1f} s): {json.dumps(_short(results[label]))}", flush=True)
             (options.output / "preempt.json").write_text(json.dumps(results, indent=1))
+    lines, right = table(results)
+    if lines:
+        print(f"\n{results['gpu']}, {', '.join(options.variants)}\n{lines}")
+    return 0 if right else 1
 
 
 def _short(value: Any) -> Any:
@@ -223,139 +217,6 @@ def flag(gpu: CudaGpu, options: argparse.Namespace) -> dict[str, Any]:
     return out
 
 
-# --- models
-_MODELS: dict[tuple[str, str], tuple[BoundModel, BoundModel, float]] = {}
-_POOLS: list[ColoredPool] = []
-
-
-def _models(gpu: CudaGpu, name: str, variant: str) -> tuple[BoundModel, BoundModel, float]:
-    """The model as it is and preemptible, in the same memory, and the seconds that it took to have the latter's code.
-
-    variant: "auto" is what Missile takes, else the same look and place for all kernels. Kept until the end.
-    """
-    key = (name, variant)
-    if key not in _MODELS:
-        package, directory = find_package(name, None, gpu.info)
-        assert directory is not None
-        begin = time.perf_counter()
-        if variant == "colored":
-            plain = _models(gpu, name, "auto")[0]
-            begin = time.perf_counter()
-            code = preemptible_kernels(package, directory, COLORED)
-            seconds = time.perf_counter() - begin
-            _MODELS[key] = (plain, preempt_model(_colored(gpu, package, directory, code), gpu, code), seconds)
-            return _MODELS[key]
-        if variant == "auto":
-            code = preemptible_kernels(package, directory)
-        else:
-            look, _, place = variant.partition("-")
-            same = {image.id: Place(place) for image in package.kernels}
-            with TemporaryDirectory() as apart:  # it is none that Missile should find
-                (Path(apart) / "kernels").symlink_to(directory / "kernels")
-                code = build_preemptible(package, Path(apart), look=Look(look), places=same)
-        seconds = time.perf_counter() - begin
-        known = next((entry[0] for (other, _), entry in _MODELS.items() if other == name), None)
-        plain = bind(package, directory, gpu, tenant=name) if known is None else known
-        _MODELS[key] = (plain, preempt_model(plain, gpu, code), seconds)
-    return _MODELS[key]
-
-
-def _colored(gpu: CudaGpu, package: ModelPackage, directory: Path, code: PreemptibleKernels) -> BoundModel:
-    """The model in memory whose granules are in random order. Only for `preempt_model`: it has no other code."""
-    pages = -(-needed_bytes(package) // COLORED.layout.page_bytes) + 2
-    places = np.random.default_rng(5).permutation(COLORED.layout.granules)
-    pool = ColoredPool(gpu, pages)
-    _POOLS.append(pool)
-    share = Share(package.name, (0,), tuple(range(pages)), InPageTranslation(COLORED, places, pages))
-    arch = package.arch + "a"
-    transfer = assemble(transfer_ptx(COLORED, arch) + fill_entry(COLORED), arch=arch)
-    return bind_colored(
-        package, directory, gpu, pool.attach(share), kernels=ColoredKernels(COLORED, code.cubins, transfer)
-    )
-
-
-class Loaded:
-    """A model as it is and preemptible, with segments of the latter. Close it."""
-
-    def __init__(self, gpu: CudaGpu, name: str, variant: str = "auto", segment_ns: float = SEGMENT_NS) -> None:
-        self.plain, self.model, self.build_s = _models(gpu, name, variant)
-        self.gpu, self.package = gpu, self.model.package
-        self.control = control_of(self.model)
-        self.segments = _cut(self.model, segment_ns)
-        self.graphs: list[Graph] = [gpu.create_graph(self.model.operations[a:b]) for a, b in self.segments]
-        host = gpu.allocate_host(max(self.model.input_bytes, 1))
-        _fill_inputs(self.package, host.array)
-        self.stream = gpu.create_stream(priority=Priority.LOW)
-        for model in (self.plain, self.model):
-            if model.input_bytes:
-                self.stream.copy_to_device(model.input_address, host)
-        self.run()  # instantiates
-        self.solo_ns = min(_timed(self.run) for _ in range(5))
-
-    def run(self) -> None:
-        self.launch(0)
-        self.stream.synchronize()
-
-    def launch(self, first: int, count: int = 1 << 16) -> None:
-        """Segments from `first` on, as those of a new request: its results are right where `first` is 0."""
-        self.control.begin(self.stream)
-        for graph in self.graphs[first : first + count]:
-            self.stream.launch_graph(graph)
-
-    def resume(self, until: int = 1 << 16) -> bool:
-        """Relaunch what is left of segments before `until`, False where nothing is. All launches have ended."""
-        left = self.control.left()
-        if left is None:
-            return False
-        self.control.resume(self.stream, left)
-        first = next(index for index, (_, last) in enumerate(self.segments) if left.step < last)
-        for graph in self.graphs[first:until]:
-            self.stream.launch_graph(graph)
-        return True
-
-    def close(self) -> None:
-        for graph in self.graphs:
-            graph.close()
-        self.stream.close()
-
-
-def _cut(model: BoundModel, segment_ns: float) -> list[tuple[int, int]]:
-    pieces, first, length = [], 0, 0.0
-    for index, operation in enumerate(model.operations):
-        length += operation.work.solo_ns if isinstance(operation, Launch) and operation.work else 0.0
-        if length >= segment_ns or index + 1 == len(model.operations):
-            pieces.append((first, index + 1))
-            first, length = index + 1, 0.0
-    return pieces
-
-
-def _fill_inputs(package: ModelPackage, view: npt.NDArray[np.uint8]) -> None:
-    view[:] = 0
-    if all(spec.dtype in ("float16", "torch.float16") for spec in package.inputs):
-        values = np.random.default_rng(0).standard_normal(view.nbytes // 2, dtype=np.float32).astype(np.float16)
-        view[: values.nbytes] = values.view(np.uint8)
-
-
-def _timed(run: Callable[[], object]) -> int:
-    begin = time.perf_counter_ns()
-    run()
-    return time.perf_counter_ns() - begin
-
-
-def _gpu_ns(gpu: CudaGpu, stream: Stream, graph: Graph, count: int) -> float:
-    """Of one launch of `graph`, over `count` in a row, ns."""
-    start, end = gpu.create_event(), gpu.create_event()
-    stream.record(start)
-    for _ in range(count):
-        stream.launch_graph(graph)
-    stream.record(end)
-    stream.synchronize()
-    length = (end.time_ns() - start.time_ns()) / count
-    start.close()
-    end.close()
-    return float(length)
-
-
 # --- overhead
 def overhead(gpu: CudaGpu, name: str, options: argparse.Namespace) -> dict[str, Any]:
     out: dict[str, Any] = {}
@@ -364,8 +225,8 @@ def overhead(gpu: CudaGpu, name: str, options: argparse.Namespace) -> dict[str, 
         stream = loaded.stream
         pairs = []
         for _ in range(15):
-            plain = _gpu_ns(gpu, stream, loaded.plain.graph, 5)
-            checked = _gpu_ns(gpu, stream, loaded.model.graph, 5)
+            plain = gpu_ns(gpu, stream, loaded.plain.graph, 5)
+            checked = gpu_ns(gpu, stream, loaded.model.graph, 5)
             pairs.append((plain, checked))
         ratios = [checked / plain for plain, checked in pairs[2:]]
         out[variant] = {
@@ -396,7 +257,7 @@ def _steps(gpu: CudaGpu, loaded: Loaded) -> dict[str, Any]:
         times: list[list[float]] = [[], []]
         for _ in range(6):
             for which, graph in enumerate(graphs):
-                times[which].append(_gpu_ns(gpu, loaded.stream, graph, 1) / 20)
+                times[which].append(gpu_ns(gpu, loaded.stream, graph, 1) / 20)
         plain, checked = (float(np.median(t[1:])) for t in times)
         rows.append((index, blocks, round(plain / 1e3, 2), round(checked / plain, 4)))
         for graph in graphs:
@@ -470,7 +331,7 @@ def disturbed(
     for _ in range(count):
         first = int(rng.integers(0, total - ahead + 1)) if ahead else 0
         loaded.launch(first, ahead or total)
-        _spin(5e3 + rng.uniform(0.05, 0.85) * (loaded.solo_ns / total if ahead else loaded.solo_ns))
+        spin(5e3 + rng.uniform(0.05, 0.85) * (loaded.solo_ns / total if ahead else loaded.solo_ns))
         begin = time.perf_counter_ns()
         took.append(urgent.take(order))
         loaded.stream.synchronize()
@@ -547,128 +408,40 @@ def _class(block_ns: float) -> str:
     return f"{SHORT_NS // 1000} to {LONG_NS // 1000} us" if block_ns <= LONG_NS else f"over {LONG_NS // 1000} us"
 
 
-def _spin(duration_ns: float) -> None:
-    end = time.perf_counter_ns() + duration_ns
-    while time.perf_counter_ns() < end:
-        pass
-
-
 # --- bits
-def bits(gpu: CudaGpu, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    loaded = Loaded(gpu, name, options.variants[0])
-    rng = np.random.default_rng(2)
-    control = loaded.control
-    state = [b for b in loaded.package.buffers if b.kind is BufferKind.STATE]
-    reader = _Reader(gpu, loaded)
-    loaded.run()
-    if len(np.unique(reader.output())) < 64 and loaded.model.shape is None:
-        _reweigh(gpu, loaded)
-    references = []
-    for model in (loaded.plain, loaded.plain, loaded.model):
-        control.begin(loaded.stream)
-        loaded.stream.launch_graph(model.graph)
-        references.append(reader.output(model))
-    reference = references[0]
+def unchanged(gpu: CudaGpu, name: str, options: argparse.Namespace) -> dict[str, Any]:
     target = -(-options.preemptions // len(options.models))
-    preemptions = took_hold = requests = wrong = 0
-    rounds: Counter[int] = Counter()
-    steps: Counter[int] = Counter()
-    begin = time.perf_counter()
-    while preemptions < target and time.perf_counter() - begin < 25:
-        reader.scramble()
-        loaded.launch(0)
-        count = 0
-        while True:
-            _spin(rng.uniform(0, 0.6) * loaded.solo_ns)
-            if loaded.stream.idle():
-                break
-            control.raise_flag()
-            preemptions += 1
-            _spin(rng.uniform(0, 100_000))  # the flag may well be lowered before all have left
-            control.lower_flag()
-            loaded.stream.synchronize()
-            gpu.synchronize()
-            if (left := control.left()) is not None:
-                steps[left.step] += 1
-                took_hold += 1
-                count += 1
-            if not loaded.resume():
-                break
-        loaded.stream.synchronize()
-        requests += 1
-        rounds[count] += 1
-        wrong += not np.array_equal(reader.output(), reference)
-    out = {
-        "undisturbed runs agree": [bool(np.array_equal(reference, other)) for other in references],
-        "requests": requests,
-        "preemptions": preemptions,
-        "took hold": took_hold,
-        "different steps": len(steps),
-        "wrong outputs": wrong,
-        "output bytes": int(reference.nbytes),
-        "distinct output bytes": len(np.unique(reference)),
-        "state buffers": len(state),
-        "preemptions of a request": dict(sorted(rounds.items())),
-        "marks left": reader.marks(),
-    }
-    loaded.close()
-    return out
+    return bits(gpu, name, options.variants[0], preemptions=target, most_s=options.bits_s)
 
 
-def _reweigh(gpu: CudaGpu, loaded: Loaded) -> None:
-    """Random half-precision numbers for all large weights: those of a stand-in may make every output the same."""
-    host = gpu.allocate_host(1 << 20)
-    values = np.random.default_rng(3).standard_normal(host.nbytes // 2, dtype=np.float32) * 0.02
-    host.array[:] = values.astype(np.float16).view(np.uint8)
-    for buffer in loaded.package.buffers:
-        if buffer.kind is BufferKind.WEIGHT and buffer.nbytes >= 1 << 16:
-            for start in range(0, buffer.nbytes, host.nbytes):
-                nbytes = min(host.nbytes, buffer.nbytes - start)
-                loaded.stream.copy_to_device(loaded.model.addresses[buffer.id] + start, host, nbytes=nbytes)
-    loaded.stream.synchronize()
-    host.free()
-
-
-class _Reader:
-    """Outputs as bytes, and outputs and marks looked at between requests."""
-
-    def __init__(self, gpu: CudaGpu, loaded: Loaded) -> None:
-        self._model, self._stream = loaded.model, loaded.stream
-        self._host = gpu.allocate_host(loaded.model.output_bytes)
-        first, last = loaded.model.operations[0], loaded.model.operations[-1]
-        assert isinstance(first, Launch)
-        assert isinstance(last, Launch)
-        self._marks = int.from_bytes(first.params[-2], "little")
-        self._blocks = int.from_bytes(last.params[-2], "little") + int(np.prod(last.grid)) - self._marks
-        self._gpu = gpu
-
-    def output(self, model: BoundModel | None = None) -> npt.NDArray[np.uint8]:
-        self._stream.copy_to_host(self._host, (model or self._model).output_address)
-        self._stream.synchronize()
-        return np.array(self._host.array)
-
-    def scramble(self) -> None:
-        """So that an output that is not written is not taken for a right one."""
-        self._gpu._cu(
-            "cuMemsetD8Async", self._model.output_address, 0xA5, self._model.output_bytes, self._stream.handle
+def table(results: dict[str, Any]) -> tuple[str, bool]:
+    """What part bits found, a line for each model, and whether all of it is right."""
+    lines, right = (
+        [f"{'bits':16} {'requests':>8} {'preempted':>9} {'held':>5} {'steps':>5} {'distinct':>8} {'wrong':>6}"],
+        True,
+    )
+    for label, found in results.items():
+        if not label.startswith("bits/"):
+            continue
+        if "error" in found:
+            lines.append(f"{label[5:]:16} {found['error'].strip().splitlines()[-1]}")
+            right = False
+            continue
+        wrong = found["wrong outputs"] + found["undisturbed runs agree"].count(False) + (found["marks left"] > 0)
+        right = right and not wrong
+        lines.append(
+            f"{label[5:]:16} {found['requests']:8} {found['preemptions']:9} {found['took hold']:5} "
+            f"{found['different steps']:5} {found['distinct output bytes']:8} {wrong:6}"
         )
-
-    def marks(self) -> int:
-        """Marks that are set: none, once all requests have ended."""
-        host = self._gpu.allocate_host(self._blocks)
-        self._stream.copy_to_host(host, self._marks)
-        self._stream.synchronize()
-        count = int(np.count_nonzero(host.array))
-        host.free()
-        return count
+    return "\n".join(lines) if len(lines) > 1 else "", right
 
 
 MEASUREMENTS: dict[str, Callable[[CudaGpu, str, argparse.Namespace], dict[str, Any]]] = {
-    "bits": bits,
+    "bits": unchanged,
     "latency": latency,
     "overhead": overhead,
     "service": service,
 }
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
