@@ -30,6 +30,7 @@ from missile.coloring.pool import ColoredPool, TenantMemory
 from missile.coloring.shares import Share
 from missile.compiler.bind import BoundModel, bind
 from missile.compiler.bind_colored import bind_colored
+from missile.compiler.carrying import carried_by
 from missile.compiler.colored import (
     ColoredKernels,
     shadow_shape,
@@ -46,11 +47,13 @@ from missile.gpu.interface import Gpu, Launch
 from missile.probe.channel_map import ChannelMap
 from missile.probe.map_file import read_map
 
+USUAL_WAY = "carried"
 STEPS = ("step", "step-kept")  # ways that take the larger table of `shadow_shape`
 PLACED = {
     "early": Placement.EARLY,
     "kept": Placement.KEPT,
     "windows": Placement.WINDOWS,
+    "carried": Placement.CARRIED,
 }  # ways with the table of the form itself
 
 
@@ -196,14 +199,17 @@ class ModelRun:
     def _mix(
         self, plain: BoundModel, early: BoundModel, memory: TenantMemory, code: ColoredKernels, contents: Contents
     ) -> tuple[ColoredKernels, dict[str, Any]]:
-        """For each kernel the code that is fastest where it stands; windows where others gain less than 2%."""
+        """For each kernel the code that is fastest where it stands; the usual one where others gain less than 2%."""
         shape, ids = memory.translation.shape, list(code.cubins)
         steps = self._builder.code(self.name, shadow_shape(shape)).cubins
         looping = self._builder.placed(self.name, shape, Placement.KEPT)
         windows = self._builder.placed(self.name, shape, Placement.WINDOWS)
+        carried = self._builder.placed(self.name, shape, Placement.CARRIED)
+        carries = frozenset(carried) & carried_by(self.package, shape).keys()
         looping_steps = self._builder.placed(self.name, shadow_shape(shape), Placement.KEPT)
         ways = {
             "windows": ColoredKernels(shape, {**code.cubins, **windows}, code.transfer),
+            "carried": ColoredKernels(shape, {**code.cubins, **carried}, code.transfer, carried=carries),
             "kept": ColoredKernels(shape, {**code.cubins, **looping}, code.transfer),
             "step": ColoredKernels(shape, steps, code.transfer, frozenset(ids)),
             "step-kept": ColoredKernels(shape, {**steps, **looping_steps}, code.transfer, frozenset(ids)),
@@ -215,13 +221,13 @@ class ModelRun:
             times[way] = self._steps(model)
             model.close()
         owners = np.asarray([step.kernel if isinstance(step, KernelStep) else "" for step in self.package.steps])
-        chosen = times["windows"].copy()
+        chosen = times[USUAL_WAY].copy()
         taken: dict[str, str] = {}
         for kernel in ids:
             own = owners == kernel
             best = min(times, key=lambda way: float(times[way][own].sum()))
-            if times[best][own].sum() > 0.98 * times["windows"][own].sum():
-                best = "windows"
+            if times[best][own].sum() > 0.98 * times[USUAL_WAY][own].sum():
+                best = USUAL_WAY
             taken[kernel] = best
             chosen[own] = times[best][own]
             text = (self.directory / "kernels" / f"{kernel}.ptx").read_text()
@@ -232,9 +238,9 @@ class ModelRun:
         cubins = {
             kernel: ways[way].cubins[kernel] if way in ways else code.cubins[kernel] for kernel, way in taken.items()
         }
-        mixed = ColoredKernels(
-            shape, cubins, code.transfer, frozenset(kernel for kernel, way in taken.items() if way in STEPS)
-        )
+        steps_for = frozenset(kernel for kernel, way in taken.items() if way in STEPS)
+        carried_for = frozenset(kernel for kernel, way in taken.items() if way == "carried") & carries
+        mixed = ColoredKernels(shape, cubins, code.transfer, steps_for, carried=carried_for)
         base = self._steps(plain)
         found = {
             # By kernel, all its launches: plain, then each way in the order of `times`.
@@ -323,6 +329,7 @@ def main() -> None:
                 if variant.mixed:
                     builder.ask(name, shadow_shape(shape))
                     builder.ask_placed(name, shape, Placement.WINDOWS)
+                    builder.ask_placed(name, shape, Placement.CARRIED)
                     builder.ask_placed(name, shape, Placement.KEPT)
                     builder.ask_placed(name, shadow_shape(shape), Placement.KEPT)
         most = max(max(share.pages) for found in shares.values() for share in found.values()) + 1

@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from missile.coloring.carried import Carried
 from missile.coloring.halves import find_halves
 from missile.coloring.shape import Form, Shape, TableSpace
 from missile.coloring.shares import Demand, Share, plan_shares
+from missile.compiler.carrying import carried_by
 from missile.compiler.colored import (
     ColoredKernels,
     color_kernels,
@@ -98,6 +100,7 @@ class Builder:
         """Also code with another placement than the usual one."""
         package, directory = self._packages[name]
         aligned = alignments(package)
+        carried = carried_by(package, shape) if placement is Placement.CARRIED else {}
         self._placed[name, shape, placement] = [
             self._workers.submit(
                 placed,
@@ -106,6 +109,7 @@ class Builder:
                 k.id,
                 placement,
                 aligned.get(k.id, ()),
+                carried.get(k.id),
             )
             for k in package.kernels
         ]
@@ -157,9 +161,11 @@ class Builder:
         self._workers.shutdown(cancel_futures=True)
 
 
-def placed(ptx: str, shape: Shape, name: str, placement: Placement, aligned: tuple[int, ...]) -> bytes:
+def placed(
+    ptx: str, shape: Shape, name: str, placement: Placement, aligned: tuple[int, ...], carried: Carried | None
+) -> bytes:
     """The cubin of a kernel with a placement; nothing where that is no other code than early. For other processes."""
-    text = rewrite(ptx, shape, name=name, placement=placement, aligned=aligned).ptx
+    text = rewrite(ptx, shape, name=name, placement=placement, aligned=aligned, carried=carried).ptx
     if text == rewrite(ptx, shape, name=name, placement=Placement.EARLY).ptx:
         return b""
     found = re.search(r"\.target\s+(\w+)", ptx)

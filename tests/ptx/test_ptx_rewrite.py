@@ -71,7 +71,7 @@ def test_rewritten_kernels_touch_what_the_reference_says(name: str, form: str) -
     rng = np.random.default_rng(len(name) * 1009 + len(form))
     seen = 0
     # Windows send what is outside elsewhere in the tenant's memory: they have tests of their own.
-    for placement in set(Placement) - {Placement.WINDOWS}:
+    for placement in set(Placement) - {Placement.WINDOWS, Placement.CARRIED}:
         result = rewrite(source(name), SHAPES[form], name=name, placement=placement)
         for _ in range(1 if name == "convolution" else 3):  # it takes long
             bound = translation(SHAPES[form], rng)

@@ -28,6 +28,7 @@ __all__ = [
     "ShadowTranslation",
     "StepTranslation",
     "Translation",
+    "packed",
 ]
 
 Ints = npt.NDArray[np.int64]
@@ -240,9 +241,9 @@ class ArithmeticTranslation(_Translation):
     def _fill(self, out: bytearray) -> None:
         divider = self._divider
         struct.pack_into("<iII", out, Field.MINUS_DIVISOR, -divider.divisor, divider.magic, divider.shift)
-        packed = sum(color << (4 * place) for place, color in enumerate(self.colors))
+        word = sum(color << (4 * place) for place, color in enumerate(self.colors))
         masks = (*self._row_masks(), *([0] * (MAX_MASKS - len(self.masks))))
-        struct.pack_into("<Q4I", out, Field.COLORS, packed, *masks)
+        struct.pack_into("<Q4I", out, Field.COLORS, word, *masks)
 
 
 class ShadowTranslation(_Translation):
@@ -322,7 +323,7 @@ class PairTranslation(_Translation):
         them, where frames choose alike and windows may be read, one for every two.
         """
         units = self.shape.window_units
-        tables = [_packed(self._choices), *(_packed(self._choices[::2]) for _ in units[1:])]
+        tables = [packed(self._choices), *(packed(self._choices[::2]) for _ in units[1:])]
         return np.concatenate(tables)
 
     def constants(self, base: int, *, table: int = 0, escapes: int = 0) -> bytes:
@@ -331,7 +332,7 @@ class PairTranslation(_Translation):
             if not self.shape.wide:
                 struct.pack_into("<I", out, Field.LIMIT, self.logical_bytes)
             own = base + int(self.locate(0))
-            struct.pack_into("<QQ", out, Field.COARSE, table + _packed(self._choices).nbytes, own)
+            struct.pack_into("<QQ", out, Field.COARSE, table + packed(self._choices).nbytes, own)
         return bytes(out)
 
 
@@ -372,8 +373,8 @@ class StepTranslation(_Translation):
             struct.pack_into("<I", out, Field.LIMIT, self.logical_bytes)
 
 
-def _packed(bits: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
-    """Words of 32 bits, the first of them in its highest."""
+def packed(bits: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
+    """Bits in words of 32, the first of them in the highest; the last word is filled up with zeros."""
     whole = np.zeros((-(-len(bits) // 32), 32), np.uint8)
     whole.reshape(-1)[: len(bits)] = bits
     return np.packbits(whole, axis=1).view(">u4").reshape(-1).astype(np.uint32)

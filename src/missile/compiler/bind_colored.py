@@ -6,12 +6,13 @@ that scatters the inputs and ends with one that gathers the outputs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from missile.coloring.pool import TenantMemory
 from missile.compiler.bind import BoundModel, Operation, used_bytes
+from missile.compiler.carrying import carried_by, launch_constants
 from missile.compiler.colored import ColoredKernels, colored_kernels
 from missile.compiler.contents import STAGING_BYTES, load_contents
 from missile.compiler.mover import STAND_IN, Mover
@@ -55,6 +56,7 @@ def bind_colored(
             undo.callback(buffer.free)
             regions[kind] = buffer.address
         shadowed: frozenset[str] = frozenset()
+        carried: frozenset[str] = frozenset()
         overlap = overlap if kernels is None else kernels.overlap
         names = tuple(image.id for image in package.kernels)
         waiting, movers_wait = names if overlap is not None else (), overlap is not None
@@ -68,7 +70,7 @@ def bind_colored(
             )
             if code.shape != memory.translation.shape:
                 raise MisuseError(f"The code of package {package.name!r} is for another shape of translation.")
-            shadowed = code.shadowed
+            shadowed, carried = code.shadowed, code.carried
             waiting, movers_wait = tuple(name for name in names if code.overlaps(name)), code.overlaps()
             loaded = load_images(package, code.cubins, gpu, tenant, undo)
             module = gpu.load_module(code.transfer, name=f"{tenant}/transfer")
@@ -90,8 +92,8 @@ def bind_colored(
                 undo.callback(plain.free)
                 ports[kind] = (plain.address, nbytes)
         works = works_of(package, gpu, memory.colors)
-        constants = {k.id: memory.shadow() if k.id in shadowed else memory.constants for k in package.kernels}
         addresses = _addresses(places, regions)
+        constants = _constants(package, memory, addresses, shadowed, carried)
         operations = _operations(package, works, loaded, constants, mover, addresses, regions, ports, waiting)
         graph = gpu.create_graph(operations)
         undo.callback(graph.close)
@@ -135,7 +137,7 @@ def _operations(
     package: ModelPackage,
     works: tuple[KernelWork | None, ...],
     kernels: Mapping[str, Kernel],
-    constants: Mapping[str, bytes],
+    constants: Sequence[bytes],
     mover: Mover,
     addresses: Mapping[str, int],
     regions: Mapping[BufferKind, int],
@@ -146,17 +148,36 @@ def _operations(
     if BufferKind.INPUT in ports:
         plain, nbytes = ports[BufferKind.INPUT]
         operations.append(mover.scatter(plain, regions[BufferKind.INPUT], nbytes))
-    for step, work in zip(package.steps, works, strict=True):
+    for step, work, own in zip(package.steps, works, constants, strict=True):
         if isinstance(step, FillStep):
             operations.append(mover.fill(addresses[step.buffer] + step.offset, step.nbytes, step.value))
         else:
-            trailing = (constants[step.kernel],)
-            launch = launch_of(step, work, kernels[step.kernel], addresses, trailing, overlaps=step.kernel in waiting)
+            launch = launch_of(step, work, kernels[step.kernel], addresses, (own,), overlaps=step.kernel in waiting)
             operations.append(launch)
     if BufferKind.OUTPUT in ports:
         plain, nbytes = ports[BufferKind.OUTPUT]
         operations.append(mover.gather(plain, regions[BufferKind.OUTPUT], nbytes))
     return tuple(operations)
+
+
+def _constants(
+    package: ModelPackage,
+    memory: TenantMemory,
+    addresses: Mapping[str, int],
+    shadowed: Collection[str],
+    carried: Collection[str],
+) -> list[bytes]:
+    """Of each step's launch; those of fills are not used."""
+    plans = carried_by(package, memory.translation.shape) if carried else {}
+    found = []
+    for step in package.steps:
+        if isinstance(step, FillStep):
+            found.append(b"")
+        elif step.kernel in carried:
+            found.append(launch_constants(step, plans[step.kernel], package, memory, addresses))
+        else:
+            found.append(memory.shadow() if step.kernel in shadowed else memory.constants)
+    return found
 
 
 def _check_room(package: ModelPackage, memory: TenantMemory, needed: int) -> None:

@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from missile.coloring.carried import Carried
 from missile.coloring.shape import Shape
 from missile.compiler.ptx.assemble import assemble
 from missile.compiler.ptx.overlap import Overlap, check_waits, make_overlapping
 from missile.compiler.ptx.preempt import Look, Place, make_preemptible
-from missile.compiler.ptx.rewrite import Placement, rewrite
+from missile.compiler.ptx.rewrite import USUAL, Placement, rewrite
 from missile.errors import InternalError, MissileError
 
 __all__ = ["Task", "attempt", "color", "color_all", "color_each", "or_apart"]
@@ -31,8 +32,8 @@ _FEWEST = 4  # kernels: a process takes longer to start than fewer take to compi
 class Task:
     """A kernel's PTX to be colored, and made preemptible or to overlap; each of it or none. arch: the GPU that it is for.
 
-    shape: None for plain memory; placement: None for the usual one; aligned: bytes that its arguments are multiples of (see
-    `rewrite`). preempt, overlap: how, None where not. What is preempted can't overlap.
+    shape: None for plain memory; placement: None for the usual one; aligned: bytes that its arguments are multiples of, and
+    carried: what its launches carry (see `rewrite`). preempt, overlap: how, None where not. What is preempted can't overlap.
     """
 
     name: str
@@ -43,14 +44,17 @@ class Task:
     preempt: tuple[Look, Place] | None = None
     overlap: Overlap | None = None
     aligned: tuple[int, ...] = ()
+    carried: Carried | None = None
 
 
 def color(task: Task) -> bytes:
     """The cubin. UnsupportedError naming the kernel that can't be colored, preempted or overlap."""
     text = task.ptx
     if task.shape is not None:
-        options = {} if task.placement is None else {"placement": task.placement}
-        text = rewrite(text, task.shape, name=task.name, aligned=task.aligned, **options).ptx
+        placement = task.placement or USUAL
+        text = rewrite(
+            text, task.shape, name=task.name, placement=placement, aligned=task.aligned, carried=task.carried
+        ).ptx
     if task.preempt is not None:
         look, place = task.preempt
         text = make_preemptible(text, name=task.name, look=look, place=place)

@@ -15,9 +15,11 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
+import missile.coloring.carried
 import missile.coloring.shape
 from missile.coloring.shape import Form, Shape
-from missile.compiler import ptx
+from missile.compiler import carrying, ptx
+from missile.compiler.carrying import carried_by
 from missile.compiler.color_worker import Task, color_each, or_apart
 from missile.compiler.kept import is_kept, keep, target_of
 from missile.compiler.overlap_table import DEFAULT, OVERLAPS, Overlapping, OverlapTable, Tuned, memory_of
@@ -45,6 +47,7 @@ __all__ = [
 
 _TRANSFER = "transfer"
 _SHADOWED = "shadowed"
+_CARRIED = "carried"
 _APART = "apart"
 _MOVERS = Overlap(DEFAULT)  # of tuned code: these kernels are in no table
 
@@ -53,7 +56,8 @@ _MOVERS = Overlap(DEFAULT)  # of tuned code: these kernels are in no table
 class ColoredKernels:
     """Code of one package for one shape of translation, of any tenant. cubins: by kernel id.
 
-    shadowed: kernels whose code is of `shadow_shape(shape)` instead, and takes `TenantMemory.shadow` for constants.
+    shadowed: kernels whose code is of `shadow_shape(shape)` instead, and takes `TenantMemory.shadow` for constants. carried:
+    those that take the constants of each launch, `carrying.launch_constants`.
     overlap: how they overlap, those of `transfer` among them; None where they don't. apart: those that can't be made to,
     "transfer" for the ones that move data.
     """
@@ -64,6 +68,7 @@ class ColoredKernels:
     shadowed: frozenset[str] = frozenset()
     overlap: Overlapping | None = None
     apart: frozenset[str] = frozenset()
+    carried: frozenset[str] = frozenset()
 
     def overlaps(self, kernel: str = _TRANSFER) -> bool:
         """Whether the code of a kernel, or of those that move data, waits for the launch before."""
@@ -142,15 +147,17 @@ def color_kernels(
     transfer = assemble(movers, arch=arch, name=_TRANSFER)
     best, waits = PlacementTable.load(package.gpu), OverlapTable.load(package.gpu)
     shadowed = frozenset(name for name, text in sources.items() if mixed and best.is_shadowed(shape.form, text))
-    aligned = alignments(package)
+    aligned, carried = alignments(package), carried_by(package, shape)
     tasks = []
     for name, text in sources.items():
         own = shadow_shape(shape) if name in shadowed else shape
         how = None if overlap is None else waits.overlap_for(overlap, memory_of(shape.form), text)
         where = placement or best.find(own.form, text)
-        tasks.append(Task(name, text, own, where, arch, overlap=how, aligned=aligned.get(name, ())))
+        brings = carried.get(name) if where is Placement.CARRIED and own == shape else None
+        tasks.append(Task(name, text, own, where, arch, overlap=how, aligned=aligned.get(name, ()), carried=brings))
     cubins, refused = or_apart(tasks, color_each(tasks, executor))
-    made = ColoredKernels(shape, cubins, transfer, shadowed, overlap, apart | frozenset(refused))
+    brought = frozenset(task.name for task in tasks if task.carried is not None)
+    made = ColoredKernels(shape, cubins, transfer, shadowed, overlap, apart | frozenset(refused), brought)
     if keep:
         _keep(made, _folder(directory, shape, mixed, overlap))
     return made
@@ -180,7 +187,12 @@ def is_colored(directory: Path, shape: Shape, *, mixed: bool = False, overlap: O
 def code_version(overlap: Overlapping | None = None) -> str:
     """A digest of what writes rewritten code that overlaps so: code by another version is not used."""
     digest = sha256()
-    written = (*sorted(Path(ptx.__file__).parent.glob("*.py")), Path(missile.coloring.shape.__file__), Path(__file__))
+    modules = (missile.coloring.shape, missile.coloring.carried, carrying)
+    written = (
+        *sorted(Path(ptx.__file__).parent.glob("*.py")),
+        *(Path(str(m.__file__)) for m in modules),
+        Path(__file__),
+    )
     for path in (*written, *_tables(overlap)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -209,10 +221,11 @@ def read_colored(
         }
         shadowed = frozenset((folder / _SHADOWED).read_text().split())
         apart = frozenset((folder / _APART).read_text().split())
+        carried = frozenset((folder / _CARRIED).read_text().split())
     except OSError as error:
         raise MisuseError(f"{error.filename} can't be read: {error.strerror}.") from None
     transfer = cubins.pop(_TRANSFER)
-    return ColoredKernels(shape, cubins, transfer, shadowed, overlap, apart)
+    return ColoredKernels(shape, cubins, transfer, shadowed, overlap, apart, carried)
 
 
 def _folder(directory: Path, shape: Shape, mixed: bool, overlap: Overlapping | None) -> Path:
@@ -223,6 +236,6 @@ def _folder(directory: Path, shape: Shape, mixed: bool, overlap: Overlapping | N
 def _keep(kernels: ColoredKernels, folder: Path) -> None:
     cubins = {**kernels.cubins, _TRANSFER: kernels.transfer}
     files = {f"{name}.cubin": cubin for name, cubin in cubins.items()}
-    for name, some in ((_SHADOWED, kernels.shadowed), (_APART, kernels.apart)):
+    for name, some in ((_SHADOWED, kernels.shadowed), (_APART, kernels.apart), (_CARRIED, kernels.carried)):
         files[name] = "".join(f"{kernel}\n" for kernel in sorted(some)).encode()
     keep(folder, files, code_version(kernels.overlap))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from missile.coloring.shape import Shape
+from missile.compiler.carrying import carried_by
 from missile.compiler.color_worker import Task, color, color_all
 from missile.compiler.colored import code_version, shape_name
 from missile.compiler.kept import is_kept, keep, target_of
@@ -22,6 +23,7 @@ from missile.compiler.planning import alignments
 from missile.compiler.ptx.assemble import assemble
 from missile.compiler.ptx.fill import fill_entry
 from missile.compiler.ptx.preempt import Look, Place, make_preemptible
+from missile.compiler.ptx.rewrite import Placement
 from missile.compiler.ptx.transfer import transfer_ptx
 from missile.errors import MisuseError
 
@@ -80,7 +82,7 @@ def build_preemptible(
     """
     chosen = decision_places(package) if places is None else places
     best = PlacementTable.load(package.gpu)
-    aligned = alignments(package)
+    aligned, carried = alignments(package), {} if shape is None else carried_by(package, shape)
     tasks = []
     for image in package.kernels:
         path = directory / "kernels" / f"{image.id}.ptx"
@@ -93,7 +95,11 @@ def build_preemptible(
         placement = None if shape is None else best.find(shape.form, text)
         preempt = look, chosen.get(image.id, Place.EARLY)
         arch = target_of(text, image.id)
-        tasks.append(Task(image.id, text, shape, placement, arch, preempt, aligned=aligned.get(image.id, ())))
+        brings = (
+            carried.get(image.id) if placement is Placement.CARRIED else None
+        )  # as the usual code (`color_kernels`)
+        bounds = aligned.get(image.id, ())
+        tasks.append(Task(image.id, text, shape, placement, arch, preempt, aligned=bounds, carried=brings))
     done = color_all(tasks) if executor is None else executor.map(color, tasks)
     cubins = dict(zip((task.name for task in tasks), done, strict=True))
     transfer = b""

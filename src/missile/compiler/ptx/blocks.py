@@ -94,6 +94,10 @@ class Blocks:
         """Whether `block` is the whole body of a loop: it ends with a branch to its own start."""
         return any(self._labels.get(name) == block for name in self._jumps.get(block, ()))
 
+    def is_in_loop(self, block: int) -> bool:
+        """Whether a jump goes back from `block`, or from behind it, to there or in front of it."""
+        return any(source >= block >= target for target in range(block + 1) for source in self.sources(target))
+
     @property
     def count(self) -> int:
         """Blocks."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from missile.coloring.shape import Shape
 from missile.compiler.ptx.transfer import CHUNK_BYTES, THREADS
-from missile.compiler.ptx.translate import PARAMETER, Emitter, prologue
+from missile.compiler.ptx.translate import Emitter, parameter, prologue
 
 __all__ = ["FILL", "fill_entry"]
 
@@ -59,5 +59,5 @@ def fill_entry(shape: Shape) -> str:
         "finished:",
         "ret;",
     ]
-    parameters = [f".param .u64 {FILL}_logical", f".param .u64 {FILL}_size", f".param .u32 {FILL}_value", PARAMETER]
+    parameters = [f".param .u64 {FILL}_logical", f".param .u64 {FILL}_size", f".param .u32 {FILL}_value", parameter()]
     return f".visible .entry {FILL}({', '.join(parameters)})\n{{\n\t" + "\n\t".join(body) + "\n}\n"

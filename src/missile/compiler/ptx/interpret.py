@@ -37,6 +37,7 @@ Value = int | None  # None: unknown
 _PACKED = re.compile(r"[usb]\d+x2")
 _STEPS = 2_000_000
 _SHARED_BASE = 1 << 20
+_APART = 1 << 20
 _FLOATS = ("f16", "f16x2", "bf16", "bf16x2", "f32", "f64", "tf32")
 
 
@@ -214,6 +215,10 @@ class _Run:
         parts = instruction.parts
         if "param" in parts and address.base in self._parameters:
             self._spread_words(instruction.operands[0], self._parameters[address.base][address.offset :], size)
+        elif "param" in parts:  # through a register
+            where = self._where(address, instruction)
+            name, start = next((n, where - at) for n, at in self._symbols.items() if 0 <= where - at < _APART)
+            self._spread_words(instruction.operands[0], self._parameters[name][start:], size)
         elif "shared" in parts and SHARED_TABLE in self._symbols:
             start = self._where(address, instruction) - self._symbols[SHARED_TABLE]
             if 0 <= start < len(self._thread.table):
@@ -310,15 +315,13 @@ class _Run:
 
 
 def _symbols(module: Module, function: Function) -> dict[str, int]:
-    """Addresses of variables: far from each other."""
-    found: dict[str, int] = {}
-    at = _SHARED_BASE
+    """Addresses of parameters and variables: far from each other."""
+    names = []
     for declaration in (*module.variables, *function.flat()):
         if isinstance(declaration, Declaration) and declaration.space != "reg":
-            for name, _ in declaration.names:
-                found[name] = at
-                at += 1 << 20
-    return found
+            names += [name for name, _ in declaration.names]
+    names += [parameter.name for parameter in function.parameters]
+    return {name: _SHARED_BASE + index * _APART for index, name in enumerate(names)}
 
 
 def evaluate(instruction: Instruction, values: Sequence[int]) -> tuple[int, int] | None:

@@ -121,7 +121,13 @@ def is_lookup(instruction: Instruction, flow: Flow) -> bool:
     if start is None or start.opcode != "ld.param.u64" or len(start.operands) != 2:
         return False
     field = start.operands[1]
-    return isinstance(field, Address) and (field.base, field.offset) == (CONSTANTS, Field.TABLE)
+    return isinstance(field, Address) and field.base == CONSTANTS and field.offset in _TABLES
+
+
+_TABLES = (
+    Field.TABLE,
+    Field.COARSE,
+)  # in other shapes than pairs there are masks at the second, and no u64 is read from it
 
 
 def _of_translation(register: str) -> bool:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from missile.coloring.carried import Slot
 from missile.compiler.ptx.access import Access
 from missile.compiler.ptx.blocks import Blocks, Slice
 from missile.compiler.ptx.edits import Edit, apply, lines
 from missile.compiler.ptx.flow import Flow
+from missile.compiler.ptx.pointers import Pointers, trace_of
 from missile.compiler.ptx.syntax import Function, Instruction
-from missile.compiler.ptx.translate import Parts
+from missile.compiler.ptx.translate import Distance, Parts
 from missile.compiler.ptx.window_code import Pace, WindowEmitter, WindowParts
 from missile.compiler.ptx.windows import Advance, Member, Window, find_windows
 
@@ -35,6 +37,7 @@ def place_early(
     keep: bool = False,
     aligned: Mapping[str, int] | None = None,
     units: Sequence[int] = (),
+    slots: Mapping[str, Slot] | None = None,
 ) -> tuple[list[Edit], list[str], int]:
     """Edits that translate the addresses of `accesses`, what the function has to start with, and how many translations.
 
@@ -42,16 +45,19 @@ def place_early(
     it) before the first access. Others are translated for the accesses of a block that find the same value. hoist: look up
     early; else where the translation stands. keep: where a block is a loop's body, look up again only what has changed.
     aligned: bytes that pointers among the parameters are multiples of, by name: accesses that differ by constants then share
-    what they looked up (`windows.py`); None: they don't.
+    what they looked up (`windows.py`); None: they don't. slots: by the name of a pointer where the launch carries bits of
+    what it points into, which lookups outside of loops then take.
     """
     blocks = Blocks(function)
-    placing = _Placing(source, blocks, flow, emitter, hoist, keep)
     windows: Sequence[Window] = ()
     never: Sequence[Access] = ()
+    pointers = Pointers(flow, {}, {}, aligned or {})
     if aligned is not None:
-        windows, never = find_windows(function, blocks, accesses, aligned, units)
-        windows = [window for window in windows if placing.has_place(window)]
-    return placing.run(accesses, windows, never)
+        traced = trace_of(function, blocks, accesses, aligned)
+        windows, never = find_windows(function, blocks, accesses, aligned, units, traced)
+        pointers = Pointers(flow, traced.pointers(), slots or {}, aligned)
+    placing = _Placing(source, blocks, flow, emitter, hoist, keep, pointers)
+    return placing.run(accesses, [window for window in windows if placing.has_place(window)], never)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +72,19 @@ class _Plan:
     early: Slice | None
     before: int  # the unit before which the value of `base` is meant
     window: Window | None = None  # that starts at `base + offset`
+    slot: Slot | None = None  # of the range that the launch carries the bits of
 
 
 class _Placing:
     def __init__(
-        self, source: str, blocks: Blocks, flow: Flow, emitter: WindowEmitter, hoist: bool, keep: bool
+        self,
+        source: str,
+        blocks: Blocks,
+        flow: Flow,
+        emitter: WindowEmitter,
+        hoist: bool,
+        keep: bool,
+        pointers: Pointers,
     ) -> None:
         self._source = source
         self._blocks = blocks
@@ -78,6 +92,7 @@ class _Placing:
         self._emitter = emitter
         self._hoist = hoist
         self._keep = keep
+        self._pointers = pointers
         self._kept: dict[tuple[int, int], list[Parts]] = {}  # by block and unit: lookups that stand together
         self._paces: dict[tuple[int, int, Advance, int, int | None], Pace] = {}
         self._head: list[str] = []
@@ -97,6 +112,7 @@ class _Placing:
                 groups.setdefault((base, access.address.offset, *self._value(base, access)), []).append(access)
         plans = [self._plan(base, offset, members) for (base, offset, *_), members in groups.items()]
         plans += [self._window_plan(window) for window in windows]
+        plans = [replace(plan, slot=self._slot(plan)) for plan in plans]
         # From early to late, so that a copy of what an address is computed from serves those that stand later.
         for plan in sorted(plans, key=lambda p: p.early.at if p.early else p.before):
             self._write(plan)
@@ -168,22 +184,28 @@ class _Placing:
         declared = self._flow.type_of(register)
         return _KINDS.get(declared if declared == "pred" else "b" + declared[1:] if declared[:1] in "bsu" else "")
 
+    def _slot(self, plan: _Plan) -> Slot | None:
+        """Of the bits for `plan` that the launch carries. In loops the table's words are in the L1 cache."""
+        window = plan.window
+        stands = self._blocks.units[self._blocks.index_at(plan.stand)].block
+        ahead = window is not None and window.block is not None
+        if self._blocks.is_in_loop(stands if ahead or plan.early is None else plan.early.block):
+            return None
+        slot = self._pointers.slot_of(plan.accesses[0] if window is None else window.anchor)
+        return slot if slot is None or window is None or slot.at(window.unit) is not None else None
+
     # --- text
     def _write(self, plan: _Plan) -> None:
         early, window = plan.early, plan.window
         ahead = window is not None and window.block is not None
         address, code = plan.base, []
+        # In front of a loop it is computed for the first iteration, so that no other translation can use it.
+        names = {} if ahead else self._copies
         if early is not None:
-            # In front of a loop it is computed for the first iteration, so that no other translation can use it.
-            names = {} if ahead else self._copies
             code = [copy for copy in (self._copy(unit, early, names) for unit in early.units) if copy]
             found = self._blocks.definition(plan.base, plan.before, early.block)
             address = plan.base if found is None else names.get((found, plan.base), plan.base)
-        parts: Parts | WindowParts
-        if window is None:
-            parts = self._emitter.split(address, plan.offset)
-        else:
-            parts = self._emitter.window(address, plan.offset, window.unit, window.last, window.low)
+        parts = self._parts(plan, address, {} if early is None else names)
         rest = parts.rest
         if early is None or ahead:
             rest = [*code, *parts.before, *parts.lookup, *parts.rest]
@@ -200,6 +222,26 @@ class _Placing:
         elif window is not None:
             for member in window.members:
                 self._use(parts, member)
+
+    def _parts(self, plan: _Plan, address: str, names: Mapping[tuple[int, str], str]) -> Parts | WindowParts:
+        """The instructions for `plan`, whose address the register `address` has. names: of what was computed anew for it."""
+        window, slot = plan.window, plan.slot
+        if slot is None:
+            if window is None:
+                return self._emitter.split(address, plan.offset)
+            return self._emitter.window(address, plan.offset, window.unit, window.last, window.low)
+        where: str | Distance = address
+        found = self._pointers.distance(plan.base, slot)
+        if found is not None:
+            # What is added to the pointer: so the address itself need not be computed.
+            where, unit = found, self._blocks.index_at(self._flow.definitions[plan.base][0].start)
+            block = self._blocks.units[unit].block
+            written = self._blocks.definition(found.register, unit, block)
+            if written is not None and (written, found.register) in names:
+                where = replace(found, register=names[written, found.register])
+        if window is None:
+            return self._emitter.split_carried(where, plan.offset, slot)
+        return self._emitter.window_carried(where, plan.offset, window.unit, window.last, window.low, slot)
 
     def _use(self, window: WindowParts, member: Member) -> None:
         """Translate the address of a window's member."""

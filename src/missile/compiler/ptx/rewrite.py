@@ -9,14 +9,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from missile.coloring.shape import CONSTANTS, Escape, Shape
+from missile.coloring.carried import Carried, Slot
+from missile.coloring.shape import CONSTANTS, Escape, Field, Shape
 from missile.compiler.ptx.access import Access, AccessKind, global_accesses
 from missile.compiler.ptx.edits import Edit, apply, lines
 from missile.compiler.ptx.flow import Flow
 from missile.compiler.ptx.parser import parse
 from missile.compiler.ptx.placing import place_early
 from missile.compiler.ptx.syntax import Function, Module, Name
-from missile.compiler.ptx.translate import PARAMETER, Emitter, module_declarations, prologue
+from missile.compiler.ptx.translate import Emitter, module_declarations, parameter, prologue
 from missile.compiler.ptx.window_code import WindowEmitter
 from missile.errors import MisuseError, UnsupportedError
 
@@ -31,6 +32,9 @@ class Placement(StrEnum):
     EARLY = "early"  # the lookup as early in the block as it can be, so that its latency passes with others
     KEPT = "kept"  # the same, and in loops a lookup is made again only where it is another
     WINDOWS = "windows"  # early, and accesses that differ by constants share a lookup; EARLY where the form can't
+    CARRIED = (
+        "carried"  # windows, and lookups outside of loops go to what the launch carries; WINDOWS where it does not
+    )
 
 
 USUAL = Placement.WINDOWS
@@ -53,11 +57,13 @@ def rewrite(
     name: str = "",
     placement: Placement = USUAL,
     aligned: Sequence[int] = (),
+    carried: Carried | None = None,
 ) -> Rewritten:
     """Translate every access to global memory in the PTX text `source` by translations of `shape`.
 
     aligned: bytes that each parameter is a multiple of, in their order, for all launches; 1 for those that are not given.
-    Windows rely on it for what they compute, not for where it lands.
+    Windows rely on it for what they compute, not for where it lands. carried: what all launches carry behind the tenant's
+    constants (`Carried.constants`), which `Placement.CARRIED` looks things up in; None: nothing.
     Every entry point then takes one more parameter, the last: the tenant's constants (`TenantMemory.constants`), by value.
     UnsupportedError naming the kernel for what can't be translated; MisuseError for PTX that was rewritten already.
     """
@@ -74,19 +80,19 @@ def rewrite(
             continue
         accesses = global_accesses(module, function)
         _check(function, accesses, shape)
-        edits.append(_parameter(function))
+        edits.append(_parameter(function, Field.BYTES if carried is None else carried.nbytes))
         for access in accesses:
             if not access.table:
                 counts[access.kind] = counts.get(access.kind, 0) + 1
-        made, written = _function(module, function, accesses, shape, placement, aligned)
+        made, written = _function(module, function, accesses, shape, placement, aligned, carried)
         edits += made
         translations += written
     return Rewritten(apply(source, edits), counts, translations)
 
 
-def _parameter(function: Function) -> Edit:
-    where = function.parameters_end
-    added = f",\n\t{PARAMETER}\n" if function.parameters else PARAMETER
+def _parameter(function: Function, nbytes: int) -> Edit:
+    where, constants = function.parameters_end, parameter(nbytes)
+    added = f",\n\t{constants}\n" if function.parameters else constants
     return Edit(where, where, added if function.listed else f"({added})")
 
 
@@ -112,6 +118,7 @@ def _function(
     shape: Shape,
     placement: Placement,
     aligned: Sequence[int],
+    carried: Carried | None,
 ) -> tuple[list[Edit], int]:
     flow = Flow(module, function)
     emitter = WindowEmitter(shape)
@@ -138,9 +145,10 @@ def _function(
             hoist=placement is not Placement.DEFINITION,
             keep=placement is Placement.KEPT,
             aligned={p.name: unit for p, unit in zip(function.parameters, aligned, strict=False)}
-            if placement is Placement.WINDOWS and shape.window_units
+            if placement in (Placement.WINDOWS, Placement.CARRIED) and shape.window_units
             else None,
             units=shape.window_units,
+            slots=_slots(function, carried) if placement is Placement.CARRIED else {},
         )
     edits += made
     head = [*emitter.declarations(), *start, *(prologue(shape) if function.entry and accesses else [])]
@@ -148,6 +156,11 @@ def _function(
         where = function.behind_declarations
         edits.append(Edit(where, where, "\n\t" + "\n\t".join(head)))
     return edits, written
+
+
+def _slots(function: Function, carried: Carried | None) -> dict[str, Slot]:
+    """By the name of the parameter."""
+    return {} if carried is None else {function.parameters[s.argument].name: s for s in carried.slots}
 
 
 def _at_accesses(accesses: Iterable[Access], flow: Flow, emitter: Emitter) -> tuple[list[Edit], int]:

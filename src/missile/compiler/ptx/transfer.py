@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from missile.coloring.shape import Shape
-from missile.compiler.ptx.translate import PARAMETER, Emitter, module_declarations, prologue
+from missile.compiler.ptx.translate import Emitter, module_declarations, parameter, prologue
 
 __all__ = ["CHUNK_BYTES", "GATHER", "SCATTER", "THREADS", "blocks_for", "transfer_ptx"]
 
@@ -67,5 +67,5 @@ def _kernel(shape: Shape, name: str, *, scatter: bool) -> str:
         "finished:",
         "ret;",
     ]
-    parameters = [*(f".param .u64 {name}_{what}" for what in ("plain", "logical", "size")), PARAMETER]
+    parameters = [*(f".param .u64 {name}_{what}" for what in ("plain", "logical", "size")), parameter()]
     return f".visible .entry {name}({', '.join(parameters)})\n{{\n\t" + "\n\t".join(body) + "\n}"

@@ -8,24 +8,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from missile.coloring.shape import CONSTANTS, Escape, Field, Form, Shape, TableSpace
+from missile.coloring.carried import Slot
+from missile.coloring.shape import CONSTANTS, WINDOW_ENTRIES, Escape, Field, Form, Shape, TableSpace
 
 __all__ = [
     "BYTE_AND_WORD",
     "LOAD",
-    "PARAMETER",
     "PIECE_BITS",
     "SHARED_TABLE",
+    "Distance",
     "Emitter",
     "Parts",
     "module_declarations",
+    "parameter",
     "prologue",
 ]
 
 SHARED_TABLE = "missile_table"
 
-# The constants arrive with the launch: a first touch of a const bank of the module's own would miss in every launch.
-PARAMETER = f".param .align 8 .b8 {CONSTANTS}[{Field.BYTES}]"
+
+def parameter(nbytes: int = Field.BYTES) -> str:
+    """The declaration of the constants.
+
+    They arrive with the launch: a first touch of a const bank of the module's own would miss in every launch.
+    """
+    return f".param .align 8 .b8 {CONSTANTS}[{nbytes}]"
+
 
 LOAD = "ld.global.L1::evict_last"
 """Of tables, which nobody writes while kernels run, and which are used again and again."""
@@ -50,6 +58,15 @@ class Parts:
     rest: list[str] = field(default_factory=list)
     key: str = ""
     physical: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far an address lies behind a range's start: what the register has, of 64 bits, or `factor` times what one of 32
+    has. Its lower 32 bits count."""
+
+    register: str
+    factor: int | None
 
 
 class Emitter:
@@ -104,6 +121,77 @@ class Emitter:
         parts.physical = form(frame, low, parts)
         return parts
 
+    def split_carried(self, address: str | Distance, offset: int, slot: Slot) -> Parts:
+        """As `split`, in the pair form, with bits that the launch carries of the range that `slot` is for."""
+        parts = Parts()
+        before, lookup, code = parts.before, parts.lookup, parts.rest
+        low = self._inside(address, offset, slot, before)
+        unit, at = slot.words[0]
+        ahead = self._shape.head_bytes // (WINDOW_ENTRIES * unit)  # words for what only windows begin in
+        if slot.nbytes < WINDOW_ENTRIES * unit:
+            word = self._constant("b32", at + 4 * ahead, lookup)
+        else:
+            (word,) = self._carried(low, unit, at, 1, lookup)
+        piece, turned, which, place = self._word(), self._word(), self._word(), self._word()
+        code.append(f"shr.u32 {piece}, {low}, {PIECE_BITS};")
+        number = piece
+        if unit != 1 << PIECE_BITS:
+            number = self._word()
+            code.append(f"shr.u32 {number}, {low}, {unit.bit_length() - 1};")
+        code += [
+            f"shf.l.wrap.b32 {turned}, {word}, {word}, {number};",
+            f"shf.l.wrap.b32 {which}, {turned}, {piece}, 1;",
+            f"prmt.b32 {place}, {low}, {which}, {BYTE_AND_WORD:#x};",
+        ]
+        parts.physical = self._further(place, slot, code)
+        return parts
+
+    def _inside(self, address: str | Distance, offset: int, slot: Slot, code: list[str]) -> str:
+        """The register that has how far `address + offset` lies behind the start of the range that `slot` has bits of, held
+        in that range."""
+        low = self._word()
+        if isinstance(address, Distance):
+            offset += self._shape.head_bytes
+            if address.factor is None:
+                code.append(f"cvt.u32.u64 {low}, {address.register};")
+            else:
+                code.append(f"mul.lo.s32 {low}, {address.register}, {address.factor};")
+        else:
+            start = self._constant("u32", slot.header + Slot.BASE, code)
+            code += [f"cvt.u32.u64 {low}, {address};", f"sub.s32 {low}, {low}, {start};"]
+        if offset:
+            code.append(f"add.s32 {low}, {low}, {offset};")
+        limit = self._constant("u32", slot.header + Slot.LIMIT, code)
+        code.append(f"min.u32 {low}, {low}, {limit};")
+        return low
+
+    def _carried(self, low: str, unit: int, at: int, count: int, code: list[str]) -> list[str]:
+        """Registers that have `count` words which the launch carries, those with the bit for the byte `low` and behind it.
+        at: offset of the words, with a bit for `unit` bytes."""
+        word, wide, entry = self._word(), self.wide(), self.wide()
+        found = [self._word() for _ in range(count)]
+        code += [
+            f"shr.u32 {word}, {low}, {unit.bit_length() - 1 + 5 - 2};",
+            f"and.b32 {word}, {word}, -4;",
+            f"cvt.u64.u32 {wide}, {word};",
+            f"mov.b64 {entry}, {CONSTANTS};",
+            f"add.s64 {entry}, {entry}, {wide};",
+            *(f"ld.param.b32 {register}, [{entry}+{at + 4 * index}];" for index, register in enumerate(found)),
+        ]
+        return found
+
+    def _further(self, place: str, slot: Slot, code: list[str]) -> str:
+        """The register that has the physical address `place` bytes behind the start of a range."""
+        at = slot.header + Slot.PHYSICAL
+        if not self._shape.wide:  # all of the tenant's memory has the same upper half
+            start, low = self._constant("u32", at, code), self._word()
+            code.append(f"add.s32 {low}, {start}, {place};")
+            return self._joined(low, code, at + 4)
+        extended, physical = self.wide(), self.wide()
+        start = self._constant("u64", at, code)
+        code += [f"cvt.u64.u32 {extended}, {place};", f"add.s64 {physical}, {start}, {extended};"]
+        return physical
+
     def hold(self, address: str, offset: int, table: str, last: int) -> tuple[list[str], str]:
         """Instructions that hold `address + offset` between the variable `table` and its byte `last`, and the register."""
         start, inside, held = self.wide(), self.wide(), self.wide()
@@ -134,6 +222,7 @@ class Emitter:
         return self.take("d")
 
     def _constant(self, kind: str, offset: int, code: list[str]) -> str:
+        """The register that has what the constants have at `offset`."""
         register = self.wide() if kind.endswith("64") else self._word()
         code.append(f"ld.param.{kind} {register}, [{CONSTANTS}+{offset}];")
         return register
@@ -216,9 +305,9 @@ class Emitter:
         code.append(f"mad.lo.u32 {low}, {count}, {size}, {offset};")
         return self._joined(low, code)
 
-    def _joined(self, low: str, code: list[str]) -> str:
-        """The register that has the address whose lower half is `low`."""
-        high = self._constant("u32", Field.BASE + 4, code)
+    def _joined(self, low: str, code: list[str], above: int = Field.BASE + 4) -> str:
+        """The register that has the address whose lower half is `low`. above: where the constants have the upper half."""
+        high = self._constant("u32", above, code)
         physical = self.wide()
         code.append(f"mov.b64 {physical}, {{{low}, {high}}};")
         return physical

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from missile.coloring.carried import Slot
 from missile.coloring.shape import WINDOW_ENTRIES, Field
-from missile.compiler.ptx.translate import BYTE_AND_WORD, LOAD, PIECE_BITS, Emitter
+from missile.compiler.ptx.translate import BYTE_AND_WORD, LOAD, PIECE_BITS, Distance, Emitter
 
 __all__ = ["Pace", "WindowEmitter", "WindowParts"]
 
@@ -22,6 +23,7 @@ class WindowParts:
     bit there is 0 (in uniform windows), or of the unit that the start is in (in others, where addresses are wide).
 
     unit, low: as `Window` has them; uniform are windows with a `low`. known: addresses that were written, by their unit.
+    above: where the constants have the upper half of addresses, if they are narrow.
     """
 
     unit: int
@@ -33,6 +35,7 @@ class WindowParts:
     bits: str = ""
     place: str = ""
     known: dict[int, str] = field(default_factory=dict)
+    above: int = Field.BASE + 4
 
     @property
     def bits_below(self) -> int:
@@ -86,15 +89,51 @@ class WindowEmitter(Emitter):
             second = self._word()
             lookup.append(f"{LOAD}.b32 {second}, [{entry}+4];")
         rest.append(f"shf.l.wrap.b32 {parts.bits}, {second}, {first}, {number};")
+        self._finish(parts, number, rest)
+        return parts
+
+    def window_carried(
+        self, address: str | Distance, offset: int, unit: int, last: int, low: int | None, slot: Slot
+    ) -> WindowParts:
+        """As `window`, with bits that the launch carries, of the range that `slot` is for; it has bits for `unit` bytes."""
+        parts = WindowParts(unit, low, above=slot.header + Slot.PHYSICAL + 4)
+        before, lookup, rest = parts.before, parts.lookup, parts.rest
+        kept = unit - 1 if low is None else low
+        at = slot.at(unit)
+        assert at is not None
+        inside = self._inside(address, offset, slot, before)
+        if kept != unit - 1:
+            before.append(f"and.b32 {inside}, {inside}, {kept - unit};")
+        number, parts.bits = self._word(), self._word()
+        words = self._carried(inside, unit, at, 2 if low is None or last >= unit else 1, lookup)
+        rest += [
+            f"shr.u32 {number}, {inside}, {parts.bits_below};",
+            f"shf.l.wrap.b32 {parts.bits}, {words[-1]}, {words[0]}, {number};",
+        ]
+        parts.start = self._word()
         if self._shape.wide:
-            return parts
-        if low is None:  # the bit of each unit where its number, modulo 32, turns it to the top from
+            rest.append(f"and.b32 {parts.start}, {inside}, {kept};")
+            base = self._constant("u64", slot.header + Slot.PHYSICAL, rest)
+            self._wide_place(parts, number, base, kept)
+        else:
+            base = self._constant("u32", slot.header + Slot.BASE, rest)
+            rest.append(f"add.s32 {parts.start}, {inside}, {base};")
+            if low is None:  # as the units of addresses are numbered
+                number = self._word()
+                rest.append(f"shr.u32 {number}, {parts.start}, {parts.bits_below};")
+        self._finish(parts, number, rest)
+        return parts
+
+    def _finish(self, parts: WindowParts, number: str, rest: list[str]) -> None:
+        """Where addresses are narrow: what members are found with. number: of the unit that the window starts in."""
+        if self._shape.wide:
+            return
+        if parts.low is None:  # the bit of each unit where its number, modulo 32, turns it to the top from
             turned = self._word()
             rest.append(f"shf.r.wrap.b32 {turned}, {parts.bits}, {parts.bits}, {number};")
             parts.bits = turned
         else:
             parts.place = self._doubled(parts.start, rest)
-        return parts
 
     def _wide_start(self, parts: WindowParts, address: str, offset: int, number: str, kept: int) -> None:
         """The unit's number and the start in it; the physical place is all 64 bits of the address."""
@@ -103,14 +142,18 @@ class WindowEmitter(Emitter):
             moved = self.wide()
             before.append(f"add.s64 {moved}, {address}, {offset};")
             address = moved
-        low, high, place = self._word(), self._word(), self.wide()
+        low, high = self._word(), self._word()
         before += [f"mov.b64 {{{low}, {high}}}, {address};", f"shf.r.wrap.b32 {number}, {low}, {high}, {PIECE_BITS};"]
         limit = self._constant("u32", Field.FRAMES, before)
         before.append(f"min.u32 {number}, {number}, {limit};")
         if parts.unit != _PIECE:
             before.append(f"shr.u32 {number}, {number}, {parts.bits_below - PIECE_BITS};")
         before.append(f"and.b32 {parts.start}, {low}, {kept};")
-        base = self._constant("u64", Field.BASE, rest)
+        self._wide_place(parts, number, self._constant("u64", Field.BASE, rest), kept)
+
+    def _wide_place(self, parts: WindowParts, number: str, base: str, kept: int) -> None:
+        """The physical place of a window's start, or of its unit, the `number`-th from `base` on."""
+        rest, place = parts.rest, self.wide()
         rest.append(f"mad.wide.u32 {place}, {number}, {2 * parts.unit}, {base};")
         if parts.low is not None:
             inside, found = self.wide(), self.wide()
@@ -145,7 +188,7 @@ class WindowEmitter(Emitter):
             else:  # the place has a zero there
                 place = self._word()
                 code.append(f"or.b32 {place}, {window.place}, {bit};")
-                window.known[number] = self._joined(place, code)
+                window.known[number] = self._joined(place, code, window.above)
         return code, window.known[number], at + (at & -_PIECE)
 
     def pace(
@@ -208,7 +251,7 @@ class WindowEmitter(Emitter):
         if not self._shape.wide:
             place = self._word()
             code.append(f"add.s32 {place}, {window.place}, {further};")
-            return self._joined(place, code)
+            return self._joined(place, code, window.above)
         extended, physical = self.wide(), self.wide()
         code += [f"cvt.u64.u32 {extended}, {further};", f"add.s64 {physical}, {window.place}, {extended};"]
         return physical
@@ -225,7 +268,7 @@ class WindowEmitter(Emitter):
             f"prmt.b32 {place}, {low}, {unit}, {BYTE_AND_WORD:#x};",
         ]
         # Where addresses are wide, the start counts from its unit.
-        return code, self._from(window, place, code) if self._shape.wide else self._joined(place, code)
+        return code, self._from(window, place, code) if self._shape.wide else self._joined(place, code, window.above)
 
     def nowhere(self) -> tuple[list[str], str]:
         """An address of the tenant's own, for an access that is not made."""

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from missile.coloring.shape import WINDOW_ENTRIES
 from missile.compiler.ptx.access import Access
 from missile.compiler.ptx.blocks import Blocks
-from missile.compiler.ptx.loops import Loop, Visit, follow
+from missile.compiler.ptx.loops import Loop, Visit
+from missile.compiler.ptx.pointers import Traced, trace_of
 from missile.compiler.ptx.sums import Sum, Values
 from missile.compiler.ptx.syntax import Function
 
@@ -105,14 +106,15 @@ def find_windows(
     accesses: Sequence[Access],
     aligned: Mapping[str, int],
     units: Sequence[int],
+    traced: Traced | None = None,
 ) -> tuple[list[Window], list[Access]]:
     """Windows, and the accesses that are never made (copies of nothing).
 
     aligned: bytes that pointers among the parameters are multiples of, by name: wrong ones make wrong code. units: bytes
-    that a bit can stand for, the preferred first.
+    that a bit can stand for, the preferred first. traced: what `trace_of` says of the same, where the caller has it.
     """
-    values = Values()
-    trace = follow(function, blocks, accesses, values, aligned)
+    traced = traced or trace_of(function, blocks, accesses, aligned)
+    values, trace = traced.values, traced.trace
     never = [access for access, visit in trace.visits.items() if not visit.made]
     members: dict[tuple[tuple[int, int], ...], list[tuple[Access, int, Sequence[Visit], bool]]] = {}
     for access, visit in trace.visits.items():
