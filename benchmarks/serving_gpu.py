@@ -2,6 +2,12 @@
 
     python benchmarks/serving_gpu.py -o benchmarks/results/serving-gpu-NAME
 
+With several policies it ends with a table of them: what LS clients waited alone and beside BE, whether `--slo-ms` held, BE
+items/s, how often BE was preempted and how long it ran beside LS requests. In about 12 s a setting once code is there:
+
+    python benchmarks/serving_gpu.py -o OUT --rate 900 --slo-ms 3 --seconds 3 --most-seconds 45 \
+        --settings "missile;missile:lend=0.3,ls_share=0.25;missile:lend=0.45,ls_share=0.25"
+
 For each setting, in their order, it starts `missile serve`, sends the LS tenant's requests on a Poisson schedule (inputs by
 system shared memory, outputs as binary data), alone and beside a closed loop of whole BE batches, and reports what clients
 saw and where the time went. A setting is a policy, or one with `+colors` (disjoint colors for both, of the map `--map`) or
@@ -20,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -35,7 +42,7 @@ TENANTS = """
 name = "ls"
 model = "{ls}"
 class = "LS"
-slo_ms = 20
+slo_ms = {slo_ms}
 {ls_lines}
 [[tenant]]
 name = "be"
@@ -62,7 +69,7 @@ name = "ls"
 class = "LS"
 model = "{ls}"
 batch = 1
-slo_ms = 20
+slo_ms = {slo_ms}
 arrivals = {{ kind = "poisson", rate_per_s = {rate} }}
 
 [[tenant]]
@@ -126,7 +133,7 @@ def measure(arguments: argparse.Namespace, setting: str, setup: Setup) -> dict[s
             if beside:
                 flows.append(Flow("BE", be, connections=arguments.be_outstanding))
             took = drive(flows, address, arguments.seconds)
-            entry[name] = {"ls": flows[0].result()}
+            entry[name] = {"ls": flows[0].result(), "met": met(flows[0], arguments.slo_ms)}
             if beside:
                 entry[name]["be"] = flows[1].result()  # type: ignore[index]
                 entry[name]["be_items_per_s"] = len(flows[1].client_ms) * arguments.be_batch / took  # type: ignore[index]
@@ -145,15 +152,42 @@ def measure(arguments: argparse.Namespace, setting: str, setup: Setup) -> dict[s
     return entry
 
 
+def met(flow: Flow, slo_ms: float) -> float:
+    """Share of all requests that were answered, in time for the client."""
+    return sum(ms <= slo_ms for ms in flow.client_ms) / max(flow.sent, 1)
+
+
+def table(runs: Sequence[dict[str, Any]], slo_ms: float) -> str:
+    lines = [
+        f"{'LS ms, clients':36} {'alone p50/p99':>14} {'beside p50/p99':>14} {'met':>6} {'BE/s':>7} {'preempted':>9} {'lent s':>7}"
+    ]
+    for run in runs:
+        if "beside" not in run:
+            continue
+        alone, beside = run["alone"]["ls"]["client"], run["beside"]["ls"]["client"]
+        before, after = run["alone"]["state"]["be"], run["beside"]["state"]["be"]
+        counts = [f"{after[k] - before.get(k, 0):.3g}" if k in after else "-" for k in ("preemptions", "lent_seconds")]
+        lines.append(
+            f"{run['setting']:36} {alone['p50_ms']:6.2f} /{alone['p99_ms']:6.2f} {beside['p50_ms']:6.2f} /{beside['p99_ms']:6.2f} "
+            f"{run['beside']['met']:6.1%} {run['beside']['be_items_per_s']:7.0f} {counts[0]:>9} {counts[1]:>7}"
+        )
+    return "\n".join([*lines, f"met: of requests sent beside BE, answered within {slo_ms:g} ms"])
+
+
 def granted(address: Address) -> dict[str, object]:
     """What the server says it has granted its tenants, and what they used."""
     tenants = server_state(address)["tenants"]
     return {tenant["name"]: {k: v for k, v in tenant.get("granted", {}).items() if v is not None} for tenant in tenants}
 
 
+def named(settings: str) -> list[str]:
+    """Single settings: between semicolons where there is one or a policy has options, else between commas."""
+    return settings.split(";") if ";" in settings or ":" in settings else settings.split(",")
+
+
 def bench(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     """The same tenants under `missile bench`: p50 and p99 of LS, ms, alone and under each policy."""
-    plain = [setting for setting in arguments.settings.split(",") if "+" not in setting and setting != "bench"]
+    plain = [setting for setting in named(arguments.settings) if "+" not in setting and setting != "bench"]
     policies = ", ".join(f'"{policy}"' for policy in dict.fromkeys(plain))
     device = "sim:h100" if arguments.device == "cpu" else arguments.device
     values = {**vars(arguments), "policies": policies, "device": device}
@@ -220,7 +254,8 @@ def _value(spread: dict[str, float] | None) -> float | None:
 def main() -> None:
     options = parser(__doc__, seconds=5.0, of="each load")
     options.add_argument("--device", default="cuda:0", help="cuda:N, or cpu to try the benchmark itself")
-    options.add_argument("--settings", default="missile,bench,priority,partition")
+    options.add_argument("--settings", default="missile,bench,priority,partition", help="with commas, or semicolons")
+    options.add_argument("--slo-ms", type=float, default=20.0, help="the LS tenant's; what `lend` of missile goes by")
     options.add_argument("--map", type=Path, help="the GPU's channel map, for +colors")
     options.add_argument("--ls", default="resnet34")
     options.add_argument("--be", default="densenet161")
@@ -238,7 +273,7 @@ def main() -> None:
     runs: list[dict[str, object]] = []
     result["runs"] = runs
     with tempfile.TemporaryDirectory() as folder:
-        for setting in arguments.settings.split(","):
+        for setting in named(arguments.settings):
             if time.monotonic() - begun > arguments.most_seconds:
                 print(f"{setting}: no time is left", flush=True)
                 continue
@@ -253,6 +288,8 @@ def main() -> None:
             result["verdicts"] = verdicts(result)
             write_results(arguments.output, result)
     show(verdicts(result))
+    if len(runs) > 1:
+        print(f"\n{table(runs, arguments.slo_ms)}")
     if failure is not None:
         raise failure
 

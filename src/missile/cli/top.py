@@ -96,6 +96,8 @@ def headline(state: dict[str, Any]) -> Text:
         text.append("ready", "bold green")
     else:
         text.append("not all ready", "bold yellow")
+    if device.get("policy"):
+        text.append(f"  {device['policy']}")
     if server["engine_starts"] > 1:
         text.append(f"  engine started {server['engine_starts']} times", "yellow")
     if device.get("simulated"):
@@ -129,6 +131,7 @@ _GPU_COLUMNS = (
     ("link_granted", "link"),
     ("link_used", "used"),
     ("preemptions", "preempted"),
+    ("lent_seconds", "lent s"),
     ("cold_starts", "cold"),
     ("guard_hits", "guard"),
 )

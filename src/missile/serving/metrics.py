@@ -28,6 +28,7 @@ _GRANTED = {
 }
 _COUNTED = {
     "preemptions": "Launches of the tenant that were preempted",
+    "lent_seconds": "Seconds in which the tenant had work on the GPU beside LS requests that could afford it",
     "guard_hits": "Accesses that the translation guard caught",
     "cold_starts": "Times the tenant's weights were brought to the GPU",
 }
@@ -61,9 +62,11 @@ class Metrics(Collector):
         services, supervisor = self._services, self._services.supervisor
         facts = supervisor.facts
         info = GaugeMetricFamily(
-            "missile_device_info", "What executes (always 1)", labels=["device", "name", "simulated", "isolation"]
+            "missile_device_info",
+            "What executes (always 1)",
+            labels=["device", "name", "simulated", "policy", "isolation"],
         )
-        info.add_metric([str(facts.get(k, "")) for k in ("device", "name", "simulated", "isolation")], 1)
+        info.add_metric([str(facts.get(k, "")) for k in ("device", "name", "simulated", "policy", "isolation")], 1)
         yield info
         yield GaugeMetricFamily("missile_ready", "1 when every tenant is ready", value=float(services.ready))
         yield GaugeMetricFamily(

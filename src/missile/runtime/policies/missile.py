@@ -162,6 +162,16 @@ class MissilePolicy:
             gate.brief(tenants[number])
         self._be.brief(tenants, preempt=self.preempt)
 
+    @property
+    def lends(self) -> bool:
+        """Whether BE may run beside LS requests that can afford it."""
+        return self._lend > 0.0 and self._pauses
+
+    @property
+    def lending(self) -> bool:
+        """Whether it did so by the last decision."""
+        return self._lent
+
     def decide(self, snapshot: Snapshot) -> Sequence[Action]:
         if not self._ls:
             return self._be.start_whole(snapshot)

@@ -54,6 +54,7 @@ class TenantFacts:
     link_granted: float | None = None
     link_used: float | None = None
     preemptions: int | None = None
+    lent_seconds: float | None = None
     guard_hits: int | None = None
     cold_starts: int | None = None
 

@@ -39,6 +39,8 @@ _SETTLE_S = 60.0  # how long batches may take to end before tenants can't be cha
 _ISOLATION = {
     "priority": "LS streams have priority; SMs, caches, memory and link are shared",
     "partition": "SMs are split between LS and BE tenants; caches, memory and link are shared",
+    "missile, lending": "LS has priority, BE gives SMs back when LS requests there could not afford it beside them, long copies "
+    "share the link by weight; caches and memory are shared, but for tenants with colors of their own",
     "missile": "LS has priority, BE gives SMs back while LS requests are there, long copies share the link by weight; "
     "caches and memory are shared, but for tenants with colors of their own",
 }
@@ -65,7 +67,9 @@ class GpuExecutor:
         self._live: LiveEngine | None = None
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._filled: deque[ServedModel] = deque()  # a batch of it lies in its buffer
+        self._filled: deque[tuple[ServedModel, int]] = (
+            deque()
+        )  # a batch of it lies in its buffer; when its oldest call came
         self._emptied: deque[Batch] = deque()
         self._finished: deque[Batch] = deque()
         self._copier = threading.Thread(target=self._copy, name="missile-copy", daemon=True)
@@ -75,6 +79,8 @@ class GpuExecutor:
     def facts(self) -> DeviceFacts:
         info = self._gpu.info
         name = self._policy.partition(":")[0]
+        if getattr(create_policy(self._policy), "lends", False):
+            name = "missile, lending"
         return DeviceFacts(
             info.device,
             info.name,
@@ -179,6 +185,7 @@ class GpuExecutor:
             link_used=None if usage.link is None else round(usage.link, 4),
             colors=model.loaded.colors or None,
             preemptions=usage.preempted if model.preemptible else None,
+            lent_seconds=round(usage.lent_ns / 1e9, 6) if self._is_lent(model) else None,
             cold_starts=None if model.loaded.weights is None else usage.cold,
             guard_hits=None if model.escapes is None else model.escapes.read(),
         )
@@ -190,6 +197,10 @@ class GpuExecutor:
             return everything
         kept = self._live.layout.partitions[0]
         return kept if model.tenant.tenant_class == "LS" else everything - kept
+
+    def _is_lent(self, model: ServedModel) -> bool:
+        """Whether the tenant may run beside LS requests that can afford it."""
+        return self._live is not None and self._live.lends and model.tenant.tenant_class == "BE"
 
     def _link_granted(self, model: ServedModel) -> float | None:
         """The tenant's entitlement to the host link, where copies are scheduled: its weight among all."""
@@ -218,16 +229,17 @@ class GpuExecutor:
         model.flying.append(batch)
         index = model.given % model.depth
         model.given += 1
+        arrival_ns = min((call.arrival_ns for call in batch.calls), default=batch.start_ns)
         if model.aside:
 
             def work() -> None:
                 fill(self._arena, model.inputs[index], batch)
-                self._filled.append(model)
+                self._filled.append((model, arrival_ns))
 
             self._work.put(work)
         else:
             fill(self._arena, model.inputs[index], batch)
-            self._filled.append(model)
+            self._filled.append((model, arrival_ns))
 
     def poll(self, attend: Callable[[], bool]) -> list[Batch]:
         until = time.monotonic_ns() + _LOOK_AFTER_NS
@@ -246,7 +258,8 @@ class GpuExecutor:
         if live is None:
             return
         while self._filled:
-            live.submit(self._filled.popleft().number)
+            model, arrival_ns = self._filled.popleft()
+            live.submit(model.number, max(time.monotonic_ns() - arrival_ns, 0))
         for ended in live.step(patience_ns) if live.busy else ():
             self._end(ended)
         while self._emptied:

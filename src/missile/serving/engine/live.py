@@ -7,7 +7,7 @@ requests come from is different: there from arrival times that are known before,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -32,6 +32,16 @@ class Ended(NamedTuple):
     request: int
     start_ns: int
     end_ns: int
+
+
+@runtime_checkable
+class _Lender(Protocol):
+    """A policy that can let BE run beside LS requests which can afford it. lending: it did by its last decision."""
+
+    @property
+    def lends(self) -> bool: ...
+    @property
+    def lending(self) -> bool: ...
 
 
 class _Ring:
@@ -75,7 +85,9 @@ class LiveEngine(Engine):
     uses its buffers n modulo their number: the caller keeps no more outstanding than there are. Construction runs every
     model once in each partition and blocks; after an error nothing is held. Errors are those of the policy (see
     `create_policy`) and the GPU.
-    link_rate: of the host link to the GPU, bytes/s, where the policy schedules copies; else None.
+    link_rate: of the host link to the GPU, bytes/s, where the policy schedules copies; else None. By tenant, since the start:
+    sm_ns, time times the SMs of its lanes while they had its work; lent_ns, time that a BE tenant had work beside LS requests
+    which could afford it; preemptions.
     """
 
     def __init__(self, gpu: Gpu, policy: str, tenants: Sequence[LoadedTenant], depth: Sequence[int]) -> None:
@@ -109,7 +121,10 @@ class LiveEngine(Engine):
         self._looked = 0
         parts = [*self.layout.partitions, gpu.info.sms - sum(self.layout.partitions)]
         self._lane_sms = [gpu.info.sms if x.partition is None else parts[x.partition] for x in self.layout.lanes]
+        self._lender = chosen if isinstance(chosen, _Lender) and chosen.lends else None
+        self._best_effort = [n for n, loaded in enumerate(tenants) if not loaded.tenant.latency_sensitive]
         self.sm_ns = [0] * len(tenants)
+        self.lent_ns = [0] * len(tenants)
         self.preemptions = [0] * len(tenants)
 
     @property
@@ -117,9 +132,17 @@ class LiveEngine(Engine):
         """Whether there are requests that have not ended."""
         return any(log.arrived > log.finished for log in self._live_logs)
 
-    def submit(self, tenant: int) -> None:
-        """The next request of `tenant`, whose input lies in its buffer. It starts when the policy says so, in `step`."""
-        self._arrive(tenant, self._gpu.now_ns() - self._origin)
+    @property
+    def lends(self) -> bool:
+        """Whether the policy may let BE tenants run beside LS requests that can afford it."""
+        return self._lender is not None
+
+    def submit(self, tenant: int, waited_ns: int = 0) -> None:
+        """The next request of `tenant`, whose input lies in its buffer. It starts when the policy says so, in `step`.
+
+        waited_ns: since it came to the server; policies hold objectives against that time, and not against this one.
+        """
+        self._arrive(tenant, self._gpu.now_ns() - self._origin - waited_ns)
         self._fresh = True
 
     def step(self, patience_ns: int = 0) -> list[Ended]:
@@ -151,11 +174,16 @@ class LiveEngine(Engine):
         return ended
 
     def _account(self, now: int) -> None:
-        """Add the time since the last look, times the SMs of the lane, to whoever had work on a lane."""
+        """Add the time since the last look, times the SMs of the lane, to whoever had work on a lane; the time alone to BE
+        tenants that had it beside LS requests which could afford it."""
         took, self._looked = now - self._looked, now
         for lane, sms in zip(self._lanes, self._lane_sms, strict=True):
             if lane:
                 self.sm_ns[lane[0].tenant] += took * sms
+        if self._lender is not None and self._lender.lending:
+            for tenant in self._best_effort:
+                if self._given[tenant] > self._taken[tenant]:
+                    self.lent_ns[tenant] += took
 
     def _preempt(self, tenant: int) -> None:
         before = self._preempted[tenant]

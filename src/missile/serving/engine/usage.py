@@ -16,13 +16,14 @@ _SPAN_NS: Final = 100_000_000  # shortest time over which use is averaged
 class Usage:
     """sms: on average, over the last span. link: the share of its rate; None where copies are not scheduled. preempted:
     times its blocks were made to leave. cold: times its weights came in from the host. moved: bytes to the device in this
-    span."""
+    span. lent_ns: time beside LS requests that could afford it."""
 
     sms: float = 0.0
     link: float | None = None
     preempted: int = 0
     cold: int = 0
     moved: int = 0
+    lent_ns: int = 0
     _since_ns: int = 0
     _sm_ns: int = 0
 
@@ -43,4 +44,5 @@ class Usage:
             self.link = None if rate is None else min(1.0, self.moved / (rate * took * 1e-9))
             self._sm_ns, self._since_ns, self.moved = live.sm_ns[number], now_ns, 0
         self.preempted += live.preemptions[number]
-        live.preemptions[number] = 0
+        self.lent_ns += live.lent_ns[number]
+        live.preemptions[number] = live.lent_ns[number] = 0
