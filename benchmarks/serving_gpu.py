@@ -158,9 +158,8 @@ def met(flow: Flow, slo_ms: float) -> float:
 
 
 def table(runs: Sequence[dict[str, Any]], slo_ms: float) -> str:
-    lines = [
-        f"{'LS ms, clients':36} {'alone p50/p99':>14} {'beside p50/p99':>14} {'met':>6} {'BE/s':>7} {'preempted':>9} {'lent s':>7}"
-    ]
+    titles = {"alone p50/p99": 14, "beside p50/p99": 14, "met": 6, "BE/s": 7, "preempted": 9, "lent s": 7}
+    lines = [" ".join([f"{'LS ms, clients':36}", *(f"{title:>{width}}" for title, width in titles.items())])]
     for run in runs:
         if "beside" not in run:
             continue
@@ -168,8 +167,9 @@ def table(runs: Sequence[dict[str, Any]], slo_ms: float) -> str:
         before, after = run["alone"]["state"]["be"], run["beside"]["state"]["be"]
         counts = [f"{after[k] - before.get(k, 0):.3g}" if k in after else "-" for k in ("preemptions", "lent_seconds")]
         lines.append(
-            f"{run['setting']:36} {alone['p50_ms']:6.2f} /{alone['p99_ms']:6.2f} {beside['p50_ms']:6.2f} /{beside['p99_ms']:6.2f} "
-            f"{run['beside']['met']:6.1%} {run['beside']['be_items_per_s']:7.0f} {counts[0]:>9} {counts[1]:>7}"
+            f"{run['setting']:36} {alone['p50_ms']:6.2f} /{alone['p99_ms']:6.2f} {beside['p50_ms']:6.2f} "
+            f"/{beside['p99_ms']:6.2f} {run['beside']['met']:6.1%} {run['beside']['be_items_per_s']:7.0f} "
+            f"{counts[0]:>9} {counts[1]:>7}"
         )
     return "\n".join([*lines, f"met: of requests sent beside BE, answered within {slo_ms:g} ms"])
 

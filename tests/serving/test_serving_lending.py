@@ -1,4 +1,4 @@
-"""What the server's live engine makes of `lend`: BE beside LS requests that can afford it, by when these came; what it tells."""
+"""`lend` in the server: BE beside LS requests that can afford it, by when these came, and what is told of it."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ _SETTLE_S = 60.0  # how long batches may take to end before tenants can't be cha
 _ISOLATION = {
     "priority": "LS streams have priority; SMs, caches, memory and link are shared",
     "partition": "SMs are split between LS and BE tenants; caches, memory and link are shared",
-    "missile, lending": "LS has priority, BE gives SMs back when LS requests there could not afford it beside them, long copies "
-    "share the link by weight; caches and memory are shared, but for tenants with colors of their own",
+    "missile, lending": "LS has priority, BE gives SMs back when LS requests there could not afford it beside them, "
+    "long copies share the link by weight; caches and memory are shared, but for tenants with colors of their own",
     "missile": "LS has priority, BE gives SMs back while LS requests are there, long copies share the link by weight; "
     "caches and memory are shared, but for tenants with colors of their own",
 }

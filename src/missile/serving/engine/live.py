@@ -85,9 +85,9 @@ class LiveEngine(Engine):
     uses its buffers n modulo their number: the caller keeps no more outstanding than there are. Construction runs every
     model once in each partition and blocks; after an error nothing is held. Errors are those of the policy (see
     `create_policy`) and the GPU.
-    link_rate: of the host link to the GPU, bytes/s, where the policy schedules copies; else None. By tenant, since the start:
-    sm_ns, time times the SMs of its lanes while they had its work; lent_ns, time that a BE tenant had work beside LS requests
-    which could afford it; preemptions.
+    link_rate: of the host link to the GPU, bytes/s, where the policy schedules copies; else None.
+    By tenant, since the start: sm_ns, time times the SMs of its lanes while they had its work; lent_ns, time in which BE had
+    work beside LS requests which could afford it; preemptions.
     """
 
     def __init__(self, gpu: Gpu, policy: str, tenants: Sequence[LoadedTenant], depth: Sequence[int]) -> None:
