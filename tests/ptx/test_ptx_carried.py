@@ -19,13 +19,16 @@ from missile.compiler.ptx.assemble import assemble
 from missile.compiler.ptx.interpret import Thread, Touch, run_thread
 from missile.compiler.ptx.parser import parse
 from missile.compiler.ptx.rewrite import Placement, rewrite
+from missile.compiler.ptx.unrolling import MOST_STATEMENTS
 from missile.errors import InternalError
 
 LOOKUP = "evict_last"  # in the table
 
 
-def carrying(text: str, shape: Shape, carried: Carried | None, aligned: tuple[int, ...]) -> str:
-    return rewrite(text, shape, placement=Placement.CARRIED, aligned=aligned, carried=carried).ptx
+def carrying(
+    text: str, shape: Shape, carried: Carried | None, aligned: tuple[int, ...], unroll: int = MOST_STATEMENTS
+) -> str:
+    return rewrite(text, shape, placement=Placement.CARRIED, aligned=aligned, carried=carried, unroll=unroll).ptx
 
 
 def run_carried(
@@ -101,7 +104,7 @@ def test_whatever_is_computed_it_lands_in_the_tenants_memory(
     bound = pairs(shape, rng)
     carried = plan_carried(shape, (1 << 20, 1 << 16))
     assert carried is not None
-    new = carrying(loop(step, 2048), shape, carried, (512, 512))
+    new = carrying(loop(step, 2048), shape, carried, (512, 512), unroll=0)
     new = new.replace(f"setp.ne.s32 %p2, %r10, {COUNT};", "setp.ne.s32 %p2, %r10, 200;")
     # Buffers at either end of the tenant's memory, and some longer or shorter than the longest.
     first, last = LOGICAL_BASE + shape.head_bytes, LOGICAL_BASE + bound.logical_bytes // GRANULE * GRANULE

@@ -19,6 +19,7 @@ from missile.compiler.ptx.blocks import Blocks
 from missile.compiler.ptx.interpret import Thread, Touch, run_thread
 from missile.compiler.ptx.parser import parse
 from missile.compiler.ptx.rewrite import Placement, rewrite
+from missile.compiler.ptx.unrolling import MOST_STATEMENTS
 from missile.compiler.ptx.windows import Advance, Window, find_windows
 
 BASE, TABLE = 3 << 40, 1 << 44
@@ -174,8 +175,10 @@ def test_an_address_that_advances_evenly_has_a_window_with_those_before_the_loop
     windows, never = windows_of(loop(128, 2048), 512)
     assert never == 0
     (window,) = windows
-    # Rows start at multiples of 512 bytes and columns are 16 bytes apart: the same piece for all threads.
-    assert (window.unit, window.low, window.block, window.offset) == (256, 0x70, None, 0)
+    # Rows start at multiples of 512 bytes and columns are 16 bytes apart: the same unit for all threads.
+    assert (window.unit, window.low, window.block, window.offset) == (512, 0x70, None, 0)
+    # A unit of 512 bytes, of which rows may begin in the middle, is not.
+    assert [(w.unit, w.low) for w in windows_of(loop(128, 2048), 256)[0]] == [(256, 0x70)]
     assert [(m.start, m.advance.step, m.block is None) for m in window.members] == [
         (0, 0, True), (128, 0, True), (256, 128, False), (0, 0, True),
     ]  # fmt: skip
@@ -186,7 +189,7 @@ def test_an_address_that_advances_evenly_has_a_window_with_those_before_the_loop
 
 
 def test_a_window_is_as_long_as_its_bits_reach() -> None:
-    assert [w.unit for w in windows_of(loop(512, 8192), 512)[0]] == [256]
+    assert [w.unit for w in windows_of(loop(512, 8192), 512, (256,))[0]] == [256]
     assert [w.unit for w in windows_of(loop(1024, 16384), 512)[0]] == [512]
     # Too far for the loop: those before it share one.
     assert [len(w.members) for w in windows_of(loop(1024, 16384), 512, (256,))[0]] == [3]
@@ -240,9 +243,15 @@ def test_windows_of_convolutions_translate_as_the_reference(
 
 
 def check_loop(text: str, shape: Shape, rng: np.random.Generator, aligned: int, scalars: int = 1) -> None:
+    """As a loop and written out."""
+    for unroll in (0, MOST_STATEMENTS):
+        check_code(text, shape, rng, aligned, scalars, unroll)
+
+
+def check_code(text: str, shape: Shape, rng: np.random.Generator, aligned: int, scalars: int, unroll: int) -> None:
     bound = pairs(shape, rng)
     end = bound.logical_bytes
-    new = rewrite(text, shape, placement=Placement.WINDOWS, aligned=(aligned, aligned)).ptx
+    new = rewrite(text, shape, placement=Placement.WINDOWS, aligned=(aligned, aligned), unroll=unroll).ptx
     places = rng.integers(shape.head_bytes, end - (1 << 20), 2) // aligned * aligned
     arguments = [*(int(LOGICAL_BASE + place).to_bytes(8, "little") for place in places), *[bytes(4)] * scalars]
     thread = Thread([], thread=(int(rng.integers(64)), 0, 0))
@@ -276,17 +285,24 @@ def test_windows_translate_as_the_reference(form: str, step: int, pitch: int, al
 def test_whatever_is_computed_it_lands_in_the_tenants_memory(
     form: str, step: int, pointers: list[int], seed: int
 ) -> None:
-    """Pointers to anywhere, aligned worse than was said, in a loop that runs longer than was found."""
+    """Pointers to anywhere, aligned worse than was said, in a loop that runs longer than was found, or is written out."""
     rng = np.random.default_rng(seed)
     bound = pairs(SHAPES[form], rng)
-    new = rewrite(loop(step, 2048), SHAPES[form], placement=Placement.WINDOWS, aligned=(512, 512)).ptx
+    unroll = int(rng.choice([0, MOST_STATEMENTS]))
+    new = rewrite(
+        loop(step, 2048 + 16 * int(rng.integers(2))),
+        SHAPES[form],
+        placement=Placement.WINDOWS,
+        aligned=(512, 512),
+        unroll=unroll,
+    ).ptx
     new = new.replace(f"setp.ne.s32 %p2, %r10, {COUNT};", "setp.ne.s32 %p2, %r10, 200;")
     near = rng.integers(-20_000, 20_000, 2) + rng.choice([0, bound.logical_bytes], 2)
     for places in (pointers, [LOGICAL_BASE + int(place) for place in near]):
         # What lies at multiples of 16 only: an access that is not aligned to its size faults.
         arguments = [(place & (1 << 64) - 16).to_bytes(8, "little") for place in places]
         after = run(new, [*arguments, bytes(4)], bound, Thread([], thread=(int(rng.integers(64)), 0, 0)))
-        assert len(after) > 200
+        assert len(after) > (3 * COUNT if unroll else 200)
         assert are_own(bound, after)
 
 
@@ -323,7 +339,7 @@ def test_a_loop_with_a_window_looks_nothing_up() -> None:
     text = source("matmul_64x64x32")
     # As a kernel whose inner dimension is known when it is compiled.
     assert "evict_last" in rewrite(text, SHAPES["alike"], placement=Placement.EARLY).ptx
-    new = rewrite(loop(128, 2048), SHAPES["alike"], placement=Placement.WINDOWS, aligned=(512, 512)).ptx
+    new = rewrite(loop(128, 2048), SHAPES["alike"], placement=Placement.WINDOWS, aligned=(512, 512), unroll=0).ptx
     body = new[new.index("again:") : new.index("bra again")]
     assert len(re.findall("evict_last", body)) == 2  # of the address that goes too far in each iteration
 
@@ -357,5 +373,5 @@ def test_golden_of_kernels(name: str) -> None:
 
 @pytest.mark.parametrize("form", ["alike", "wide-alike"])
 def test_golden(form: str) -> None:
-    text = rewrite(loop(128, 2048), SHAPES[form], placement=Placement.WINDOWS, aligned=(512, 512)).ptx
+    text = rewrite(loop(128, 2048), SHAPES[form], placement=Placement.WINDOWS, aligned=(512, 512), unroll=0).ptx
     assert text == golden(f"loop.windows-{form}.ptx", text)

@@ -48,11 +48,17 @@ class Trace:
 
 
 def follow(
-    function: Function, blocks: Blocks, accesses: Sequence[Access], values: Values, aligned: Mapping[str, int]
+    function: Function,
+    blocks: Blocks,
+    accesses: Sequence[Access],
+    values: Values,
+    aligned: Mapping[str, int],
+    bits: int = 64,
 ) -> Trace:
     """What `accesses` touch. Loops are followed whose body is one block and whose end depends on constants alone.
 
-    aligned: bytes that pointers among the parameters are multiples of, by name.
+    aligned: bytes that pointers among the parameters are multiples of, by name. bits: of an address that are looked at, its
+    lowest. Addresses are mostly 32 bits that were extended, and whether those wrap matters for the upper half alone.
     """
     statements = {s.start: s for s in function.body or () if isinstance(s, Instruction | Scope)}
     by_start = {access.instruction.start: access for access in accesses}
@@ -65,7 +71,7 @@ def follow(
         sources = blocks.sources(block)
         if block in sources:
             inside = [by_start[s.start] for s in body if s.start in by_start]
-            loop = _follow(block, body, inside, machine) if sources == {block} else None
+            loop = _follow(block, body, inside, machine, bits) if sources == {block} else None
             if loop is not None:
                 loops.append(loop)
             for statement in body:
@@ -76,7 +82,7 @@ def follow(
             machine.registers = {name: held for name, held in machine.registers.items() if writes[name] <= 1}
         for statement in body:
             if isinstance(statement, Instruction) and statement.start in by_start:
-                visits[by_start[statement.start]] = _visit(by_start[statement.start], machine)
+                visits[by_start[statement.start]] = _visit(by_start[statement.start], machine, bits)
                 machine.forget(statement)
             else:
                 _step(machine, statement)
@@ -104,7 +110,7 @@ def _inner(scope: Scope) -> Iterator[Instruction]:
 
 
 def _follow(
-    block: int, statements: Sequence[Instruction | Scope], accesses: Sequence[Access], machine: Machine
+    block: int, statements: Sequence[Instruction | Scope], accesses: Sequence[Access], machine: Machine, bits: int
 ) -> Loop | None:
     last = statements[-1]
     if not isinstance(last, Instruction) or last.root != "bra" or last.guard is None:
@@ -121,7 +127,7 @@ def _follow(
         for statement in code:
             access = by_start.get(statement.start)
             if access is not None and isinstance(statement, Instruction):
-                visits[access].append(_visit(access, own))
+                visits[access].append(_visit(access, own, bits))
                 own.forget(statement)
             else:
                 _step(own, statement)
@@ -131,7 +137,7 @@ def _follow(
         if not again:
             for access, seen in visits.items():
                 if len({visit.address.terms for visit in seen if visit.made}) > 1:
-                    visits[access] = _where_made(access, seen, before, code, own)
+                    visits[access] = _where_made(access, seen, before, code, own, bits)
             return Loop(block, count, visits)
     return None
 
@@ -142,6 +148,7 @@ def _where_made(
     before: Sequence[dict[str, Sum]],
     code: Sequence[Instruction | Scope],
     machine: Machine,
+    bits: int,
 ) -> list[Visit]:
     """`visits` with what is known where the access is made. before: what registers hold when an iteration starts."""
     values, found = machine.values, []
@@ -156,11 +163,11 @@ def _where_made(
             if statement.start == access.instruction.start:
                 break
             _step(again, statement)
-        found.append(replace(visit, address=_visit(access, again).address))
+        found.append(replace(visit, address=_visit(access, again, bits).address))
     return found
 
 
-def _visit(access: Access, machine: Machine) -> Visit:
+def _visit(access: Access, machine: Machine, bits: int) -> Visit:
     assert access.address.base is not None
     base = machine.read(Name(access.address.base, 0, 0), 64)
     conditions = []
@@ -171,7 +178,8 @@ def _visit(access: Access, machine: Machine) -> Visit:
     if access.kind is AccessKind.COPY and len(operands) > 3 and not isinstance(operands[3], Immediate):
         conditions.append(machine.read(operands[3], 32))
     made = all(condition.known != 0 for condition in conditions)
-    return Visit(base.plus(Sum.of(64, access.address.offset)), made, tuple(conditions))
+    address = machine.values.cut(base.plus(Sum.of(64, access.address.offset)), bits)
+    return Visit(address, made, tuple(conditions))
 
 
 def _writes(statement: Instruction) -> set[str]:

@@ -6,8 +6,9 @@ passes while the warp waits for data and products anyway, and lookups of several
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from missile.coloring.carried import Slot
 from missile.compiler.ptx.access import Access
@@ -17,6 +18,7 @@ from missile.compiler.ptx.flow import Flow
 from missile.compiler.ptx.pointers import Pointers, trace_of
 from missile.compiler.ptx.syntax import Function, Instruction
 from missile.compiler.ptx.translate import Distance, Parts
+from missile.compiler.ptx.unrolling import Unrolled, unrolled
 from missile.compiler.ptx.window_code import Pace, WindowEmitter, WindowParts
 from missile.compiler.ptx.windows import Advance, Member, Window, find_windows
 
@@ -38,6 +40,8 @@ def place_early(
     aligned: Mapping[str, int] | None = None,
     units: Sequence[int] = (),
     slots: Mapping[str, Slot] | None = None,
+    address_bits: int = 64,
+    unroll: int = 0,
 ) -> tuple[list[Edit], list[str], int]:
     """Edits that translate the addresses of `accesses`, what the function has to start with, and how many translations.
 
@@ -46,17 +50,20 @@ def place_early(
     early; else where the translation stands. keep: where a block is a loop's body, look up again only what has changed.
     aligned: bytes that pointers among the parameters are multiples of, by name: accesses that differ by constants then share
     what they looked up (`windows.py`); None: they don't. slots: by the name of a pointer where the launch carries bits of
-    what it points into, which lookups outside of loops then take.
+    what it points into, which lookups outside of loops then take. address_bits: of addresses that matter, from the lowest.
+    unroll: with windows, loops are written out where that takes at most so many statements.
     """
     blocks = Blocks(function)
     windows: Sequence[Window] = ()
     never: Sequence[Access] = ()
     pointers = Pointers(flow, {}, {}, aligned or {})
+    copies: Mapping[int, Unrolled] = {}
     if aligned is not None:
-        traced = trace_of(function, blocks, accesses, aligned)
+        traced = trace_of(function, blocks, accesses, aligned, address_bits)
         windows, never = find_windows(function, blocks, accesses, aligned, units, traced)
         pointers = Pointers(flow, traced.pointers(), slots or {}, aligned)
-    placing = _Placing(source, blocks, flow, emitter, hoist, keep, pointers)
+        copies = unrolled(function, blocks, traced.trace.loops, unroll)
+    placing = _Placing(source, blocks, flow, emitter, hoist, keep, pointers, copies)
     return placing.run(accesses, [window for window in windows if placing.has_place(window)], never)
 
 
@@ -85,6 +92,7 @@ class _Placing:
         hoist: bool,
         keep: bool,
         pointers: Pointers,
+        loops: Mapping[int, Unrolled],
     ) -> None:
         self._source = source
         self._blocks = blocks
@@ -93,9 +101,11 @@ class _Placing:
         self._hoist = hoist
         self._keep = keep
         self._pointers = pointers
+        self._unrolled = loops  # loops, by their blocks
         self._kept: dict[tuple[int, int], list[Parts]] = {}  # by block and unit: lookups that stand together
         self._paces: dict[tuple[int, int, Advance, int, int | None], Pace] = {}
         self._head: list[str] = []
+        self._own = ""  # has an address of the tenant's own, once there is one
         self._edits: list[Edit] = []
         self._copies: dict[tuple[int, str], str] = {}  # new names, by unit and register
 
@@ -118,7 +128,10 @@ class _Placing:
             self._write(plan)
         for (block, at), lookups in self._kept.items():
             self._insert(Slice((), at, block), self._changed(lookups))
-        self._leave(never)
+        for access in never:
+            self._edits.append(Edit(access.address.start, access.address.end, f"[{self._nowhere()}]"))
+        for loop in self._unrolled.values():
+            self._edits = loop.written(self._source, self._edits)
         return self._edits, self._head, len(plans)
 
     def _value(self, base: str, access: Access) -> tuple[int, int | None]:
@@ -220,8 +233,7 @@ class _Placing:
         if isinstance(parts, Parts):
             self._edits += [Edit(a.address.start, a.address.end, f"[{parts.physical}]") for a in plan.accesses]
         elif window is not None:
-            for member in window.members:
-                self._use(parts, member)
+            self._use_all(parts, window.members)
 
     def _parts(self, plan: _Plan, address: str, names: Mapping[tuple[int, str], str]) -> Parts | WindowParts:
         """The instructions for `plan`, whose address the register `address` has. names: of what was computed anew for it."""
@@ -243,16 +255,32 @@ class _Placing:
             return self._emitter.split_carried(where, plan.offset, slot)
         return self._emitter.window_carried(where, plan.offset, window.unit, window.last, window.low, slot)
 
-    def _use(self, window: WindowParts, member: Member) -> None:
-        """Translate the address of a window's member."""
-        beyond = 0
+    def _use_all(self, window: WindowParts, members: Sequence[Member]) -> None:
+        """Translate the addresses of a window's members, as they follow each other: later ones use what is there."""
+        runs = [(self._unrolled.get(-1 if block is None else block), list(run)) for block, run in _by_block(members)]
+        fixed = [m.start for loop, run in runs if loop is None for m in run if m.advance == Advance()]
+        fixed += [m.start + m.advance.after(i) for loop, run in runs if loop is not None for m, i in loop.uses(run)]
+        window.expect(fixed)
+        for loop, run in runs:
+            if loop is None:
+                for member in run:
+                    self._edits += self._use(window, member)
+                continue
+            for member, index in loop.uses(run):
+                at = member.start + member.advance.after(index)
+                loop.edits[index] += self._used(member.access, *self._emitter.inside(window, at))
+            for member, index in loop.unused(run):
+                loop.edits[index] += self._used(member.access, [], self._nowhere())
+
+    def _use(self, window: WindowParts, member: Member) -> list[Edit]:
         if member.block is None or member.advance == Advance():
-            code, physical, beyond = self._emitter.inside(window, member.start)
-        else:
-            code, physical = self._emitter.paced(window, self._pace(member, member.block, window))
-        access = member.access
-        self._edits.append(_edit(access.instruction.start, code, behind=False))
-        self._edits.append(Edit(access.address.start, access.address.end, f"[{physical}+{beyond}]"))
+            return self._used(member.access, *self._emitter.inside(window, member.start))
+        return self._used(member.access, *self._emitter.paced(window, self._pace(member, member.block, window)))
+
+    def _used(self, access: Access, code: list[str], physical: str, beyond: int = 0) -> list[Edit]:
+        """Edits for an access to `beyond` bytes from the address that the register `physical` has behind `code`."""
+        address = Edit(access.address.start, access.address.end, f"[{physical}+{beyond}]")
+        return [_edit(access.instruction.start, code, behind=False), address]
 
     def _pace(self, member: Member, block: int, window: WindowParts) -> Pace:
         """How the loop `block` advances its members that go like `member`, written where it starts and ends."""
@@ -273,12 +301,12 @@ class _Placing:
             self._edits.append(_edit(units[-1].start, pace.advance, behind=False))
         return self._paces[key]
 
-    def _leave(self, never: Sequence[Access]) -> None:
-        """Accesses that are not made get an address of the tenant's own, in case that they are."""
-        if never:
-            code, physical = self._emitter.nowhere()
+    def _nowhere(self) -> str:
+        """The register that has an address of the tenant's own: accesses that are not made get it, in case that they are."""
+        if not self._own:
+            code, self._own = self._emitter.nowhere()
             self._head += code
-            self._edits += [Edit(a.address.start, a.address.end, f"[{physical}]") for a in never]
+        return self._own
 
     def _changed(self, lookups: list[Parts]) -> list[str]:
         """All of `lookups` again where one of their keys is not that of the loop's last iteration."""
@@ -325,6 +353,10 @@ class _Placing:
                 sign = "!" if read.negated else ""
                 changes.append(Edit(read.start, read.end, sign + names[found, read.text]))
         return apply(self._source, changes, unit.start, unit.end)
+
+
+def _by_block(members: Sequence[Member]) -> Iterable[tuple[int | None, Iterable[Member]]]:
+    return groupby(members, key=lambda member: member.block)
 
 
 def _edit(where: int, code: list[str], behind: bool) -> Edit:

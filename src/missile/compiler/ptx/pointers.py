@@ -51,10 +51,12 @@ class Traced:
         return names[0] if len(names) == 1 else None
 
 
-def trace_of(function: Function, blocks: Blocks, accesses: Sequence[Access], aligned: Mapping[str, int]) -> Traced:
-    """aligned: as of `find_windows`."""
+def trace_of(
+    function: Function, blocks: Blocks, accesses: Sequence[Access], aligned: Mapping[str, int], bits: int = 64
+) -> Traced:
+    """aligned, bits: as of `follow`."""
     values = Values()
-    return Traced(values, follow(function, blocks, accesses, values, aligned))
+    return Traced(values, follow(function, blocks, accesses, values, aligned, bits))
 
 
 class Pointers:

@@ -18,6 +18,7 @@ from missile.compiler.ptx.parser import parse
 from missile.compiler.ptx.placing import place_early
 from missile.compiler.ptx.syntax import Function, Module, Name
 from missile.compiler.ptx.translate import Emitter, module_declarations, parameter, prologue
+from missile.compiler.ptx.unrolling import MOST_STATEMENTS
 from missile.compiler.ptx.window_code import WindowEmitter
 from missile.errors import MisuseError, UnsupportedError
 
@@ -58,12 +59,14 @@ def rewrite(
     placement: Placement = USUAL,
     aligned: Sequence[int] = (),
     carried: Carried | None = None,
+    unroll: int = MOST_STATEMENTS,
 ) -> Rewritten:
     """Translate every access to global memory in the PTX text `source` by translations of `shape`.
 
     aligned: bytes that each parameter is a multiple of, in their order, for all launches; 1 for those that are not given.
     Windows rely on it for what they compute, not for where it lands. carried: what all launches carry behind the tenant's
-    constants (`Carried.constants`), which `Placement.CARRIED` looks things up in; None: nothing.
+    constants (`Carried.constants`), which `Placement.CARRIED` looks things up in; None: nothing. unroll: windows write loops
+    of known length out where that takes at most so many statements.
     Every entry point then takes one more parameter, the last: the tenant's constants (`TenantMemory.constants`), by value.
     UnsupportedError naming the kernel for what can't be translated; MisuseError for PTX that was rewritten already.
     """
@@ -84,7 +87,7 @@ def rewrite(
         for access in accesses:
             if not access.table:
                 counts[access.kind] = counts.get(access.kind, 0) + 1
-        made, written = _function(module, function, accesses, shape, placement, aligned, carried)
+        made, written = _function(module, function, accesses, shape, placement, aligned, carried, unroll)
         edits += made
         translations += written
     return Rewritten(apply(source, edits), counts, translations)
@@ -119,6 +122,7 @@ def _function(
     placement: Placement,
     aligned: Sequence[int],
     carried: Carried | None,
+    unroll: int,
 ) -> tuple[list[Edit], int]:
     flow = Flow(module, function)
     emitter = WindowEmitter(shape)
@@ -149,6 +153,8 @@ def _function(
             else None,
             units=shape.window_units,
             slots=_slots(function, carried) if placement is Placement.CARRIED else {},
+            address_bits=64 if shape.wide else 32,
+            unroll=unroll,
         )
     edits += made
     head = [*emitter.declarations(), *start, *(prologue(shape) if function.entry and accesses else [])]

@@ -5,6 +5,8 @@ What belongs to one window is found by `windows.py`, where its code stands by `p
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from missile.coloring.carried import Slot
@@ -22,7 +24,9 @@ class WindowParts:
     """A window's instructions, as `Parts`, and registers: its start, its bits, and the physical place of its start if the
     bit there is 0 (in uniform windows), or of the unit that the start is in (in others, where addresses are wide).
 
-    unit, low: as `Window` has them; uniform are windows with a `low`. known: addresses that were written, by their unit.
+    unit, low: as `Window` has them; uniform are windows with a `low`. known: addresses that were written, by their unit; in
+    windows that are not uniform by their byte. shared: bytes from a unit's start that several members are at. alike: windows
+    for those, which start so many bytes further; all that is in them is whole units from there.
     above: where the constants have the upper half of addresses, if they are narrow.
     """
 
@@ -36,6 +40,13 @@ class WindowParts:
     place: str = ""
     known: dict[int, str] = field(default_factory=dict)
     above: int = Field.BASE + 4
+    shared: Collection[int] = ()
+    alike: dict[int, WindowParts] = field(default_factory=dict)
+
+    def expect(self, places: Iterable[int]) -> None:
+        """Members will be at the bytes `places`, which are constants."""
+        counts = Counter(at % self.unit for at in set(places))
+        self.shared = {rest for rest, count in counts.items() if count > 2}
 
     @property
     def bits_below(self) -> int:
@@ -170,13 +181,20 @@ class WindowEmitter(Emitter):
 
     def inside(self, window: WindowParts, at: int) -> tuple[list[str], str, int]:
         """Instructions for the byte `at` of a window, the register that has a physical address, and what is to be added."""
+        number, rest = divmod(at, window.unit)
+        code: list[str] = []
         if window.low is None:
             assert 0 <= at <= (WINDOW_ENTRIES - 1) * window.unit
-            return *self._anywhere(window, f"{at}"), 0
-        number, rest = divmod(at, window.unit)
-        assert 0 <= number < WINDOW_ENTRIES
-        assert not rest & window.low
-        code = []
+            if rest not in window.shared:
+                if at not in window.known:
+                    code, window.known[at] = self._anywhere(window, f"{at}")
+                return code, window.known[at], 0
+            if rest not in window.alike:
+                window.alike[rest] = self._alike(window, rest, code)
+            window, at = window.alike[rest], at - rest
+        else:
+            assert 0 <= number < WINDOW_ENTRIES
+            assert not rest & window.low
         if number not in window.known:
             turned, bit = self._word(), self._word()
             code += [
@@ -190,6 +208,21 @@ class WindowEmitter(Emitter):
                 code.append(f"or.b32 {place}, {window.place}, {bit};")
                 window.known[number] = self._joined(place, code, window.above)
         return code, window.known[number], at + (at & -_PIECE)
+
+    def _alike(self, window: WindowParts, rest: int, code: list[str]) -> WindowParts:
+        """The window that starts `rest` bytes further, less than a unit, in the same unit or the next: a multiple of units
+        from there all threads find as many units further.
+        """
+        low, number, bits = self._word(), self._word(), self._word()
+        code += [
+            f"add.s32 {low}, {window.start}, {rest};",
+            f"shr.u32 {number}, {low}, {window.bits_below};",
+            f"shf.l.wrap.b32 {bits}, {window.bits}, {window.bits}, {number};",
+        ]
+        place = self._doubled(low, code)
+        if self._shape.wide:  # the start counts from its unit
+            place = self._from(window, place, code)
+        return WindowParts(window.unit, window.unit - 1, start=low, bits=bits, place=place, above=window.above)
 
     def pace(
         self,

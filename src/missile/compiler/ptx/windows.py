@@ -17,12 +17,10 @@ from missile.compiler.ptx.access import Access
 from missile.compiler.ptx.blocks import Blocks
 from missile.compiler.ptx.loops import Loop, Visit
 from missile.compiler.ptx.pointers import Traced, trace_of
-from missile.compiler.ptx.sums import Sum, Values
+from missile.compiler.ptx.sums import Sum, Values, signed
 from missile.compiler.ptx.syntax import Function
 
 __all__ = ["Advance", "Member", "Window", "find_windows"]
-
-_TERMS = 64  # bits of an address
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +33,11 @@ class Advance:
     jump: int = 0
     first: int = 0
     period: int = 0
+
+    def after(self, count: int) -> int:
+        """Bytes that it has gone when iteration `count` starts, the first being 0."""
+        jumps = 0 if not self.period or count <= self.first else (count - 1 - self.first) // self.period + 1
+        return count * self.step + jumps * (self.jump - self.step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,7 @@ def find_windows(
     """Windows, and the accesses that are never made (copies of nothing).
 
     aligned: bytes that pointers among the parameters are multiples of, by name: wrong ones make wrong code. units: bytes
-    that a bit can stand for, the preferred first. traced: what `trace_of` says of the same, where the caller has it.
+    that a bit can stand for. traced: what `trace_of` says of the same, where the caller has it.
     """
     traced = traced or trace_of(function, blocks, accesses, aligned)
     values, trace = traced.values, traced.trace
@@ -147,15 +150,20 @@ def _inside_another(blocks: Blocks, loop: Loop) -> bool:
 
 def _group(terms: tuple[tuple[int, int], ...], members: Sequence[tuple[Access, int, Sequence[Visit], bool]]) -> _Group:
     """Those that advance evenly."""
-    zero = next(v.address.constant for v in members[0][2] if v.made)
+    first = next(v.address for v in members[0][2] if v.made)
+    zero, width = first.constant, first.width
     ranges = []
     for access, block, visits, loop in members:
-        at = {index: _signed(v.address.constant - zero) for index, v in enumerate(visits) if v.made}
+        at = {
+            index: signed(v.address.constant - zero & (1 << width) - 1, width)
+            for index, v in enumerate(visits)
+            if v.made
+        }
         found = _advance(at)
         if found is not None:
             start, advance = found
             # Before iterations that make no access it may be anywhere: what the address is in the first has to be known.
-            known = visits[0].address == Sum.of(_TERMS, zero + start, terms)
+            known = visits[0].address == Sum.of(width, zero + start, terms)
             ranges.append(_Range(access, block, loop, start, advance, frozenset(at.values()), known))
     return _Group(terms, zero, ranges)
 
@@ -240,13 +248,14 @@ class _Cutting:
         """Start of a window over `taken`, its unit, its `low`, and its last byte; None where it is too long."""
         zero = self._group.zero
         lowest, highest = min(r.lowest for r in taken), max(r.highest for r in taken)
-        for unit, low in self._lows.items():
+        # The longer the unit, the more members share what they take from a window.
+        for unit, low in sorted(self._lows.items(), reverse=True):
             inside = {(zero + place) % unit for r in taken for place in r.places}
             start = lowest - (zero + lowest) % unit
             fits = highest - start < WINDOW_ENTRIES * unit
             if fits and not any(low & place for place in inside) and low + max(inside) < unit:
                 return start, unit, low, highest - start
-        for unit in self._lows:
+        for unit in sorted(self._lows):  # shorter ones take an instruction less
             # A window that starts anywhere in its first unit reaches one unit less far.
             if highest - lowest <= (WINDOW_ENTRIES - 1) * unit:
                 return lowest, unit, None, highest - lowest
@@ -255,8 +264,3 @@ class _Cutting:
 
 def _distance(one: _Range, other: _Range) -> int:
     return max(one.lowest - other.highest, other.lowest - one.highest)
-
-
-def _signed(value: int) -> int:
-    value &= (1 << _TERMS) - 1
-    return value - (1 << _TERMS) if value >> (_TERMS - 1) else value
