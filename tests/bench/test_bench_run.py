@@ -51,6 +51,16 @@ def test_objectives_follow_from_solo_runs(scenario: Scenario, toy_testbed: Any) 
     assert reindex.batch == 32  # the model's usual one
 
 
+def test_the_longest_of_too_few_requests_alone_stands_for_a_p99(scenario: Scenario, toy_testbed: Any) -> None:
+    results, _ = _run(scenario.changed(duration_s=0.3, warmup_s=0.1, repeats=1), toy_testbed())
+    alone = next(run for run in results.runs if run.kind == "solo").tenants[0].record().latency
+    assert 20 <= len(alone) < 100
+    assert results.tenants[0].slo_ms == pytest.approx(1.5 * max(alone) / 1e6)
+    assert results.tenants[0].slo_text == f"1.5 × the longest of {len(alone)} solo requests"
+    results, _ = _run(scenario.changed(duration_s=0.02, warmup_s=0.0, repeats=1), toy_testbed())
+    assert results.tenants[0].slo_ms is None
+
+
 def test_policies_are_told_objectives_in_ms(
     scenario: Scenario, toy_testbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

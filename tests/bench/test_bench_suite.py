@@ -32,6 +32,7 @@ from missile.bench.suite.summary import (
 )
 from missile.bench.summary import Spread
 from missile.bench.testbed import describe_policy
+from missile.cli.suite import _cut
 from missile.errors import GpuError, MissileError, MisuseError, UnsupportedError
 from missile.workloads.models import MODELS
 from missile.workloads.traces import disb_tasks
@@ -70,6 +71,22 @@ def test_every_cell_is_a_scenario_with_its_load() -> None:
     assert poisson.tenants[0].arrivals.rate_per_s == 243.7
     disb = by_name["disb-REAL"].scenario(CAPACITY, **RUN)
     assert [t.latency_sensitive for t in disb.tenants] == [task.latency_sensitive for task in disb_tasks("REAL")]
+
+
+def test_disb_s_cells_are_as_long_as_their_slowest_tenants_need_or_cut() -> None:
+    by_name = {cell.name: cell for cell in paper_cells()}
+    found = {name: by_name[f"disb-{name}"].duration_s(0.6, 0.1) for name in ("A", "B", "C", "D", "E", "REAL")}
+    assert found == {"A": 1.3, "B": 1.1, "C": 1.3, "D": 6.1, "E": 6.1, "REAL": 6.1}
+    assert by_name["disb-D"].scenario(CAPACITY, most_s=2.0, **RUN).duration_s == 2.0
+    assert by_name["disb-A"].scenario(CAPACITY, most_s=2.0, **RUN).duration_s == 1.3
+    cells = [by_name["disb-A"], by_name["disb-D"], by_name["poisson30--resnet34--bert_large"]]
+    settings = SuiteSettings.given({"duration_s": 0.6, "most_s": 2.0})
+    (said,) = _cut(cells, settings)
+    assert "cut to 2 s in cells that would take longer: disb-D (6.1 s)." in said
+    assert _cut(cells, SuiteSettings.given({"duration_s": 0.6})) == []
+    assert _cut(cells[:1], settings) == []
+    with pytest.raises(MisuseError, match="most_s"):
+        SuiteSettings.given({"duration_s": 0.6, "most_s": 0.5})
 
 
 def test_every_setting_is_a_policy() -> None:

@@ -26,6 +26,7 @@ __all__ = ["Bench", "Planned", "Step", "Testbed", "is_planned", "run_all"]
 # Switches of `missile` that leave its shares to the planner; "" where it has no option at all.
 _SWITCHES = frozenset({"", "colors", "elastic", "preempt", "copies", "admission"})
 _PLANNING_SEED = 1_000_003  # plans are tried on other arrivals than those they are judged by
+_FEWEST_ALONE = 20  # requests: of fewer, the longest says nothing
 
 
 class Testbed(Protocol):
@@ -169,17 +170,23 @@ class Bench:
             plan=None if self.plan is None else self.plan.data,
         )
 
-    def _objective_ms(self, tenant: Tenant) -> float | None:
-        """The tenant's objective, ms, as far as it is known by now."""
+    def _objective(self, tenant: Tenant) -> tuple[float | None, str]:
+        """The tenant's objective, ms, as far as it is known by now, and where it comes from.
+
+        Of too few requests alone for a p99 the longest stands for it; of fewer than 20, nothing does.
+        """
         if tenant.slo_factor is None:
-            return tenant.slo_ms
-        alone = [run for run in self.runs if run.kind == "solo" and run.whole]
-        solo_p99 = percentile(latencies_ms(alone, tenant.name), 99)
-        return tenant.slo_factor * solo_p99 if solo_p99 is not None else None
+            return tenant.slo_ms, f"{tenant.slo_ms:g} ms" if tenant.slo_ms else ""
+        alone = latencies_ms([run for run in self.runs if run.kind == "solo" and run.whole], tenant.name)
+        if (solo_p99 := percentile(alone, 99)) is not None:
+            return tenant.slo_factor * solo_p99, f"{tenant.slo_factor:g} × solo p99"
+        if len(alone) < _FEWEST_ALONE:
+            return None, f"{tenant.slo_factor:g} × solo p99"
+        return tenant.slo_factor * max(alone), f"{tenant.slo_factor:g} × the longest of {len(alone)} solo requests"
 
     def _with_objective(self, tenant: Tenant) -> Tenant:
         """`tenant` with its objective in ms, which is what policies go by."""
-        if tenant.slo_factor is None or (slo_ms := self._objective_ms(tenant)) is None:
+        if tenant.slo_factor is None or (slo_ms := self._objective(tenant)[0]) is None:
             return tenant
         return tenant.model_copy(update={"slo_ms": slo_ms, "slo_factor": None})
 
@@ -191,9 +198,7 @@ class Bench:
         return tenant.model_copy(update={"copy_weight": weights[tenant.name]})
 
     def _tenant_info(self, tenant: Tenant) -> TenantInfo:
-        slo_ms, slo_text = self._objective_ms(tenant), f"{tenant.slo_ms:g} ms" if tenant.slo_ms else ""
-        if tenant.slo_factor:
-            slo_text = f"{tenant.slo_factor:g} × solo p99"
+        slo_ms, slo_text = self._objective(tenant)
         return TenantInfo(
             name=tenant.name,
             tenant_class=tenant.tenant_class.value,

@@ -79,6 +79,14 @@ def command(
             metavar="DIR", help="With --suite: of each baseline only settings that were its best in this suite."
         ),
     ] = None,
+    most: Annotated[
+        float | None,
+        typer.Option(
+            "--most-s",
+            metavar="SECONDS",
+            help="With --suite: no run is longer, also in cells whose slowest tenants would need that; the report says so.",
+        ),
+    ] = None,
     redo: Annotated[
         bool, typer.Option("--redo", help="With --suite: make cells again that were made otherwise.")
     ] = False,
@@ -97,8 +105,8 @@ def command(
 
     Options given here replace what the scenario file says. Ctrl-C and SIGTERM keep what has been measured so far.
     """
-    if suite is None and (cells, models, budget, redo, sample, tuned_by) != (None, None, None, False, None, None):
-        raise MisuseError("--cells, --models, --sample, --tuned-by, --budget-s and --redo go with --suite.")
+    if suite is None and (redo or any(given is not None for given in (cells, models, budget, sample, tuned_by, most))):
+        raise MisuseError("--cells, --models, --sample, --tuned-by, --budget-s, --most-s and --redo go with --suite.")
     if predict is not None and suite is None and (report is None or not report.is_dir()):
         raise MisuseError("--predict goes with --suite, or with --report and a suite's folder.")
     if sum(choice is not None for choice in (scenario, report, suite)) > 1:
@@ -109,6 +117,7 @@ def command(
         )
     if suite is not None:
         settings = {"duration_s": duration, "repeats": repeats, "seed": seed, "policies": _policies(policies)}
+        settings["most_s"] = most
         run_suite(
             suite,
             Path("missile-out") / suite if out == _DEFAULT_OUT else out,

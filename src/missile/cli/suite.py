@@ -75,6 +75,7 @@ def run_suite(
         simulated=info.simulated,
         settings=SuiteSettings.given(given),
     )
+    how += _cut(chosen, state.settings)
     state = state.model_copy(update={"chosen": tuple(dict.fromkeys((*state.chosen, *how)))})
     stopped: KeyboardInterrupt | None = None
     with progress_bar() as bar:
@@ -113,6 +114,22 @@ def _how(count: int, patterns: Sequence[str], models: Sequence[str], sampled: in
     parts += [f"names like {', '.join(patterns)}"] if patterns else []
     parts += [f"models {', '.join(models)} only"] if models else []
     return f"{count} cells asked for: {'; '.join(parts)}."
+
+
+def _cut(cells: Sequence[Cell], settings: SuiteSettings) -> list[str]:
+    """Which cells' runs are shorter than they would be, as a report says it."""
+    shorter = {}
+    for cell in cells:
+        whole = cell.duration_s(settings.duration_s, settings.warmup_s)
+        if settings.most_s is not None and settings.most_s < whole:
+            shorter[cell.name] = whole
+    if not shorter:
+        return []
+    names = ", ".join(f"{name} ({whole:g} s)" for name, whole in shorter.items())
+    return [
+        f"Runs were cut to {settings.most_s:g} s in cells that would take longer: {names}. LS tenants with fewer than 100 "
+        "requests in a run have no p99 there; their objective goes by the longest of their requests alone."
+    ]
 
 
 def _tuned(source: Path, policies: Sequence[str]) -> tuple[tuple[str, ...], str]:

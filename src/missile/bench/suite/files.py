@@ -26,7 +26,8 @@ _FREE = frozenset({"name", "description", "device"})
 
 
 class SuiteSettings(BaseModel):
-    """How every cell is run. Times in seconds; policies as families or single settings, in order."""
+    """How every cell is run. Times in seconds; policies as families or single settings, in order. most_s: no run is longer,
+    also where a cell's slowest tenants would need that; None: as long as they need."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -35,11 +36,14 @@ class SuiteSettings(BaseModel):
     repeats: int = Field(3, ge=1, le=100)
     seed: int = Field(1, ge=0, lt=2**31)
     policies: tuple[str, ...] = Field(tuple(SETTINGS), min_length=1)
+    most_s: float | None = Field(None, gt=0)
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> SuiteSettings:
         if self.warmup_s >= self.duration_s:
             raise ValueError(f"warmup_s ({self.warmup_s:g}) must be shorter than duration_s ({self.duration_s:g})")
+        if self.most_s is not None and self.most_s < self.duration_s:
+            raise ValueError(f"most_s ({self.most_s:g}) must be at least duration_s ({self.duration_s:g})")
         return self
 
     @classmethod

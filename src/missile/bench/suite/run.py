@@ -90,6 +90,7 @@ class SuiteRun:
         settings = self.state.settings
         return cell.scenario(
             self.state.capacity,
+            most_s=settings.most_s,
             duration_s=settings.duration_s,
             warmup_s=settings.warmup_s,
             repeats=settings.repeats,
